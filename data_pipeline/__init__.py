@@ -1,0 +1,1 @@
+"""From bytes to batches: sample data, image decoding, code shards, packing, streams."""

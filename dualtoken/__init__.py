@@ -1,0 +1,1 @@
+"""The models: visual tokenizer and unified language model; importable with torch and transformers alone."""

@@ -1,0 +1,1 @@
+"""Measures of reconstruction, retrieval, likelihood and generation, and the report."""

@@ -1,0 +1,1 @@
+"""The `dualtoken` command and the quickstart chain."""

@@ -1,0 +1,1 @@
+"""The training jobs: contrastive, tokenizer and unified model, run by one trainer under DeepSpeed."""
