@@ -1,1 +1,25 @@
 """The models: visual tokenizer and unified language model; importable with torch and transformers alone."""
+
+import importlib
+
+# Public names and the modules they live in; imported on first use, so that `import dualtoken` stays light.
+_HOMES = {
+    "AttentionProjection": "projection",
+    "DualTokenVisualTokenizer": "visual_tokenizer",
+    "DualTokenVisualTokenizerConfig": "visual_tokenizer_config",
+    "FrozenTeacher": "backbone",
+    "MultiCodebookVQ": "quantizer",
+    "PixelDecoder": "pixel_decoder",
+    "QuantizerStats": "quantizer",
+    "ResidualVQ": "quantizer",
+    "VisualTokenizerOutput": "visual_tokenizer",
+    "preset_config": "visual_tokenizer_config",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"dualtoken.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'dualtoken' has no attribute {name!r}")

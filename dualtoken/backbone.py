@@ -1,0 +1,142 @@
+"""SigLIP and SigLIP2 towers with numbered layers, and the frozen teacher.
+
+Layer n means the hidden states *after* n transformer layers, so layer 0 is the patch embedding (arXiv 2503.14324, 3.2).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipTextModel, SiglipVisionModel
+
+
+class Backbone(nn.Module):
+    """The vision tower and, where zero-shot text matching is wanted, the text tower with its scale and bias.
+
+    Args:
+        vision_config: of the vision tower; it must have the attention-pooling head.
+        text_config: of the text tower, or None to go without.
+    """
+
+    def __init__(
+        self, vision_config: SiglipVisionConfig, text_config: SiglipTextConfig | None = None
+    ) -> None:
+        super().__init__()
+        self.vision_model = SiglipVisionModel._from_config(vision_config)
+        if text_config is not None:
+            self.text_model = SiglipTextModel._from_config(text_config)
+            self.logit_scale = nn.Parameter(torch.zeros(1))
+            self.logit_bias = nn.Parameter(torch.zeros(1))
+
+    @property
+    def has_text_tower(self) -> bool:
+        """Whether text can be encoded."""
+        return hasattr(self, "text_model")
+
+
+def hidden_states_after(
+    vision_model: SiglipVisionModel, images: Tensor, layers: Collection[int]
+) -> dict[int, Tensor]:
+    """Return the hidden states ``[B, P, C]`` after each of the numbered ``layers``, running no layer beyond the last.
+
+    Args:
+        vision_model: the tower.
+        images: ``[B, 3, H, W]`` in [-1, 1].
+        layers: numbers from 0 (patch embedding) to the number of layers.
+
+    Raises:
+        ValueError: if the images do not have the tower's size.
+    """
+    size = vision_model.config.image_size
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}, expected [B, 3, {size}, {size}]; "
+            f"resize to {size} pixels and scale to [-1, 1]"
+        )
+    hidden = vision_model.embeddings(images)
+    found = {0: hidden} if 0 in layers else {}
+    for number, layer in enumerate(vision_model.encoder.layers[: max(layers)], start=1):
+        hidden = layer(hidden, None)
+        if number in layers:
+            found[number] = hidden
+    return found
+
+
+def pool(vision_model: SiglipVisionModel, hidden: Tensor, layer: int) -> Tensor:
+    """Run the layers behind ``layer``, the final norm and the attention-pooling head: ``[B, P, C]`` to ``[B, C]``."""
+    for block in vision_model.encoder.layers[layer:]:
+        hidden = block(hidden, None)
+    return vision_model.head(vision_model.post_layernorm(hidden))
+
+
+def load_backbone(path: str | Path) -> SiglipModel:
+    """Load a SigLIP (or fixed-resolution SigLIP2) model from a folder in Hugging Face format, strictly, in fp32.
+
+    Raises:
+        FileNotFoundError: if the folder or its config is missing.
+        ValueError: if it holds another kind of model, or weights are missing, superfluous or of another shape.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no SigLIP backbone at {path}: expected a folder with config.json and model.safetensors, "
+            "as written by SiglipModel.save_pretrained or downloaded from the model hub"
+        )
+    config = SiglipConfig.get_config_dict(path)[0]
+    if config.get("model_type") != "siglip":
+        raise ValueError(
+            f"{path} holds a {config.get('model_type')!r} model, expected 'siglip' (SigLIP, or SigLIP2 at a fixed "
+            "resolution; the NaFlex variants of SigLIP2 are not supported)"
+        )
+    model, report = SiglipModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    problems = {kind: sorted(map(str, report[kind])) for kind in report if report[kind]}
+    if problems:
+        raise ValueError(f"the weights in {path} do not fit their config: {problems}")
+    return model
+
+
+@dataclass
+class TeacherOutput:
+    """Targets of the semantic distillation."""
+
+    semantic_features: Tensor  # [B, P, C] after the semantic layer
+    pooled: Tensor  # [B, C]
+
+
+class FrozenTeacher(nn.Module):
+    """The initial vision tower, kept in eval mode and out of autograd for good.
+
+    Args:
+        vision_model: the tower; it is copied, so later training does not move the teacher.
+        semantic_layer: the layer whose features are distilled.
+    """
+
+    def __init__(self, vision_model: SiglipVisionModel, semantic_layer: int) -> None:
+        super().__init__()
+        self.vision_model = copy.deepcopy(vision_model)
+        self.vision_model.gradient_checkpointing_disable()
+        self.semantic_layer = semantic_layer
+        self.requires_grad_(False)
+        super().train(False)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, semantic_layer: int) -> FrozenTeacher:
+        """Load the teacher from a SigLIP folder (see :func:`load_backbone`)."""
+        return cls(load_backbone(path).vision_model, semantic_layer)
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        """Stay in eval mode whatever ``mode`` says."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> TeacherOutput:
+        """Return the targets for ``images [B, 3, H, W]`` in [-1, 1]."""
+        layer = self.semantic_layer
+        hidden = hidden_states_after(self.vision_model, images, {layer})[layer]
+        return TeacherOutput(hidden, pool(self.vision_model, hidden, layer))
