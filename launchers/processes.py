@@ -1,0 +1,183 @@
+"""Commands as subprocesses: the DeepSpeed launcher, threads per process, peak memory, orderly ends."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+SECONDS_BETWEEN_SAMPLES = 0.5
+SECONDS_TO_END = 60  # a trainer finishes its step and writes a checkpoint in this time
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command went."""
+
+    returncode: int
+    seconds: float
+    peak_memory_bytes: int  # of all its processes together, shared pages counted once
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def default_ranks() -> int:
+    """Ranks a job is started with: one per GPU, or two on the CPU of a machine with two cores or more."""
+    import torch
+
+    return torch.cuda.device_count() or min(2, available_cores())
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def deepspeed_command(module: str, arguments: Sequence[str], ranks: int) -> list[str]:
+    """The command that starts `module` on `ranks` ranks of this machine, as a person would type it."""
+    return ["deepspeed", "--num_gpus", str(ranks), "--module", module, *arguments]
+
+
+def environment(processes: int) -> dict[str, str]:
+    """The environment of a command: the CPU where there is no GPU, cores shared out over its processes."""
+    import torch
+
+    env = dict(os.environ)
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
+    env["OMP_NUM_THREADS"] = str(max(1, available_cores() // processes))
+    if not torch.cuda.is_available():
+        env["DS_ACCELERATOR"] = "cpu"
+    return env
+
+
+def run(command: Sequence[str], processes: int = 1, notice_session=None) -> Finished:
+    """Run a command to its end, output and progress shown as it comes.
+
+    `python` and `deepspeed` are those of this environment. SIGINT and SIGTERM are passed on to every process
+    of the command as SIGTERM, upon which a training job writes a checkpoint.
+
+    Args:
+        command: words as shown to the user.
+        processes: how many compute at the same time; they share the cores.
+        notice_session: called with the id of the session that all processes of the command belong to.
+
+    Raises:
+        KeyboardInterrupt: a signal arrived; the command has ended by then.
+    """
+    words = list(command)
+    if words[0] == "python":
+        words[0] = sys.executable
+    elif words[0] == "deepspeed":
+        # The launcher's default port may be taken by another job on this machine.
+        words[0:1] = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
+    started = time.monotonic()
+    with _interruptible():
+        # A session of its own, so that a leftover can be found even when this process was killed.
+        process = subprocess.Popen(words, env=environment(processes), start_new_session=True)
+        if notice_session is not None:
+            notice_session(process.pid)
+        sampler = _MemorySampler(process.pid)
+        try:
+            with sampler:
+                process.wait()
+        except KeyboardInterrupt:
+            end_session(process.pid)
+            process.wait()
+            raise
+    # DeepSpeed's launcher can return before its last rank is gone.
+    _wait_for_session(process.pid, SECONDS_TO_END)
+    return Finished(process.returncode, time.monotonic() - started, sampler.peak)
+
+
+def session_members(session: int, started_after: float = 0.0) -> list[psutil.Process]:
+    """Living processes of a session, other than this one."""
+    members = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if (
+                process.pid != os.getpid()
+                and os.getsid(process.pid) == session
+                and process.create_time() >= started_after
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
+                members.append(process)
+    return members
+
+
+def end_session(session: int, started_after: float = 0.0) -> int:
+    """Ask every process of a session to end, wait, end the rest by force; returns how many there were."""
+    members = session_members(session, started_after)
+    for process in members:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(members, timeout=SECONDS_TO_END)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=5)
+    return len(members)
+
+
+def _wait_for_session(session: int, seconds: float) -> None:
+    psutil.wait_procs(session_members(session), timeout=seconds)
+
+
+@contextlib.contextmanager
+def _interruptible():
+    """Let SIGTERM raise KeyboardInterrupt, as SIGINT does."""
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _MemorySampler(threading.Thread):
+    """Watches the memory of a process and its descendants while it is entered."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self._root = psutil.Process(pid)
+        self._stop_event = threading.Event()
+
+    def __enter__(self) -> "_MemorySampler":
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop_event.set()
+        self.join()
+
+    def run(self) -> None:
+        while True:
+            self.peak = max(self.peak, tree_memory(self._root))
+            if self._stop_event.wait(SECONDS_BETWEEN_SAMPLES):
+                return
+
+
+def tree_memory(root: psutil.Process) -> int:
+    """Bytes of a process and its descendants: their proportional set sizes, so shared pages count once."""
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+    return total
