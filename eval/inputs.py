@@ -1,0 +1,157 @@
+"""What the measures read: where a run's results lie, pictures and codes from shards, exported models."""
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data_pipeline.image_decoding import build_image_decoder
+from data_pipeline.streams import ImageStreamConfig, image_loader
+from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from eval.metrics import to_unit_range
+
+T = TypeVar("T")
+READ_BATCH = 64
+
+
+@dataclass(frozen=True)
+class EvaluationPaths:
+    """Folders and settings every measure draws from; `from_run` knows the layout of the quickstart."""
+
+    siglip: Path
+    visual_tokenizer: Path
+    model: Path
+    seen_images: Path
+    held_out_images: Path
+    seen_codes: Path
+    held_out_codes: Path
+    output: Path
+
+    @classmethod
+    def from_run(cls, run: Path, **replaced: Path | None) -> "EvaluationPaths":
+        """Paths below the folder of a quickstart; those given in `replaced` (and not None) lie elsewhere."""
+        found = {
+            "siglip": run / "siglip" / "export",
+            "visual_tokenizer": run / "tokenizer" / "export",
+            "model": run / "mllm" / "export",
+            "seen_images": run / "sample_data" / "images" / "train",
+            "held_out_images": run / "sample_data" / "images" / "val",
+            "seen_codes": run / "codes" / "train",
+            "held_out_codes": run / "codes" / "val",
+            "output": run / "evaluation",
+        }
+        return cls(**{**found, **{name: path for name, path in replaced.items() if path is not None}})
+
+    def images(self) -> dict[str, Path]:
+        """Image-text shards by split."""
+        return {"held_out": self.held_out_images, "seen": self.seen_images}
+
+    def codes(self) -> dict[str, Path]:
+        """Dual-code shards by split."""
+        return {"held_out": self.held_out_codes, "seen": self.seen_codes}
+
+
+@dataclass
+class Pictures:
+    """Pictures with their captions, in one order."""
+
+    keys: list[str]
+    captions: list[dict[str, str]]
+    images: Tensor  # [N, 3, S, S] in [-1, 1]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def choose(items: Iterable[T], count: int | None, seed: int = 0) -> list[T]:
+    """Draw `count` items at random from a stream without keeping it all, in the stream's order.
+
+    Every item has the same chance (reservoir sampling); `None`, or more than there are, takes all.
+    """
+    if count is None:
+        return list(items)
+    generator = random.Random(seed)
+    kept: list[tuple[int, T]] = []
+    for index, item in enumerate(items):
+        if index < count:
+            kept.append((index, item))
+        elif (place := generator.randrange(index + 1)) < count:
+            kept[place] = (index, item)
+    return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
+
+
+def load_pictures(folder: Path, image_size: int, count: int | None = None, seed: int = 0) -> Pictures:
+    """Read pictures from image-text shards, resized on the short side and cropped in the middle.
+
+    Args:
+        folder: prepared image-text shards.
+        image_size: side of the pictures in pixels.
+        count: how many to draw at random; all by default.
+        seed: of the draw.
+
+    Raises:
+        ValueError: the folder cannot be read, or a picture in it cannot be decoded.
+    """
+    loader = image_loader(ImageStreamConfig(path=str(folder)), READ_BATCH, split="val")
+
+    def samples() -> Iterator[tuple[str, bytes, dict[str, str]]]:
+        for batch in loader:
+            yield from zip(batch.keys, batch.image_bytes, batch.captions, strict=True)
+
+    chosen = choose(samples(), count, seed)
+    if not chosen:
+        raise ValueError(f"no pictures in {folder}; expected image-text shards")
+    decode = build_image_decoder(image_size, fit="crop")
+    images = []
+    for start in range(0, len(chosen), READ_BATCH):
+        part = chosen[start : start + READ_BATCH]
+        decoded = decode([data for _, data, _ in part])
+        if decoded.rejected:
+            bad = decoded.rejected[0]
+            raise ValueError(f"{folder}: picture {part[bad.index][0]} cannot be decoded: {bad.reason}")
+        images.append(decoded.images)
+    return Pictures([key for key, _, _ in chosen], [captions for _, _, captions in chosen], torch.cat(images))
+
+
+def load_visual_tokenizer(folder: Path) -> DualTokenVisualTokenizer:
+    """Load an exported visual tokenizer for use, on the GPU if there is one.
+
+    Raises:
+        FileNotFoundError: there is none in the folder.
+    """
+    require_export(folder, "visual tokenizer", "dualtoken train quickstart_tokenizer")
+    model = DualTokenVisualTokenizer.from_pretrained(folder).eval().requires_grad_(False)
+    return model.to(default_device())
+
+
+def require_export(folder: Path, what: str, made_by: str) -> None:
+    """Raise FileNotFoundError with advice if a folder holds no exported model."""
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no {what} in {folder}: expected a folder with config.json, as `{made_by}` exports it"
+        )
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """An image [3, H, W] in [-1, 1] as an 8-bit picture, values rounded."""
+    pixels = (to_unit_range(image) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a result so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.rename(path)

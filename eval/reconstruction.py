@@ -1,0 +1,151 @@
+"""Reconstruction by the visual tokenizer: PSNR and SSIM beside two baselines, codebook use, picture grids."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from eval.inputs import (
+    EvaluationPaths,
+    Pictures,
+    load_pictures,
+    load_visual_tokenizer,
+    to_picture,
+    write_json,
+)
+from eval.metrics import codebook_statistics, psnr, ssim, to_unit_range
+
+BATCH = 32
+GRID_PICTURES = 48
+GRID_COLUMNS = 8
+
+
+@dataclass
+class Reconstruction:
+    """Pictures through a tokenizer, with the quality of each."""
+
+    images: Tensor  # [N, 3, S, S] about [-1, 1]
+    codes: Tensor | None  # [N, P, Q, D]
+    psnr: Tensor  # [N], dB
+    ssim: Tensor  # [N]
+
+    def summary(self) -> dict[str, float]:
+        """Means over the pictures."""
+        return {"psnr": float(self.psnr.mean()), "ssim": float(self.ssim.mean())}
+
+
+def score(images: Tensor, references: Tensor, codes: Tensor | None = None) -> Reconstruction:
+    """Measure pictures [N, 3, S, S] against their originals, both in [-1, 1], after clamping."""
+    first, second = to_unit_range(images), to_unit_range(references)
+    return Reconstruction(images, codes, psnr(first, second), ssim(first, second))
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: DualTokenVisualTokenizer, images: Tensor) -> Reconstruction:
+    """Encode and decode pictures [N, 3, S, S] in [-1, 1], in batches on the tokenizer's device."""
+    outputs, codes = [], []
+    for batch in images.split(BATCH):
+        found = tokenizer.encode(batch.to(tokenizer.device))
+        codes.append(found.cpu())
+        outputs.append(tokenizer.decode(found).float().cpu())
+    return score(torch.cat(outputs), images.cpu(), torch.cat(codes))
+
+
+def mean_colour(images: Tensor) -> Tensor:
+    """Each picture as one flat colour, its mean: [N, 3, S, S]."""
+    return images.mean(dim=(2, 3), keepdim=True).expand_as(images)
+
+
+def untrained_twin(tokenizer: DualTokenVisualTokenizer, seed: int = 0) -> DualTokenVisualTokenizer:
+    """A tokenizer of the same settings with fresh random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        twin = DualTokenVisualTokenizer(type(tokenizer.config)(**tokenizer.config.to_dict()))
+    return twin.eval().requires_grad_(False).to(tokenizer.device)
+
+
+def codebook_table(codes: Tensor, codebook_size: int) -> list[dict]:
+    """Statistics for each codebook and depth, and over all depths (`depth` None), of codes [N, P, Q, D]."""
+    rows = []
+    for index, name in enumerate(("pixel", "semantic")):
+        for depth in [*range(codes.shape[3]), None]:
+            part = codes[:, :, index] if depth is None else codes[:, :, index, depth]
+            statistics = asdict(codebook_statistics(part, codebook_size))
+            rows.append({"codebook": name, "depth": None if depth is None else depth + 1, **statistics})
+    return rows
+
+
+def side_by_side(first: Tensor, second: Tensor) -> Image.Image:
+    """Two pictures [3, H, W] beside each other."""
+    return to_picture(torch.cat([first, second.to(first)], dim=2))
+
+
+def picture_grid(pairs: list[Image.Image], columns: int = GRID_COLUMNS, gap: int = 6) -> Image.Image:
+    """Pictures of one size on a white sheet."""
+    width, height = pairs[0].size
+    rows = -(-len(pairs) // columns)
+    columns = min(columns, len(pairs))
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for index, pair in enumerate(pairs):
+        row, column = divmod(index, columns)
+        sheet.paste(pair, (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet
+
+
+def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict:
+    """Measure the tokenizer on held-out pictures and write `reconstruction.json` and the pictures.
+
+    Args:
+        paths: what to read and where to write.
+        count: how many held-out pictures, all by default; as many seen ones are measured beside them.
+        seed: of the draws and of the untrained twin.
+    """
+    tokenizer = load_visual_tokenizer(paths.visual_tokenizer)
+    size = tokenizer.config.image_size
+    held_out = load_pictures(paths.held_out_images, size, count, seed)
+    seen = load_pictures(paths.seen_images, size, len(held_out), seed)
+    found = reconstruct(tokenizer, held_out.images)
+    found_seen = reconstruct(tokenizer, seen.images)
+    untrained = reconstruct(untrained_twin(tokenizer, seed), held_out.images)
+    flat = score(mean_colour(held_out.images), held_out.images)
+    folder = paths.output / "reconstruction"
+    pictures = _save_pictures(folder, held_out, found)
+    result = {
+        "image_size": size,
+        "pictures": len(held_out),
+        "tokenizer": found.summary(),
+        "tokenizer_seen": found_seen.summary(),
+        "mean_colour": flat.summary(),
+        "untrained": untrained.summary(),
+        "codebook_size": tokenizer.config.codebook_size,
+        "codebooks": {
+            "held_out": codebook_table(found.codes, tokenizer.config.codebook_size),
+            "seen": codebook_table(found_seen.codes, tokenizer.config.codebook_size),
+        },
+        "per_picture": pictures,
+    }
+    write_json(paths.output / "reconstruction.json", result)
+    return result
+
+
+def _save_pictures(folder: Path, pictures: Pictures, found: Reconstruction) -> list[dict]:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, pairs = [], []
+    for index, key in enumerate(pictures.keys):
+        pair = side_by_side(pictures.images[index], found.images[index])
+        pair.save(folder / f"{index:05d}.png")
+        pairs.append(pair)
+        rows.append(
+            {
+                "key": key,
+                "captions": pictures.captions[index],
+                "psnr": float(found.psnr[index]),
+                "ssim": float(found.ssim[index]),
+                "picture": f"{folder.name}/{index:05d}.png",
+            }
+        )
+    picture_grid(pairs[:GRID_PICTURES]).save(folder.with_suffix(".png"))
+    return rows
