@@ -1,0 +1,260 @@
+"""Settings of a training job: dataclasses, YAML recipes, `key=value` words, one clear line per mistake."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+
+# Job -> module, config class, task class. Imported when asked for: starting one job does not load the others.
+JOBS = {
+    "contrastive": ("pretrain.contrastive_task", "ContrastiveJobConfig", "ContrastiveTask"),
+    "tokenizer": ("pretrain.tokenizer_task", "TokenizerJobConfig", "TokenizerTask"),
+    "mllm": ("pretrain.mllm_task", "MllmJobConfig", "MllmTask"),
+}
+
+
+class ConfigError(ValueError):
+    """A mistake in a recipe or on the command line; the message is one line for the user."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule for one engine; steps are optimizer steps."""
+
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # not applied to parameters of one dimension (norms, biases)
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    min_lr_ratio: float = 0.0  # the cosine ends at lr * min_lr_ratio
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2:
+            raise ConfigError(f"betas {self.betas}: AdamW needs two, for example [0.9, 0.95]")
+        if self.lr < 0 or self.warmup_steps < 0 or not 0 <= self.min_lr_ratio <= 1:
+            raise ConfigError(
+                f"lr {self.lr}, warmup_steps {self.warmup_steps} and min_lr_ratio {self.min_lr_ratio}: "
+                "expected lr >= 0, warmup_steps >= 0 and min_lr_ratio between 0 and 1"
+            )
+
+
+@dataclass
+class WandbConfig:
+    """Where the figures of metrics.jsonl go too; `offline` writes into the run folder and needs no login."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "dualtoken"
+    name: str | None = None  # default: the run folder's name
+
+
+@dataclass
+class JobConfig:
+    """What every job has; a job's own config class derives from this one and stands beside its task."""
+
+    job: str = MISSING
+    run_dir: str = MISSING
+    steps: int = MISSING  # optimizer steps of the whole run
+    global_batch_size: int = MISSING  # samples (mllm: packs) per optimizer step over all ranks
+    micro_batch_size: int = MISSING  # of these, per rank and forward pass
+    seed: int = 0
+    deepspeed: str = "zero1.json"  # a path, or a file in ds_configs/
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware computes in it
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    gradient_clipping: float = 1.0  # of the global norm; 0 leaves gradients as they are
+    on_nonfinite: Literal["error", "skip"] = "error"
+    log_every: int = 10
+    validate_every: int = 0  # 0: at the end only
+    validate_batches: int = 0  # per rank; 0: all of them
+    checkpoint_every: int = 0  # 0: at the end (and when asked to stop) only
+    keep_checkpoints: int = 2
+    resume: str = "auto"  # auto | never | path of a step folder
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
+        for name in ("validate_every", "validate_batches", "checkpoint_every", "gradient_clipping", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more")
+
+    def micro_steps(self, world_size: int) -> int:
+        """Micro-batches per rank in one optimizer step.
+
+        Raises:
+            ConfigError: the global batch is not a multiple of micro batch times ranks.
+        """
+        per_step = self.micro_batch_size * world_size
+        if self.global_batch_size % per_step:
+            below = self.global_batch_size // per_step * per_step
+            nearest = f"{below} or {below + per_step}" if below else str(per_step)
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} cannot be split: expected a multiple of "
+                f"micro_batch_size {self.micro_batch_size} x {world_size} rank(s) = {per_step}, "
+                f"such as {nearest}"
+            )
+        return self.global_batch_size // per_step
+
+
+def job_classes(job: str) -> tuple[type[JobConfig], type]:
+    """Config class and task class of a job: a name in JOBS, or `module:ConfigClass:TaskClass`."""
+    if job in JOBS:
+        module_name, config_name, task_name = JOBS[job]
+    elif job.count(":") == 2:
+        module_name, config_name, task_name = job.split(":")
+    else:
+        raise ConfigError(f"job={job} is unknown{_did_you_mean(job, JOBS)}; there are {', '.join(JOBS)}")
+    try:
+        module = importlib.import_module(module_name)
+        return getattr(module, config_name), getattr(module, task_name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if job in JOBS:
+            raise
+        raise ConfigError(f"job={job}: {error}") from error
+
+
+def available_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find_recipe(name: str, beside: Path | None = None) -> Path:
+    """Path of a recipe given by name or path; `beside` is the folder of the recipe that extends it."""
+    candidates = [Path(name), RECIPES / f"{name}.yaml"]
+    if beside is not None:
+        candidates = [beside / name, beside / f"{name}.yaml", *candidates]
+    for path in candidates:
+        if path.is_file():
+            return path
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        raise ConfigError(f"recipe={name}: there is no such file")
+    known = available_recipes()
+    raise ConfigError(f"recipe={name} is unknown{_did_you_mean(name, known)}; there are {', '.join(known)}")
+
+
+def load_recipe(path: Path, _seen: tuple[Path, ...] = ()) -> DictConfig:
+    """Read a recipe and, below it, the ones it `extends`."""
+    path = path.resolve()
+    if path in _seen:
+        raise ConfigError(f"recipe {path} extends itself (through {', '.join(p.name for p in _seen)})")
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"recipe {path}: expected keys and values, got a {type(loaded).__name__}")
+    if "extends" not in loaded:
+        return loaded
+    base = find_recipe(str(loaded.pop("extends")), beside=path.parent)
+    return OmegaConf.merge(load_recipe(base, (*_seen, path)), loaded)
+
+
+def load_job_config(argv: Sequence[str], world_size: int | None = None) -> JobConfig:
+    """Build and check the settings of a job from `recipe=NAME key=value ...`.
+
+    Args:
+        argv: Words of the command line; launchers' `--local_rank` is ignored.
+        world_size: Ranks the batch is split over; default from WORLD_SIZE, else 1.
+
+    Raises:
+        ConfigError: anything a user can mend, in one line that names the key.
+    """
+    recipe, overrides = _split_arguments(argv)
+    merged = OmegaConf.create() if recipe is None else load_recipe(find_recipe(recipe))
+    for key, word in overrides.items():
+        try:
+            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={word}"]).value)
+        except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+            raise ConfigError(f"{key}={word}: {_one_line(error)}") from error
+    if "job" not in merged:
+        raise ConfigError(f"no job given: start with recipe=NAME, one of {', '.join(available_recipes())}")
+    config_class, _ = job_classes(str(merged.job))
+    config = _build(config_class, merged)
+    config.micro_steps(int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
+    return config
+
+
+def config_as_yaml(config: JobConfig) -> str:
+    """The resolved settings, as the run folder's config.yaml holds them."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def changed_keys(before: str, after: str) -> list[str]:
+    """Lines `key: old -> new` for what differs between two config.yaml texts."""
+    old, new = _flat(OmegaConf.create(before)), _flat(OmegaConf.create(after))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
+
+
+def _split_arguments(argv: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    recipe, overrides = None, {}
+    for word in argv:
+        if word.startswith(("--local_rank", "--local-rank")):
+            continue  # DeepSpeed's launcher passes it; the rank is read from the environment
+        key, equals, value = word.partition("=")
+        if not equals or not key or key.startswith("-"):
+            raise ConfigError(f"got the argument {word!r}: expected key=value, for example steps=100")
+        if key == "recipe":
+            recipe = value
+        else:
+            overrides[key] = value
+    return recipe, overrides
+
+
+def _build(config_class: type[JobConfig], merged: DictConfig) -> JobConfig:
+    known = [item.name for item in fields(config_class)]
+    for key in merged:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r}{_did_you_mean(str(key), known)}")
+    try:
+        config = OmegaConf.structured(config_class)
+        for key in merged:
+            try:
+                config = OmegaConf.merge(config, OmegaConf.masked_copy(merged, key))
+            except OmegaConfBaseException as error:
+                where = error.full_key or key
+                # Inside lists of dataclasses OmegaConf names the last part only.
+                where = where if str(where).startswith(str(key)) else f"{key}: {where}"
+                raise ConfigError(f"{where}: {_one_line(error)}") from error
+        built = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'configuration'}: {_one_line(error)}") from error
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:  # from a dataclass's own check
+        raise ConfigError(_one_line(error)) from error
+    if not isinstance(built, JobConfig):
+        raise ConfigError(f"{config_class.__name__} is not a JobConfig")
+    return built
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(config, DictConfig):
+        flat: dict[str, Any] = {}
+        for key in config:
+            flat |= _flat(config[key], f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    if isinstance(config, ListConfig):
+        return {prefix: OmegaConf.to_container(config)}
+    return {prefix: config}
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).split("full_key:")[0].splitlines() if line.strip())

@@ -1,0 +1,213 @@
+"""Figures of a run: averages over ranks and micro-batches, metrics.jsonl, wandb and the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.config import JobConfig, config_as_yaml
+
+
+class Averages:
+    """Sums and counts of named figures; `reduce` gives sum of sums over sum of counts across all ranks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
+        """Add a sum over `count` items; tensors keep no graph and need no synchronisation with the device."""
+        total = torch.as_tensor(total, device=self.device).detach().double()
+        count = torch.as_tensor(count, device=self.device).detach().double()
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.counts[name] = self.counts[name] + count if name in self.counts else count
+
+    def reduce(self) -> dict[str, Tensor]:
+        """Averages over everything that all ranks added, in one collective.
+
+        A figure nobody counted (count 0) is NaN.
+
+        Raises:
+            RuntimeError: the ranks added different names, so that their sums would be mixed up.
+        """
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        checksum = float(zlib.crc32("\n".join(names).encode()))
+        mark = torch.tensor([checksum, 1.0], dtype=torch.float64, device=self.device)
+        packed = torch.stack([*(self.sums[n] for n in names), *(self.counts[n] for n in names)])
+        packed = torch.cat([packed, mark])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(packed)
+            if packed[-2] != checksum * packed[-1]:
+                raise RuntimeError(f"ranks report different figures; this one has {', '.join(names)}")
+        sums, counts = packed[: len(names)], packed[len(names) : 2 * len(names)]
+        return dict(zip(names, (sums / counts).unbind(), strict=True))
+
+
+class MetricsLog:
+    """Writes the figures of a run: metrics.jsonl, wandb, and a line or a progress bar on the console.
+
+    Only the main process writes; on others every method does nothing.
+    """
+
+    def __init__(self, config: JobConfig, run_dir: Path, is_main: bool) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.is_main = is_main
+        self._progress: Any = None
+        self._bar: Any = None
+        self._wandb: Any = None
+
+    def start(self, step: int) -> None:
+        """Open the outputs; lines of metrics.jsonl after `step`, left by a killed run, are dropped."""
+        if not self.is_main:
+            return
+        self._path = self.run_dir / "metrics.jsonl"
+        _drop_lines_after(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
+        if self.config.wandb.mode != "disabled":
+            self._wandb = _start_wandb(self.config, self.run_dir)
+        if sys.stdout.isatty():
+            from rich import progress
+
+            self._progress = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeRemainingColumn(),
+            )
+            self._bar = self._progress.add_task(self.config.job, total=self.config.steps, completed=step)
+            self._progress.start()
+
+    def say(self, line: str) -> None:
+        """Print one line, above the progress bar if there is one."""
+        if not self.is_main:
+            return
+        if self._progress is not None:
+            self._progress.console.print(line, markup=False, highlight=False)
+        else:
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=step)
+
+    def write(self, step: int, split: str, figures: dict[str, Any]) -> None:
+        """Record figures of one step; uint8 tensors [H, W, 3] are pictures and go to `images/` and wandb."""
+        if not self.is_main:
+            return
+        numbers = {key: _number(value) for key, value in figures.items() if not _is_picture(value)}
+        record = {"step": step, "split": split, "time": round(time.time(), 3), **numbers}
+        # NaN is not JSON: a figure that could not be computed is null.
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        pictures = {key: value for key, value in figures.items() if _is_picture(value)}
+        files = {key: self._save_picture(step, key, value) for key, value in pictures.items()}
+        if self._wandb is not None:
+            import wandb
+
+            logged: dict[str, Any] = {f"{split}/{key}": value for key, value in numbers.items()}
+            logged |= {f"{split}/{key}": wandb.Image(str(path)) for key, path in files.items()}
+            self._wandb.log(logged, step=step)
+        self.say(self._line(step, split, numbers))
+
+    def close(self) -> None:
+        """Finish the outputs."""
+        if not self.is_main:
+            return
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+        self._file.close()
+
+    def _line(self, step: int, split: str, numbers: dict[str, float]) -> str:
+        words = [f"{key} {_short(value)}" for key, value in numbers.items()]
+        return f"{split:5s} {step:>{len(str(self.config.steps))}}/{self.config.steps}  " + "  ".join(words)
+
+    def _save_picture(self, step: int, key: str, picture: Tensor) -> Path:
+        from PIL import Image
+
+        folder = self.run_dir / "images"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step_{step:08d}_{key.replace('/', '_')}.png"
+        Image.fromarray(picture.cpu().numpy()).save(path)
+        return path
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory this process has held: of the GPU if it has one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def read_metrics(path: Path) -> Iterable[dict[str, Any]]:
+    """Records of a metrics.jsonl; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _start_wandb(config: JobConfig, run_dir: Path) -> Any:
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+    from omegaconf import OmegaConf
+
+    # One run of the folder is one run in wandb, however often it was resumed.
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+    return wandb.init(
+        mode=config.wandb.mode,
+        project=config.wandb.project,
+        name=config.wandb.name or run_dir.name,
+        id=id_file.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        dir=str(run_dir),
+        config=OmegaConf.to_container(OmegaConf.create(config_as_yaml(config))),
+    )
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.dim() == 3
+
+
+def _number(value: Any) -> float | int:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _short(value: float | int) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4g}"

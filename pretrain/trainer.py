@@ -1,0 +1,330 @@
+"""The one training loop: step, log, validate, checkpoint, stop when asked to, finish."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+
+from pretrain.checkpointing import (
+    find_checkpoint,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from pretrain.config import ConfigError, JobConfig, changed_keys, config_as_yaml
+from pretrain.engine import Runtime, gradient_norm, seed_everything
+from pretrain.metrics import MetricsLog, peak_memory_bytes
+
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line for the user."""
+
+
+class Task(Protocol):
+    """What a job adds to the loop. Its constructor takes the job's config and the Runtime.
+
+    `train_step` makes one whole optimizer step out of all micro-batches of this rank and returns figures that
+    are already averaged over ranks (floats or scalar tensors). Names that start with `count/` are this step's
+    amounts over all ranks, such as `count/images`; the log turns them into rates.
+    """
+
+    engines: Mapping[str, DeepSpeedEngine]
+    train_loader: Any  # endless iterable with save_state() and restore_state(state)
+
+    def train_step(self, micro_batches: list[Any]) -> dict[str, Any]:
+        """One optimizer step."""
+
+    def validate(self) -> dict[str, Any]:
+        """Figures on held-out data, the same on every rank; pictures are uint8 tensors [H, W, 3]."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank needs besides its engines to go on exactly."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+
+    def export(self, directory: Path) -> None:
+        """Write what the next job or a user loads; every rank calls, the main one writes."""
+
+    def describe(self) -> list[str]:
+        """Lines for the start of the log: parts and their parameters, data."""
+
+
+class Trainer:
+    """Runs a task from wherever its run folder stands to the last step."""
+
+    def __init__(self, config: JobConfig, runtime: Runtime, task: Task) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.task = task
+        self.checkpoints = runtime.run_dir / "checkpoints"
+        self.log = MetricsLog(config, runtime.run_dir, runtime.is_main)
+        self.stop_signal: str | None = None
+        self.wall_seconds = 0.0  # of all earlier starts of this run
+        self.skipped_in_a_row = 0
+
+    def run(self) -> bool:
+        """Train, then export.
+
+        Returns:
+            True if the run is finished, False if a signal ended it early (a checkpoint is written).
+
+        Raises:
+            ConfigError: the run folder's checkpoint does not fit this run.
+            TrainingError: gradients were not finite, or the data ended.
+        """
+        self._started = time.perf_counter()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        self._prepare_run_folder()
+        self._start_or_resume()
+        first = self.runtime.step
+        finished = self._loop()
+        if first < self.runtime.step or not finished:
+            self._save()
+        if finished:
+            self._finish()
+        else:
+            self.log.say(f"stopped by {self.stop_signal} after step {self.runtime.step}; checkpoint written")
+        self.log.close()
+        return finished
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        self.stop_signal = signal.Signals(number).name
+
+    def _prepare_run_folder(self) -> None:
+        if not self.runtime.is_main:
+            return
+        folder = self.runtime.run_dir
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        (folder / "done.json").unlink(missing_ok=True)  # a finished run that is given more steps
+        settings = config_as_yaml(self.config)
+        saved = folder / "config.yaml"
+        if saved.exists():
+            for line in changed_keys(saved.read_text(encoding="utf-8"), settings):
+                self.log.say(f"changed since the last start: {line}")
+        saved.write_text(settings, encoding="utf-8")
+
+    def _start_or_resume(self) -> None:
+        # Parameters were drawn with the same seed everywhere; from here each rank draws its own numbers.
+        seed_everything(self.config.seed, self.runtime.rank)
+        checkpoint = find_checkpoint(self.config, self.checkpoints)
+        # Every rank decides by itself: none may write into the folder before all have looked.
+        self.runtime.barrier()
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, self.runtime, self.task.engines, self.config.job)
+            self.task.train_loader.restore_state(state["loader"])
+            self.task.load_state_dict(state["task"])
+            self.wall_seconds = state["wall_seconds"]
+            restore_random_state(state["random"])
+        self.log.start(self.runtime.step)
+        runtime = self.runtime
+        self.log.say(
+            f"{self.config.job}: {runtime.world_size} rank(s) on {runtime.device.type}, {runtime.dtype}, "
+            f"batch {self.config.global_batch_size} = {self.config.micro_batch_size} x "
+            f"{runtime.micro_steps} micro-step(s) x {runtime.world_size}"
+        )
+        for line in self.task.describe():
+            self.log.say(line)
+        self.log.say(f"resumed from {checkpoint}" if checkpoint else f"started in {runtime.run_dir}")
+
+    def _loop(self) -> bool:
+        self.batches = iter(self.task.train_loader)
+        window = _Window()
+        config, runtime = self.config, self.runtime
+        while runtime.step < config.steps:
+            begin = time.perf_counter()
+            micro_batches = self._next_micro_batches()
+            waited = time.perf_counter() - begin
+            rates, skipped_before = self._learning_rates(), self._skipped_steps()
+            figures = self.task.train_step(micro_batches)
+            runtime.step += 1
+            self._check_finite(figures, skipped_before)
+            stop, waited = self._over_ranks(waited)
+            window.add(time.perf_counter() - begin, waited, figures)
+            self.log.advance(runtime.step)
+            last = runtime.step == config.steps
+            if runtime.step % config.log_every == 0 or last:
+                self.log.write(runtime.step, "train", {**window.pop(figures), **rates, **self._engine_figures()})
+            if last or (config.validate_every and runtime.step % config.validate_every == 0):
+                self._validate()
+            if stop and not last:
+                return False
+            if config.checkpoint_every and runtime.step % config.checkpoint_every == 0 and not last:
+                self._save()
+        return True
+
+    def _next_micro_batches(self) -> list[Any]:
+        try:
+            return [next(self.batches) for _ in range(self.runtime.micro_steps)]
+        except StopIteration:
+            raise TrainingError(
+                f"the training data ended after step {self.runtime.step} of {self.config.steps}: "
+                "the loader of a training job has to be endless"
+            ) from None
+
+    def _over_ranks(self, waited: float) -> tuple[bool, float]:
+        """Whether any rank was asked to stop, and the longest wait for data of any rank."""
+        values = torch.tensor([float(self.stop_signal is not None), waited], device=self.runtime.device)
+        if self.runtime.world_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        stop, waited = values.tolist()
+        if stop and self.stop_signal is None:
+            self.stop_signal = "a signal to another rank"
+        return bool(stop), waited
+
+    def _skipped_steps(self) -> int:
+        return sum(engine.skipped_steps for engine in self.task.engines.values())
+
+    def _check_finite(self, figures: dict[str, Any], skipped_before: int) -> None:
+        # DeepSpeed drops a step whose gradients are not finite on some rank, on all ranks alike.
+        if self._skipped_steps() == skipped_before:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        if self.config.on_nonfinite == "skip" and self.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
+            return
+        shown = ", ".join(f"{key} {float(value):.4g}" for key, value in figures.items() if "loss" in key)
+        raise TrainingError(
+            f"step {self.runtime.step}: gradients are not finite ({shown}), the parameters were not changed; "
+            f"{self.skipped_in_a_row} such step(s) in a row with on_nonfinite={self.config.on_nonfinite}. "
+            "Lower optimizer.lr, or look at the data of this step"
+        )
+
+    def _per_engine(self, name: str, figure: Callable[[DeepSpeedEngine], float]) -> dict[str, float]:
+        engines = self.task.engines
+        if len(engines) == 1:
+            return {name: figure(engine) for engine in engines.values()}
+        return {f"{name}/{key}": figure(engine) for key, engine in engines.items()}
+
+    def _learning_rates(self) -> dict[str, float]:
+        return self._per_engine("lr", lambda engine: engine.get_lr()[0])
+
+    def _engine_figures(self) -> dict[str, float]:
+        figures = self._per_engine("gradient_norm", gradient_norm)
+        if self._skipped_steps():
+            figures["skipped_steps"] = self._skipped_steps()
+        return figures
+
+    def _validate(self) -> None:
+        # Validation may sample; training must not notice whether it ran.
+        before = random_state()
+        begin = time.perf_counter()
+        with torch.no_grad():
+            figures = self.task.validate()
+        restore_random_state(before)
+        for engine in self.task.engines.values():
+            engine.train()
+        if figures:
+            seconds = round(time.perf_counter() - begin, 3)
+            self.log.write(self.runtime.step, "val", {**figures, "seconds": seconds})
+
+    def _save(self) -> None:
+        state = {
+            "loader": self.task.train_loader.save_state(),
+            "task": self.task.state_dict(),
+            "random": random_state(),
+            "wall_seconds": self._elapsed(),
+        }
+        save_checkpoint(
+            self.checkpoints,
+            self.runtime,
+            self.task.engines,
+            state,
+            self.config.job,
+            self.config.keep_checkpoints,
+        )
+
+    def _elapsed(self) -> float:
+        return self.wall_seconds + time.perf_counter() - self._started
+
+    def _finish(self) -> None:
+        """Export under a temporary name, then say that the run is done."""
+        folder = self.runtime.run_dir
+        temporary = folder / ".writing_export"
+        if self.runtime.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        self.runtime.barrier()
+        self.task.export(temporary)
+        self.runtime.barrier()
+        peak = torch.tensor([float(peak_memory_bytes(self.runtime.device))], device=self.runtime.device)
+        total = peak.clone()
+        if self.runtime.world_size > 1:
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+            dist.all_reduce(total)
+        if self.runtime.is_main:
+            shutil.rmtree(folder / "export", ignore_errors=True)
+            os.replace(temporary, folder / "export")
+            done = {
+                "job": self.config.job,
+                "steps": self.runtime.step,
+                "wall_seconds": round(self._elapsed(), 1),
+                "peak_memory_bytes": int(peak.item()),
+                "peak_memory_bytes_all_ranks": int(total.item()),
+                "world_size": self.runtime.world_size,
+                "precision": str(self.runtime.dtype).removeprefix("torch."),
+            }
+            (folder / "done.json").write_text(json.dumps(done, indent=1), encoding="utf-8")
+        self.log.say(f"finished after {self._elapsed():.1f} s; exported to {folder / 'export'}")
+
+
+class _Window:
+    """Times and amounts since the last log line."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.seconds = 0.0
+        self.waited = 0.0
+        self.counts: dict[str, Any] = {}
+
+    def add(self, seconds: float, waited: float, figures: dict[str, Any]) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.waited += waited
+        for key, value in figures.items():
+            if key.startswith("count/"):
+                self.counts[key] = self.counts.get(key, 0) + value
+
+    def pop(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """The last step's figures with times and rates; starts a new window."""
+        shown = {key: value for key, value in figures.items() if not key.startswith("count/")}
+        for key, total in self.counts.items():
+            shown[f"{key.removeprefix('count/')}_per_second"] = float(total) / self.seconds
+        shown["seconds_per_step"] = self.seconds / self.steps
+        shown["data_wait"] = self.waited / self.seconds  # share of the time spent waiting for data
+        self.__init__()
+        return shown
+
+
+def finished_before(config: JobConfig) -> str | None:
+    """A line saying that this run is done already, or None if there is something left to do.
+
+    Raises:
+        ConfigError: the folder holds a finished run of another job.
+    """
+    path = Path(config.run_dir) / "done.json"
+    if not path.exists():
+        return None
+    done = json.loads(path.read_text(encoding="utf-8"))
+    if done["job"] != config.job:
+        raise ConfigError(f"run_dir={config.run_dir} holds a finished {done['job']} run; take another folder")
+    if done["steps"] < config.steps:
+        return None
+    return (
+        f"{config.job} is already finished: {done['steps']} steps in {done['wall_seconds']} s, "
+        f"exported to {path.parent / 'export'}"
+    )

@@ -1,0 +1,1 @@
+"""Tests; `tests.distributed` runs code on several ranks."""
