@@ -168,5 +168,9 @@ class StreamLoader(Generic[T]):
 
     def close(self) -> None:
         """Stop the worker processes, if any; iterating again starts from the beginning."""
+        workers = getattr(self._loader, "_iterator", None)
+        if workers is not None:
+            # DataLoader has no public way to do so; left to garbage collection it can take 5 s a worker.
+            workers._shutdown_workers()
         self._iterator = None
         self._loader = None

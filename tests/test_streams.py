@@ -113,10 +113,13 @@ def test_state_restored_in_a_new_process_gives_the_same_batches(images: Path, nu
 
 def test_two_workers_read_what_two_ranks_read(images: Path) -> None:
     one_rank = image_loader(config(images, num_workers=2), 2)
+    expected = keys(one_rank, 12)
+    one_rank.close()
     for num_workers in (0, 1):
         ranks = [image_loader(config(images, num_workers=num_workers), 2, rank, 2) for rank in range(2)]
-        assert keys(one_rank, 12) == [next(ranks[step % 2]).keys for step in range(12)]
-        one_rank = image_loader(config(images, num_workers=2), 2)
+        assert [next(ranks[step % 2]).keys for step in range(12)] == expected
+        for loader in ranks:
+            loader.close()
 
 
 def test_state_of_another_setting_is_refused(images: Path) -> None:
@@ -148,8 +151,10 @@ def test_bad_sample_stops_or_is_skipped(tmp_path: Path, caplog: pytest.LogCaptur
     prepare_dataset(tmp_path)
     for num_workers in (0, 1):
         settings = config(tmp_path, on_bad_sample="stop", num_workers=num_workers)
+        loader = image_loader(settings, 1, split="val")
         with pytest.raises(DatasetError, match=r"shard\.tar: sample 'b': Expecting property") as caught:
-            list(image_loader(settings, 1, split="val"))
+            list(loader)
+        loader.close()
         assert "\n" not in str(caught.value)
     kept = [key for batch in image_loader(config(tmp_path), 1, split="val") for key in batch.keys]
     assert kept == ["a", "c"]
