@@ -176,7 +176,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {  # 64 pixels on two CPU cores
         "vision_config": {
             "hidden_size": 192,
-            "intermediate_size": 768,
+            "intermediate_size": 512,
             "num_hidden_layers": 6,
             "num_attention_heads": 6,
             "image_size": 64,
@@ -202,7 +202,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "latent_norm": True,
         "decoder_in_channels": 96,
         "decoder_channels": 24,
-        "decoder_channel_multipliers": (1, 2, 4, 4),
+        "decoder_channel_multipliers": (1, 1, 2, 4),
         "decoder_num_res_blocks": 0,
         "decoder_attention_resolutions": (),
         "decoder_latent_size": None,
