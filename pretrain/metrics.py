@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+import uuid
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -189,7 +190,7 @@ def _start_wandb(config: JobConfig, run_dir: Path) -> Any:
     # One run of the folder is one run in wandb, however often it was resumed.
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+        id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
     return wandb.init(
         mode=config.wandb.mode,
         project=config.wandb.project,

@@ -158,7 +158,8 @@ class Trainer:
             self.log.advance(runtime.step)
             last = runtime.step == config.steps
             if runtime.step % config.log_every == 0 or last:
-                self.log.write(runtime.step, "train", {**window.pop(figures), **rates, **self._engine_figures()})
+                figures = {**window.pop(figures), **rates, **self._engine_figures()}
+                self.log.write(runtime.step, "train", figures)
             if last or (config.validate_every and runtime.step % config.validate_every == 0):
                 self._validate()
             if stop and not last:
@@ -206,9 +207,8 @@ class Trainer:
 
     def _per_engine(self, name: str, figure: Callable[[DeepSpeedEngine], float]) -> dict[str, float]:
         engines = self.task.engines
-        if len(engines) == 1:
-            return {name: figure(engine) for engine in engines.values()}
-        return {f"{name}/{key}": figure(engine) for key, engine in engines.items()}
+        keys = {key: f"{name}/{key}" if len(engines) > 1 else name for key in engines}
+        return {keys[key]: figure(engine) for key, engine in engines.items()}
 
     def _learning_rates(self) -> dict[str, float]:
         return self._per_engine("lr", lambda engine: engine.get_lr()[0])
