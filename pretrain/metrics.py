@@ -136,7 +136,7 @@ class MetricsLog:
             self._progress.stop()
             self._progress = None
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
         self._file.close()
 
     def _line(self, step: int, split: str, numbers: dict[str, float]) -> str:
@@ -183,7 +183,6 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 
 def _start_wandb(config: JobConfig, run_dir: Path) -> Any:
-    os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
     from omegaconf import OmegaConf
 
@@ -199,6 +198,7 @@ def _start_wandb(config: JobConfig, run_dir: Path) -> Any:
         resume="allow",
         dir=str(run_dir),
         config=OmegaConf.to_container(OmegaConf.create(config_as_yaml(config))),
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
     )
 
 

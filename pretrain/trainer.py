@@ -99,7 +99,7 @@ class Trainer:
             self._finish()
         else:
             self.log.say(f"stopped by {self.stop_signal} after step {self.runtime.step}; checkpoint written")
-        self.log.close()
+            self.log.close()
         return finished
 
     def _on_signal(self, number: int, _frame: Any) -> None:
@@ -266,6 +266,7 @@ class Trainer:
         if self.runtime.world_size > 1:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
             dist.all_reduce(total)
+        self.log.close()
         if self.runtime.is_main:
             shutil.rmtree(folder / "export", ignore_errors=True)
             os.replace(temporary, folder / "export")
