@@ -13,16 +13,14 @@ from pathlib import Path
 import yaml
 from megatron.energon import CrudeWebdataset
 
+from data_pipeline.errors import DatasetError
+
 logger = logging.getLogger(__name__)
 
 META_FOLDER = ".nv-meta"
 _INFO_FILE = ".info.json"
 _DATASET_FILE = "dataset.yaml"
 _OFFSET_BYTES = 8
-
-
-class DatasetError(ValueError):
-    """A data set that cannot be used as it is; the message is one line for the user."""
 
 
 def list_shards(folder: Path) -> list[str]:

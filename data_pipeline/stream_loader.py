@@ -11,7 +11,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 from megatron.energon import SavableDataLoader, SavableDataset, WorkerConfig, get_savable_loader
 
-from data_pipeline.shard_index import DatasetError
+from data_pipeline.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
