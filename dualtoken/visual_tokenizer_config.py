@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
-from transformers.configuration_utils import PretrainedConfig
+from transformers.configuration_utils import PretrainedConfig, SubConfigSpec
 
 
 class DualTokenVisualTokenizerConfig(PretrainedConfig):
@@ -40,7 +40,10 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
     """
 
     model_type = "dualtoken_visual_tokenizer"
-    sub_configs_defaults = {"vision_config": SiglipVisionConfig, "text_config": SiglipTextConfig}
+    sub_configs_defaults = {
+        "vision_config": SiglipVisionConfig,
+        "text_config": SubConfigSpec(SiglipTextConfig, optional=True),
+    }
 
     vision_config: dict | PretrainedConfig | None = None
     text_config: dict | PretrainedConfig | None = None
@@ -71,10 +74,6 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
         """Build the towers' configs and check that the numbers fit each other."""
         if self.vision_config is None:
             self.vision_config = dict(_SO400M_VISION, image_size=384, patch_size=14)
-        if isinstance(self.vision_config, dict):
-            self.vision_config = SiglipVisionConfig(**self.vision_config)
-        if isinstance(self.text_config, dict):
-            self.text_config = SiglipTextConfig(**self.text_config)
         super().__post_init__(**kwargs)
         self._check()
 
@@ -127,6 +126,16 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
     def reconstruction_size(self) -> int:
         """Height and width of decoded images in pixels."""
         return self.latent_size * 2 ** (len(self.decoder_channel_multipliers) - 1)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what ``config.json`` holds: every field of this class and of the towers, defaults included."""
+        full = self.to_dict()
+        kept = {name: full[name] for name in ("architectures", "dtype", "model_type", "transformers_version")}
+        kept |= {name: full[name] for name in DualTokenVisualTokenizerConfig.__annotations__}
+        for name, kind in (("vision_config", SiglipVisionConfig), ("text_config", SiglipTextConfig)):
+            if full[name] is not None:
+                kept[name] = {field: full[name][field] for field in ("model_type", *kind.__annotations__)}
+        return kept
 
     def backbone_config(self) -> SiglipConfig:
         """Return the config of a SigLIP model with these towers, to train or load one that fits.
