@@ -1,0 +1,207 @@
+"""The report of a run: one self-contained page and its figures as JSON, from what lies in the run folder."""
+
+import base64
+import json
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.charts import Series, heatmap, line_chart
+from eval.comparisons import HEADINGS, compare_all, language_name
+from eval.inputs import write_json
+
+MEASURES = ("reconstruction", "retrieval", "likelihood", "generation", "layers")
+JOBS = {"siglip": "SigLIP", "tokenizer": "Visual tokenizer", "mllm": "Unified model"}
+RECONSTRUCTIONS_SHOWN = 40
+WORST_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A chart of one figure of a job over its steps."""
+
+    name: str
+    svg: str
+    first: float
+    last: float
+    has_validation: bool
+
+
+def read_results(run: Path) -> dict[str, dict]:
+    """The measures that have been taken, by name."""
+    paths = {name: run / "evaluation" / f"{name}.json" for name in MEASURES}
+    return {n: json.loads(p.read_text(encoding="utf-8")) for n, p in paths.items() if p.is_file()}
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that a kill cut off is left out."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def read_json(path: Path) -> dict | None:
+    """A JSON file, None if it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def loss_curves(records: list[dict]) -> list[Curve]:
+    """A chart for every loss and validation figure in the lines of a metrics.jsonl."""
+    points: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        for key, value in record.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                points[key][record["split"]].append((record["step"], float(value)))
+    curves = []
+    for key, splits in points.items():
+        validated = splits.get("val", [])
+        if not (key.startswith("loss") or (validated and key not in {"step", "time", "seconds"})):
+            continue
+        series = [Series("training", splits.get("train", []), "a")]
+        series.append(Series("held-out", validated, "b", dots=True))
+        drawn = splits.get("train") or validated
+        svg = line_chart(f"{key} over steps", series)
+        curves.append(Curve(key, svg, drawn[0][1], drawn[-1][1], bool(validated)))
+    # Totals first, then in the order the job wrote them.
+    return sorted(curves, key=lambda curve: curve.name not in {"loss", "loss/total"})
+
+
+def depth_chart(visual: list[dict], log_k: float, codebook_size: int) -> str:
+    """Negative log-likelihood over depth, a line for each codebook, log K dashed."""
+    series = []
+    for name, style in (("pixel", "a"), ("semantic", "b")):
+        points = [(row["depth"], row["nll"]) for row in visual if row["codebook"] == name]
+        series.append(Series(name, points, style, dots=True))
+    depths = sorted({row["depth"] for row in visual})
+    level = (f"log {codebook_size}", log_k)
+    return line_chart("NLL per depth", series, 420, 210, level, depths)
+
+
+def data_uri(path: Path) -> str:
+    """A PNG file as text for the page."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+class PictureFolder:
+    """Gives the page its pictures: paths as the results name them, below `evaluation`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, name: str) -> str:
+        """The picture as a data URI."""
+        return data_uri(self.folder / name)
+
+
+def evenly(items: list, count: int) -> list:
+    """`count` items spread evenly over a list, chosen by nothing but their place."""
+    if len(items) <= count:
+        return items
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def missing_parts(run: Path, results: dict[str, dict]) -> list[str]:
+    """Sentences on what the run folder does not hold yet."""
+    missing = [
+        f"{name}: not measured yet; `dualtoken evaluate {name} --run {run}` does."
+        for name in MEASURES
+        if name not in results
+    ]
+    for job, title in JOBS.items():
+        if not (run / job / "done.json").is_file():
+            missing.append(f"{title}: training has not finished in {run / job}.")
+    return missing
+
+
+def report_data(run: Path, results: dict[str, dict]) -> dict:
+    """Everything the report states as a number, for report.json."""
+    comparisons = compare_all(results)
+    lost = [
+        f"{HEADINGS[name].partition(':')[0]}: {line}"
+        for name, group in comparisons.items()
+        for row in group
+        for line in row.failures()
+    ]
+    return {
+        "run": run.name,
+        "written_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "comparisons": {name: [row.as_json() for row in group] for name, group in comparisons.items()},
+        "not_beaten": lost,
+        "missing": missing_parts(run, results),
+        "results": results,
+        "jobs": {job: read_json(run / job / "done.json") for job in JOBS},
+        "chain": read_json(run / "chain.json"),
+        "sample_data": read_json(run / "sample_data" / "summary.json"),
+    }
+
+
+def render(run: Path, data: dict) -> str:
+    """The page as HTML."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError("the report needs jinja2: pip install 'dualtoken[eval]'") from error
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["language"] = language_name
+    environment.filters["minutes"] = lambda seconds: f"{seconds / 60:.1f} min"
+    environment.filters["gib"] = lambda count: f"{count / 2**30:.1f} GiB"
+    results = data["results"]
+    likelihood, layers = results.get("likelihood"), results.get("layers")
+    reconstructions = results.get("reconstruction", {}).get("per_picture", [])
+    return environment.get_template("report.html.jinja").render(
+        **data,
+        comparison_rows=compare_all(results),
+        headings=HEADINGS,
+        picture=PictureFolder(run / "evaluation"),
+        curves={
+            title: curves
+            for job, title in JOBS.items()
+            if (curves := loss_curves(read_metrics(run / job / "metrics.jsonl")))
+        },
+        depth_svg=likelihood
+        and depth_chart(
+            likelihood["splits"]["held_out"]["visual"],
+            likelihood["log_codebook_size"],
+            likelihood["codebook_size"],
+        ),
+        layers_svg=layers
+        and heatmap("similarity of layers", layers["matrix"], [str(n) for n in layers["layers"]]),
+        shown=evenly(reconstructions, RECONSTRUCTIONS_SHOWN),
+        worst=sorted(reconstructions, key=lambda row: row["psnr"])[:WORST_SHOWN],
+    )
+
+
+def build_report(run: Path) -> Path:
+    """Write `report.html` and `report.json` into a run folder and return the page's path.
+
+    What has not been measured yet is named on the page.
+
+    Raises:
+        FileNotFoundError: the folder holds nothing to report.
+        ImportError: jinja2 is missing.
+    """
+    results = read_results(run)
+    if not results and not any((run / job / "metrics.jsonl").is_file() for job in JOBS):
+        raise FileNotFoundError(
+            f"nothing to report in {run}: expected the folder of a quickstart, with evaluation/*.json or a "
+            "job's metrics.jsonl; `dualtoken quickstart` makes one"
+        )
+    data = report_data(run, results)
+    page = run / "report.html"
+    temporary = page.with_suffix(".html.tmp")
+    temporary.write_text(render(run, data), encoding="utf-8")
+    temporary.rename(page)
+    write_json(run / "report.json", data)
+    return page
