@@ -5,8 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from unified_support import IDS, TOKENIZER, byte_tokenizer
 
 from dualtoken.sequence import (
     SPECIAL,
@@ -18,22 +17,6 @@ from dualtoken.sequence import (
     pack_documents,
     tokenize_document,
 )
-
-
-def byte_tokenizer(special: bool = True) -> PreTrainedTokenizerFast:
-    """A text tokenizer with one token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    text_tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    if special:
-        add_special_tokens(text_tokenizer)
-    return text_tokenizer
-
-
-TOKENIZER = byte_tokenizer()
-IDS = SpecialTokens.from_tokenizer(TOKENIZER)
 
 
 def image(positions=4, depth=3, start=0, dtype=np.uint16):

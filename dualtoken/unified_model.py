@@ -1,0 +1,427 @@
+"""The unified language model: a decoder that reads text and dual visual codes and predicts both.
+
+At each image position the decoder reads the summed code vectors of the pixel and the semantic codebook
+through a small MLP. Text targets meet the decoder's own output layer; at visual targets two depth
+transformers, one per codebook, predict the D codes of each from the hidden state of the position before
+(arXiv 2503.14324, section 3.3). Only supervised positions meet a classifier.
+
+Shapes: T tokens of a pack, V visual positions in it, Q = 2 codebooks (0 pixel, 1 semantic), D depths, K
+codes, E dimensions of a code vector, H width of the decoder, N selected positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.configuration_utils import PretrainedConfig
+from transformers.utils import ModelOutput
+
+from .attention import DOCUMENT_ATTENTION
+from .chunked_loss import TextHead
+from .depth_transformer import VisualHead
+from .sequence import IGNORE_INDEX
+from .unified_model_config import DualTokenConfig, padded_vocabulary
+
+CODEBOOKS = ("pixel", "semantic")
+PARTS = (
+    "llm",
+    "visual_embedder",
+    "pixel_projector",
+    "semantic_projector",
+    "pixel_head",
+    "semantic_head",
+)
+
+
+@dataclass
+class DualTokenOutput(ModelOutput):
+    """Sums of negative log likelihoods, in fp32, and counts; only the two sums carry gradients.
+
+    Divide by the counts of *all* ranks and micro-batches to get a per-token loss.
+
+    Attributes:
+        text_nll: scalar, sum over supervised text positions.
+        text_count: scalar, their number.
+        text_correct: scalar, at how many the target was the most likely token.
+        visual_nll: [Q, D], sums over supervised visual positions.
+        visual_count: scalar, their number.
+        visual_correct: [Q, D].
+        text_positions: [N] places in the row of the text targets.
+        text_position_nll: [N] nll of each.
+        visual_positions: [N] places in the row of the visual targets.
+        visual_position_nll: [N, Q, D] nll of each.
+    """
+
+    text_nll: torch.Tensor | None = None
+    text_count: torch.Tensor | None = None
+    text_correct: torch.Tensor | None = None
+    visual_nll: torch.Tensor | None = None
+    visual_count: torch.Tensor | None = None
+    visual_correct: torch.Tensor | None = None
+    text_positions: torch.Tensor | None = None
+    text_position_nll: torch.Tensor | None = None
+    visual_positions: torch.Tensor | None = None
+    visual_position_nll: torch.Tensor | None = None
+
+
+class Codebooks(nn.Module):
+    """The frozen code vectors, in fp32 whatever happens to the rest of the model.
+
+    `vectors` [Q, Dc, K, E] are stored as the visual tokenizer has them; what the model reads is scaled to
+    unit mean square of the summed codes' leading part, so that its weights start at the right scale for any
+    tokenizer.
+    """
+
+    def __init__(self, codebook_depths: int, codebook_size: int, codebook_dim: int) -> None:
+        super().__init__()
+        # Converted, not created, as fp32: DeepSpeed's zero.Init turns created tensors into the training
+        # precision.
+        vectors = torch.zeros(len(CODEBOOKS), codebook_depths, codebook_size, codebook_dim).float()
+        self.register_buffer("vectors", vectors)
+        self.vectors: torch.Tensor
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        """Look up codes [N, Q, D] -> [N, Q, D, E]."""
+        _, depths, size, _ = self.vectors.shape
+        books = torch.arange(codes.shape[1], device=codes.device)[:, None] * depths
+        depth = torch.arange(codes.shape[2], device=codes.device).clamp(max=depths - 1)
+        rows = (books + depth) * size + codes
+        scale = self.vectors[:, 0].square().mean(dim=(1, 2)).clamp(min=1e-12).rsqrt()  # [Q]
+        return self.vectors.flatten(0, 2)[rows] * scale[:, None, None]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        before = self.vectors
+        super()._apply(fn, recurse)
+        if self.vectors.dtype != torch.float32:
+            self.vectors = before.float().to(self.vectors.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.vectors = self.vectors.float()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class GeluMLP(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(in_features, hidden_features)
+        self.activation = nn.GELU()
+        self.down = nn.Linear(hidden_features, out_features)
+
+    def init_weights(self) -> None:
+        """Draw weights that keep the scale of the input."""
+        for linear in (self.up, self.down):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., in_features] to [..., out_features]."""
+        return self.down(self.activation(self.up(x.to(self.up.weight.dtype))))
+
+
+class VisualEmbedder(nn.Module):
+    """Summed code vectors [V, Q, E] -> inputs of the decoder [V, H]."""
+
+    def __init__(self, visual_input: str, embedder: str, codebook_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.read = [q for q, name in enumerate(CODEBOOKS) if visual_input in ("both", name)]
+        self.joined = embedder == "concat_mlp" or len(self.read) == 1
+        mlps, width = (1, len(self.read) * codebook_dim) if self.joined else (len(self.read), codebook_dim)
+        if hidden_size % mlps:
+            raise ValueError(f"embedder='mlp_concat' needs an even hidden_size, got {hidden_size}")
+        self.mlps = nn.ModuleList(
+            GeluMLP(width, hidden_size // mlps, hidden_size // mlps) for _ in range(mlps)
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Join the features that are read, before or after the MLPs."""
+        features = features[:, self.read]
+        if self.joined:
+            return self.mlps[0](features.flatten(1))
+        return torch.cat([mlp(features[:, i]) for i, mlp in enumerate(self.mlps)], dim=-1)
+
+
+class DualTokenForCausalLM(PreTrainedModel):
+    """A decoder with a visual embedder and two visual heads.
+
+    Build it with `AutoModelForCausalLM.from_config(config)` (sharded under an active DeepSpeed ZeRO-3
+    config), `from_base` or `from_pretrained`, then give it the visual tokenizer's codebooks by
+    `set_codebooks`; `save_pretrained` keeps them.
+
+    Every trainable part runs in every forward pass, on a batch without images or text targets with weight
+    zero, so that all ranks of ZeRO-3 gather and reduce the same parameters in the same order.
+    """
+
+    config_class = DualTokenConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["codebooks"]
+    _no_split_modules = ["VisualHead"]
+
+    config: DualTokenConfig
+
+    def __init__(self, config: DualTokenConfig, llm: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if llm is None:
+            llm = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=DOCUMENT_ATTENTION)
+        if not isinstance(llm.get_output_embeddings(), TextHead):
+            llm.set_output_embeddings(TextHead(llm.get_output_embeddings(), config.chunk_size))
+        self.llm = llm
+        width = self.decoder_config.hidden_size
+        self.codebooks = Codebooks(config.codebook_depths, config.codebook_size, config.codebook_dim)
+        self.visual_embedder = VisualEmbedder(
+            config.visual_input, config.embedder, config.codebook_dim, width
+        )
+        self.pixel_projector = GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
+        self.semantic_projector = GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
+        self.pixel_head = _visual_head(config)
+        self.semantic_head = _visual_head(config)
+        self._codebooks_checked = False
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, VisualHead | GeluMLP):
+            module.init_weights()
+
+    @property
+    def decoder_config(self) -> PretrainedConfig:
+        """Config of the decoder."""
+        return cast(PretrainedConfig, self.config.text_config)
+
+    @classmethod
+    def from_base(cls, config: DualTokenConfig, path: str, **kwargs: Any) -> DualTokenForCausalLM:
+        """Build the model around a pretrained decoder.
+
+        Args:
+            config: its `text_config` is replaced by the decoder's.
+            path: a folder (or name) that `AutoModelForCausalLM.from_pretrained` reads.
+            kwargs: passed on to it, such as `dtype`.
+
+        The embedding is enlarged (to a multiple of 64 rows) if the special tokens do not fit into it; rows
+        beyond the text tokenizer's length, as Qwen's checkpoints have, are used as they are.
+        """
+        llm: Any = AutoModelForCausalLM.from_pretrained(
+            path, attn_implementation=DOCUMENT_ATTENTION, **kwargs
+        )
+        rows = llm.get_input_embeddings().num_embeddings
+        needed = padded_vocabulary(rows, max(config.special.ids()) + 1)
+        if needed > rows:
+            llm.resize_token_embeddings(needed)
+        for module in llm.modules():
+            module._is_hf_initialized = True  # what was just loaded is not to be drawn anew
+        config.text_config = llm.config
+        config.tie_word_embeddings = bool(llm.config.tie_word_embeddings)
+        return cls._from_config(config, dtype=llm.dtype, llm=llm)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the decoder's token embedding."""
+        return self.llm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the decoder's output layer."""
+        return self.llm.get_output_embeddings()
+
+    def set_codebooks(self, vectors: torch.Tensor, fingerprint: str | None = None) -> None:
+        """Take over the visual tokenizer's codebooks, [Q, Dc, K, E] as its `codebooks()` returns them."""
+        expected = tuple(self.codebooks.vectors.shape)
+        if tuple(vectors.shape) != expected:
+            raise ValueError(
+                f"codebooks have shape {tuple(vectors.shape)}, the config asks for {expected} "
+                "[codebooks, depths, codes, dimensions]; build the config with DualTokenConfig.for_tokenizers"
+            )
+        self.codebooks.vectors = vectors.detach().to(self.codebooks.vectors.device, torch.float32, copy=True)
+        if fingerprint is not None:
+            self.config.tokenizer_fingerprint = fingerprint
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the trainable parts by name, to group, freeze or count their parameters."""
+        names = (
+            "llm",
+            "visual_embedder",
+            "pixel_projector",
+            "semantic_projector",
+            "pixel_head",
+            "semantic_head",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def visual_heads(self) -> list[tuple[GeluMLP, VisualHead]]:
+        """Return projector and head of each codebook, in the order of Q."""
+        return [(self.pixel_projector, self.pixel_head), (self.semantic_projector, self.semantic_head)]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        codes: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        visual_loss_mask: torch.Tensor | None = None,
+    ) -> DualTokenOutput:
+        """Score a pack of documents: equations (5) to (8) of arXiv 2503.14324, as sums.
+
+        Args:
+            input_ids: [1, T], image-pad ids at visual positions.
+            position_ids: [1, T], restarting per document; None to take them from `cu_seqlens`.
+            cu_seqlens: [n + 1] int32, borders of the documents; None for a single one.
+            max_seqlen: length of the longest document.
+            codes: [V, Q, D] of the image-pad positions in order; None without images.
+            labels: [1, T], -100 where there is no text target; None without any.
+            visual_loss_mask: [V] bool, which visual positions are targets; None for none.
+
+        Raises:
+            ValueError: on more than one row, or numbers of codes and image-pad positions that differ.
+        """
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+            raise ValueError(
+                f"input_ids have shape {tuple(input_ids.shape)}, expected [1, T]; "
+                "put several documents into one row with pack_documents"
+            )
+        if cu_seqlens is None:
+            cu_seqlens = torch.tensor([0, input_ids.shape[1]], dtype=torch.int32, device=input_ids.device)
+        if position_ids is None:
+            position_ids = _positions_within(cu_seqlens)[None]
+        if max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max())
+        codes = self._checked_codes(input_ids, codes)
+        vectors = self.codebooks(codes)  # [V, Q, D, E]
+        visual_positions = (input_ids[0] == self.config.special.image_pad).nonzero()[:, 0]
+        hidden = self.decoder(
+            inputs_embeds=self.embed(input_ids, vectors),
+            position_ids=position_ids,
+            use_cache=False,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=max_seqlen,
+            max_length_k=max_seqlen,
+        ).last_hidden_state[0]  # [T, H]
+        if visual_loss_mask is None:
+            visual_loss_mask = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
+        if labels is None:
+            labels = torch.full_like(input_ids, IGNORE_INDEX)
+        text = self._text_loss(hidden, labels[0])
+        visual = self._visual_loss(hidden, codes, vectors, visual_positions, visual_loss_mask)
+        return DualTokenOutput(**text, **visual)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its output layer."""
+        return self.llm.base_model
+
+    def embed(self, input_ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """Embed tokens [B, T], and code vectors [V, Q, D, E] at the image positions: [B, T, H]."""
+        embeddings = self.get_input_embeddings()(input_ids)
+        if len(vectors) == 0:
+            unused = self.visual_embedder(self._no_vectors(1).sum(dim=2))
+            return embeddings + 0.0 * unused.sum()
+        visual = self.visual_embedder(vectors.sum(dim=2)).to(embeddings.dtype)
+        positions = (input_ids.flatten() == self.config.special.image_pad).nonzero()[:, 0]
+        return embeddings.flatten(0, 1).index_copy(0, positions, visual).view_as(embeddings)
+
+    def _text_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        chosen, targets, weight = positions, labels[positions], 1.0
+        if len(positions) == 0:
+            chosen, targets, weight = positions.new_ones(1), positions.new_zeros(1), 0.0
+        nll, correct = self.get_output_embeddings()(hidden[chosen - 1], targets)
+        nll = nll * weight
+        return {
+            "text_nll": nll.sum(),
+            "text_count": torch.tensor(len(positions), device=hidden.device),
+            "text_correct": correct[: len(positions)].sum(),
+            "text_positions": positions,
+            "text_position_nll": nll.detach()[: len(positions)],
+        }
+
+    def _visual_loss(
+        self,
+        hidden: torch.Tensor,
+        codes: torch.Tensor,
+        vectors: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        positions, codes, vectors, weight = positions[mask], codes[mask], vectors[mask], 1.0
+        count = len(positions)
+        chosen = positions
+        if count == 0:
+            chosen, weight = positions.new_ones(1), 0.0
+            codes = codes.new_zeros(1, len(CODEBOOKS), self.config.num_quantizers)
+            vectors = self._no_vectors(1)
+        prefix = vectors[:, :, :-1].cumsum(dim=2)  # [N, Q, D - 1, E]
+        before = hidden[chosen - 1]
+        scores = [
+            head(projector(before), prefix[:, q], codes[:, q])
+            for q, (projector, head) in enumerate(self.visual_heads())
+        ]
+        nll = torch.stack([nll for nll, _ in scores], dim=1) * weight  # [N, Q, D]
+        correct = torch.stack([correct for _, correct in scores], dim=1)[:count]
+        return {
+            "visual_nll": nll.sum(dim=0),
+            "visual_count": torch.tensor(count, device=hidden.device),
+            "visual_correct": correct.sum(dim=0),
+            "visual_positions": positions,
+            "visual_position_nll": nll.detach()[:count],
+        }
+
+    def _no_vectors(self, positions: int) -> torch.Tensor:
+        shape = (positions, len(CODEBOOKS), self.config.num_quantizers, self.config.codebook_dim)
+        return self.codebooks.vectors.new_zeros(shape)
+
+    def _checked_codes(self, input_ids: torch.Tensor, codes: torch.Tensor | None) -> torch.Tensor:
+        expected = (len(CODEBOOKS), self.config.num_quantizers)
+        if codes is None or len(codes) == 0:
+            codes = torch.zeros(0, *expected, dtype=torch.int64, device=input_ids.device)
+        if tuple(codes.shape[1:]) != expected:
+            raise ValueError(
+                f"codes have shape {tuple(codes.shape)}, expected [V, {expected[0]}, {expected[1]}]; "
+                "they come from another visual tokenizer"
+            )
+        places = int((input_ids == self.config.special.image_pad).sum())
+        if places != len(codes):
+            raise ValueError(
+                f"{places} image-pad tokens but {len(codes)} visual positions in codes; "
+                f"an image takes {self.config.positions_per_image} of each"
+            )
+        if places and not self._codebooks_checked:
+            if not bool(self.codebooks.vectors.any()):
+                raise ValueError(
+                    "the codebooks are not set: call set_codebooks(visual_tokenizer.codebooks())"
+                )
+            self._codebooks_checked = True
+        return codes.long()
+
+
+def _visual_head(config: DualTokenConfig) -> VisualHead:
+    return VisualHead(
+        hidden_size=config.head_hidden_size,
+        num_layers=config.head_num_layers,
+        num_heads=config.head_num_attention_heads,
+        intermediate_size=config.head_intermediate_size or 4 * config.head_hidden_size,
+        depth=config.num_quantizers,
+        code_dim=config.codebook_dim,
+        codebook_size=config.codebook_size,
+        chunk_size=config.chunk_size,
+    )
+
+
+def _positions_within(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Positions [T] that restart at each border."""
+    lengths = cu_seqlens.diff().long()
+    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
+    return torch.arange(len(starts), device=starts.device) - starts
+
+
+AutoModel.register(DualTokenConfig, DualTokenForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(DualTokenConfig, DualTokenForCausalLM, exist_ok=True)
