@@ -52,7 +52,7 @@ class PatchDiscriminator(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 1, config.kernel_size, padding=padding)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits ``[B, 1, H / 2^n, W / 2^n]`` for images ``[B, 3, H, W]`` in [-1, 1]; positive means real."""
+        """Return logits ``[B, 1, H / 2^n, W / 2^n]``, positive for real, of images ``[B, 3, H, W]``."""
         h = self.conv_in(images.to(self.conv_in.weight.dtype))
         for block in self.blocks:
             h = block(h)
@@ -61,4 +61,5 @@ class PatchDiscriminator(nn.Module):
 
 def num_groups(channels: int) -> int:
     """Return the number of group-norm groups: 32, or fewer where the width does not allow it."""
-    return next(groups for groups in (32, 16, 8, 4, 2, 1) if channels % groups == 0 and channels >= 2 * groups)
+    fitting = (groups for groups in (32, 16, 8, 4, 2, 1) if channels % groups == 0 and channels >= 2 * groups)
+    return next(fitting, 1)

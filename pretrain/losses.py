@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def semantic_distillation_loss(student: Tensor, teacher: Tensor, mse_weight: float = 1.0) -> Tensor:
-    """Return ``mse_weight * MSE - cosine similarity`` of two feature tensors, a scalar (arXiv 2503.14324, 3.2).
+    """Return ``mse_weight * MSE - cosine`` of two feature tensors, a scalar (arXiv 2503.14324, 3.2).
 
     Args:
         student: features ``[..., C]`` with gradient.
@@ -44,7 +44,9 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.float().mean()
 
 
-def last_layer_gradient(decoder_features: Tensor, kernel_shape: torch.Size, image_gradient: Tensor) -> Tensor:
+def last_layer_gradient(
+    decoder_features: Tensor, kernel_shape: torch.Size, image_gradient: Tensor
+) -> Tensor:
     """Return the gradient of a loss with respect to the decoder's last convolution kernel (3x3, padding 1).
 
     The kernel's gradient follows from the loss's gradient at the *image*, so neither a second backward pass
@@ -80,8 +82,8 @@ class PerceptualConfig:
     """Which LPIPS network is used and where its trunk weights come from.
 
     ``trunk`` is a path to a state dict (torchvision's VGG16 / AlexNet, or a file of the package
-    ``stlpips-pytorch``), ``torchvision`` (downloads on a connected machine), ``stlpips`` (the weights file of the
-    installed package ``stlpips-pytorch``: a shift-tolerant relative of LPIPS, not the published one), or
+    ``stlpips-pytorch``), ``torchvision`` (downloads on a connected machine), ``stlpips`` (the weights file of
+    the installed package ``stlpips-pytorch``: a shift-tolerant relative of the published LPIPS), or
     ``none`` to run without perceptual loss.
     """
 
@@ -128,7 +130,8 @@ def perceptual_weights_path(config: PerceptualConfig) -> Path:
                 "perceptual.trunk=stlpips, but the package is not installed; "
                 "run `pip install --no-deps stlpips-pytorch`, give a path, or set perceptual.trunk=none"
             )
-        return Path(spec.submodule_search_locations[0]) / "weights/vST0.0" / f"{config.net}_shift_tolerant.pth"
+        folder = Path(spec.submodule_search_locations[0]) / "weights/vST0.0"
+        return folder / f"{config.net}_shift_tolerant.pth"
     path = Path(config.trunk)
     if not path.is_file():
         raise ValueError(
@@ -158,7 +161,9 @@ def load_perceptual_weights(model: nn.Module, path: Path) -> None:
     expected = [tuple(m.weight.shape) for m in convolutions]
     found = [tuple(w.shape) for w in weights]
     if found != expected:
-        raise ValueError(f"{path}: convolutions {found} do not fit the perceptual network, which has {expected}")
+        raise ValueError(
+            f"{path}: convolutions {found} do not fit the perceptual network, which has {expected}"
+        )
     with torch.no_grad():
         for convolution, weight, bias in zip(convolutions, weights, biases):
             convolution.weight.copy_(weight)

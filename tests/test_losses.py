@@ -1,5 +1,3 @@
-import importlib.util
-
 import pytest
 import torch
 from torch import nn
@@ -13,11 +11,6 @@ from pretrain.losses import (
     last_layer_gradient,
     semantic_distillation_loss,
 )
-
-needs_stlpips = pytest.mark.skipif(
-    importlib.util.find_spec("stlpips_pytorch") is None, reason="the weights package stlpips-pytorch is not installed"
-)
-
 
 def test_last_layer_gradient_equals_autograd_through_the_layer():
     torch.manual_seed(0)
@@ -54,7 +47,6 @@ def test_semantic_loss_is_mse_minus_cosine():
         semantic_distillation_loss(a, b[:1])
 
 
-@needs_stlpips
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_perceptual_loss_ranks_a_blurred_picture_below_noise_free_and_above_another(net):
     torch.manual_seed(0)
@@ -68,7 +60,6 @@ def test_perceptual_loss_ranks_a_blurred_picture_below_noise_free_and_above_anot
     assert not any(p.requires_grad for p in loss.parameters())
 
 
-@needs_stlpips
 def test_perceptual_trunk_of_another_network_is_refused():
     from pretrain.losses import perceptual_weights_path
 

@@ -1,0 +1,211 @@
+"""Stage 2: one training step of the unified language model on packed documents (arXiv 2503.14324)."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import MISSING
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from data_pipeline.code_shards import CodeGeometry
+from data_pipeline.streams import DocumentLoader, DocumentStreamConfig, document_loader
+from dualtoken.sequence import PackedBatch, SpecialTokens
+from dualtoken.unified_model import DualTokenForCausalLM, DualTokenOutput
+from dualtoken.unified_model_config import DualTokenConfig
+from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from pretrain.config import ConfigError, JobConfig
+from pretrain.engine import (
+    Runtime,
+    backward_and_step,
+    build_engine,
+    count_parameters,
+    full_state_dict,
+    sharded_construction,
+)
+from pretrain.metrics import Averages
+from pretrain.optim import freeze_parameters
+
+BRANCHES = ("pixel", "semantic")
+
+
+@dataclass
+class MllmModelConfig:
+    """The language model, the heads on it and the vocabularies."""
+
+    visual_tokenizer: str = MISSING  # folder of an exported visual tokenizer: codebooks and geometry
+    text_tokenizer: str = MISSING  # folder of a tokenizer that has the image tokens
+    llm: str | None = (
+        None  # folder or hub name of a base language model; else `llm_config`
+    )
+    llm_config: dict[str, Any] = field(default_factory=dict)  # with `model_type`
+    heads: dict[str, Any] = field(default_factory=dict)  # fields of DualTokenConfig
+    init_from: str | None = None  # an exported unified model to go on from (the previous phase)
+
+
+@dataclass
+class MllmLossConfig:
+    """Weights of the log-likelihoods by modality."""
+
+    text: float = 1.0
+    pixel: float = 1.0
+    semantic: float = 1.0
+
+
+@dataclass
+class MllmJobConfig(JobConfig):
+    """Settings of the unified-model job."""
+
+    job: str = "mllm"
+    model: MllmModelConfig = field(default_factory=MllmModelConfig)
+    losses: MllmLossConfig = field(default_factory=MllmLossConfig)
+    frozen: list[str] = field(default_factory=list)  # patterns of parameter names
+    data: DocumentStreamConfig = MISSING
+    validation_data: DocumentStreamConfig | None = None
+
+
+class MllmTask:
+    """Trains :class:`DualTokenForCausalLM` by next-token prediction over text and both codebooks."""
+
+    def __init__(self, config: MllmJobConfig, runtime: Runtime):
+        self.config, self.runtime = config, runtime
+        self.text_tokenizer = AutoTokenizer.from_pretrained(config.model.text_tokenizer)
+        self.special = SpecialTokens.from_tokenizer(self.text_tokenizer)
+        self.model = self.build_model()
+        freeze_parameters(self.model, config.frozen)
+        self.model.to(runtime.device)
+        self.engines = {"model": build_engine(self.model, config, runtime)}
+        self.train_loader = self.open_documents(config.data, "train")
+
+    def build_model(self) -> DualTokenForCausalLM:
+        """Build the unified model around the visual tokenizer's codebooks, sharded under ZeRO-3.
+
+        Raises:
+            ValueError: `init_from` was trained on the codes of another visual tokenizer.
+        """
+        parts = self.config.model
+        visual_tokenizer = DualTokenVisualTokenizer.from_pretrained(parts.visual_tokenizer)
+        fingerprint = visual_tokenizer.fingerprint()
+        if parts.init_from:
+            with sharded_construction(self.config, self.runtime):
+                model = DualTokenForCausalLM.from_pretrained(parts.init_from)
+            if model.config.tokenizer_fingerprint != fingerprint:
+                raise ValueError(
+                    f"{parts.init_from} speaks codes of tokenizer {model.config.tokenizer_fingerprint[:12]}, "
+                    f"{parts.visual_tokenizer} is {fingerprint[:12]}: codes of one mean nothing to the other"
+                )
+            return model
+        if bool(parts.llm) == bool(parts.llm_config):
+            raise ConfigError("model.llm and model.llm_config: give one of the two, a base model or a config")
+        text_config = AutoConfig.from_pretrained(parts.llm) if parts.llm else dict(parts.llm_config)
+        config = DualTokenConfig.for_tokenizers(
+            text_config, self.text_tokenizer, visual_tokenizer, **parts.heads
+        )
+        with sharded_construction(self.config, self.runtime):
+            if parts.llm:
+                model = DualTokenForCausalLM.from_base(config, parts.llm)
+            else:
+                model = AutoModelForCausalLM.from_config(config)
+        model.set_codebooks(visual_tokenizer.codebooks(), fingerprint)
+        return model
+
+    def open_documents(self, config: DocumentStreamConfig, split: str) -> DocumentLoader:
+        """Open a stream of packed documents whose codes are those the model speaks."""
+        model = self.model.config
+        return document_loader(
+            config,
+            self.text_tokenizer,
+            CodeGeometry(model.positions_per_image, model.num_quantizers, model.codebook_size),
+            model.tokenizer_fingerprint,
+            self.runtime.rank,
+            self.runtime.world_size,
+            self.config.seed,
+            split,
+        )
+
+    def describe(self) -> list[str]:
+        """Return a line per part, with its parameters."""
+        return [
+            f"{name:<22} {count_parameters(part):>13,} parameters, {count_parameters(part, True):>13,} train"
+            for name, part in self.model.parts().items()
+        ]
+
+    def train_step(self, micro_batches: list[PackedBatch]) -> dict[str, Any]:
+        """Take one optimizer step on the documents of all micro-batches and ranks."""
+        micro_batches = [batch.to(self.runtime.device) for batch in micro_batches]
+        positions = self.supervised_positions(micro_batches)
+        averages = Averages(self.runtime.device)
+        tokens = 0
+        for batch in micro_batches:
+            output = self.engines["model"](**batch.model_inputs())
+            # Summed over tokens and depths, divided by the positions of the whole step: every supervised
+            # position weighs the same, whichever rank and micro-batch it fell into.
+            backward_and_step(self.engines["model"], self.weighted_sum(output) / positions, reduction="sum")
+            add_figures(averages, output)
+            averages.add("padding_share", batch.padding, batch.input_ids.numel())
+            tokens += batch.input_ids.numel() - batch.padding
+        averages.add("count/tokens", tokens, 1 / self.runtime.world_size)
+        return averages.reduce()
+
+    def supervised_positions(self, micro_batches: list[PackedBatch]) -> Tensor:
+        """Count the supervised text and visual positions of this step over all ranks, at least 1."""
+        count = torch.zeros((), device=self.runtime.device)
+        for batch in micro_batches:
+            count += (batch.labels != -100).sum() + batch.visual_loss_mask.sum()
+        if self.runtime.world_size > 1:
+            dist.all_reduce(count)
+        return count.clamp(min=1)
+
+    def weighted_sum(self, output: DualTokenOutput) -> Tensor:
+        """Sum the negative log-likelihoods of a micro-batch, weighted by modality (equations 5 to 8)."""
+        weights = self.config.losses
+        pixel, semantic = output.visual_nll.sum(dim=1)  # [Q, D] -> [Q]
+        return weights.text * output.text_nll + weights.pixel * pixel + weights.semantic * semantic
+
+    def validate(self) -> dict[str, Tensor]:
+        """Return the negative log-likelihoods per token and depth (nats) on the validation documents."""
+        if self.config.validation_data is None:
+            return {}
+        self.model.eval()
+        averages = Averages(self.runtime.device)
+        loader = self.open_documents(self.config.validation_data, "val")
+        batches = iter(loader)
+        limit = self.config.validate_batches or None
+        for _ in itertools.count() if limit is None else range(limit):
+            batch = next(batches, None)
+            # Under ZeRO-3 every rank has to run the model as often as the others.
+            if not self.runtime.any_rank(batch is not None):
+                break
+            inputs = (batch or loader.empty_batch()).to(self.runtime.device).model_inputs()
+            add_figures(averages, self.engines["model"](**inputs))
+        return averages.reduce()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's state beyond the engine's, of which there is none."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+
+    def export(self, directory: Path) -> None:
+        """Write the model in fp32 with its text tokenizer, for `AutoModelForCausalLM.from_pretrained`."""
+        state = full_state_dict(self.engines["model"])
+        if self.runtime.is_main:
+            self.model.save_pretrained(directory, state_dict=state)
+            self.text_tokenizer.save_pretrained(directory)
+
+
+def add_figures(averages: Averages, output: DualTokenOutput) -> None:
+    """Add a micro-batch's likelihoods and accuracies, per supervised position and, for codes, per depth."""
+    averages.add("loss/text", output.text_nll, output.text_count)
+    averages.add("accuracy/text", output.text_correct, output.text_count)
+    for branch, nll, correct in zip(BRANCHES, output.visual_nll, output.visual_correct):
+        averages.add(f"loss/{branch}", nll.sum(), output.visual_count)
+        for depth in range(len(nll)):
+            averages.add(f"nll_{branch}/depth_{depth + 1}", nll[depth], output.visual_count)
+            averages.add(f"accuracy_{branch}/depth_{depth + 1}", correct[depth], output.visual_count)

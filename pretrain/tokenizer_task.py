@@ -1,0 +1,287 @@
+"""Stage 1: one training step of the visual tokenizer (arXiv 2503.14324, section 3), on two engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from omegaconf import MISSING
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
+from dualtoken.backbone import FrozenTeacher
+from dualtoken.quantizer import QuantizerStats
+from dualtoken.visual_tokenizer import DualTokenVisualTokenizer, VisualTokenizerOutput, preset_config
+from pretrain.config import JobConfig, OptimizerConfig
+from pretrain.discriminator import DiscriminatorConfig, PatchDiscriminator
+from pretrain.engine import Runtime, backward_and_step, build_engine, count_parameters, full_state_dict
+from pretrain.image_input import ImageInput, ImageInputConfig
+from pretrain.losses import (
+    PerceptualConfig,
+    PerceptualLoss,
+    adaptive_gan_weight,
+    generator_loss,
+    hinge_discriminator_loss,
+    last_layer_gradient,
+    semantic_distillation_loss,
+)
+from pretrain.metrics import Averages
+from pretrain.optim import freeze_parameters
+
+
+@dataclass
+class TokenizerModelConfig:
+    """Which tokenizer is built and what its towers start from."""
+
+    preset: str = "so400m_384"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    backbone: str = MISSING  # folder or hub name of a SigLIP model: towers and teacher
+    init_from: str | None = None  # an exported tokenizer to go on from (the previous phase)
+
+
+@dataclass
+class TokenizerLossConfig:
+    """Weights of the loss terms; the defaults are those of the released joint phase."""
+
+    mse: float = 5.0
+    perceptual: float = 1.0
+    gan: float = 0.75
+    commitment: float = 5.0
+    semantic_tokens: float = 5.0
+    semantic_tokens_mse: float = 1.0  # share of the MSE inside (MSE - cosine); 0 leaves the cosine alone
+    pooled: float = 1.0
+    gan_start_step: int = 0
+    gan_weight_range: list[float] = field(default_factory=lambda: [0.3, 10.0])
+
+
+@dataclass
+class TokenizerJobConfig(JobConfig):
+    """Settings of the tokenizer job."""
+
+    job: str = "tokenizer"
+    model: TokenizerModelConfig = field(default_factory=TokenizerModelConfig)
+    losses: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
+    perceptual_network: PerceptualConfig = field(default_factory=PerceptualConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    discriminator_optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(lr=7.2e-5, betas=[0.5, 0.9], weight_decay=0.0)
+    )
+    # Gradients are taken through the discriminator outside its engine, which ZeRO-3 does not allow.
+    discriminator_deepspeed: str = "zero1.json"
+    images: ImageInputConfig = field(default_factory=ImageInputConfig)
+    frozen: list[str] = field(default_factory=lambda: ["text_model.*"])  # patterns of parameter names
+    data: ImageStreamConfig = MISSING
+    validation_data: ImageStreamConfig | None = None
+
+
+class TokenizerTask:
+    """Trains :class:`DualTokenVisualTokenizer` against a frozen teacher and a discriminator."""
+
+    def __init__(self, config: TokenizerJobConfig, runtime: Runtime):
+        self.config, self.runtime = config, runtime
+        self.tokenizer = build_visual_tokenizer(config.model)
+        freeze_parameters(self.tokenizer, config.frozen)
+        self.teacher = FrozenTeacher.from_pretrained(
+            config.model.backbone, semantic_layer=self.tokenizer.config.semantic_layer
+        ).to(runtime.device, runtime.dtype)
+        self.perceptual: PerceptualLoss | None = None
+        if config.losses.perceptual > 0 and config.perceptual_network.trunk != "none":
+            self.perceptual = PerceptualLoss(config.perceptual_network).to(runtime.device)
+        self.engines = {"tokenizer": build_engine(self.tokenizer, config, runtime)}
+        if config.losses.gan > 0:
+            self.engines["discriminator"] = build_engine(
+                PatchDiscriminator(config.discriminator),
+                config,
+                runtime,
+                config.discriminator_optimizer,
+                config.discriminator_deepspeed,
+            )
+        self.read_images = ImageInput(config.images, self.tokenizer.config.image_size, runtime)
+        self.train_loader = image_loader(
+            config.data, config.micro_batch_size, runtime.rank, runtime.world_size, config.seed
+        )
+
+    def describe(self) -> list[str]:
+        """Return a line per part, with its parameters, and where fixed networks and pictures come from."""
+        lines = [
+            f"{name:<20} {count_parameters(part):>12,} parameters, {count_parameters(part, True):>12,} train"
+            for name, part in self.tokenizer.named_children()
+        ]
+        lines.append(f"perceptual loss: {self.perceptual.source if self.perceptual else 'off'}")
+        lines.append(self.read_images.describe())
+        return lines
+
+    def train_step(self, micro_batches: list[ImageTextBatch]) -> dict[str, Any]:
+        """Take one optimizer step of the tokenizer and, once it has started, of the discriminator.
+
+        Codebooks move once per step, after the last micro-batch, from the statistics of all micro-batches and
+        ranks.
+        """
+        averages = Averages(self.runtime.device)
+        pictures = torch.zeros((), device=self.runtime.device)
+        for index, batch in enumerate(micro_batches):
+            images, _ = self.read_images(batch)
+            pictures += len(images)
+            self.tokenizer.set_candidate_slot(
+                index * self.runtime.world_size + self.runtime.rank,
+                len(micro_batches) * self.runtime.world_size,
+            )
+            output, metrics = self.generator_step(images)
+            if self.gan_is_active:
+                metrics["loss/discriminator"] = self.discriminator_step(
+                    images, output.reconstruction.detach()
+                )
+            for name, value in metrics.items():
+                averages.add(name, value)
+        averages.add("count/images", pictures, 1 / self.runtime.world_size)
+        figures: dict[str, Any] = dict(averages.reduce())
+        for branch, stats in self.tokenizer.update_codebooks().items():
+            figures |= codebook_figures(branch, stats)
+        return figures
+
+    @property
+    def gan_is_active(self) -> bool:
+        """Whether the adversarial loss has started."""
+        return "discriminator" in self.engines and self.runtime.step >= self.config.losses.gan_start_step
+
+    def generator_step(self, images: Tensor) -> tuple[VisualTokenizerOutput, dict[str, Tensor]]:
+        """Forward, loss and backward of the tokenizer for one micro-batch ``[B, 3, H, W]``."""
+        weights = self.config.losses
+        output = self.engines["tokenizer"](images)
+        image_gradient, metrics = self.image_losses(output, images)
+        with torch.no_grad():
+            teacher = self.teacher(images)
+        semantic = semantic_distillation_loss(
+            output.semantic_features, teacher.semantic_features, weights.semantic_tokens_mse
+        )
+        pooled = semantic_distillation_loss(output.pooled, teacher.pooled)
+        commitment = output.commitment_loss_pixel + output.commitment_loss_semantic
+        feature_loss = (
+            weights.semantic_tokens * semantic + weights.pooled * pooled + weights.commitment * commitment
+        )
+        # The image losses enter through their gradient at the picture: the adaptive weight needs that
+        # gradient before the backward pass, and DeepSpeed allows one backward pass per forward pass.
+        image_term = (output.reconstruction.float() * image_gradient).sum()
+        backward_and_step(self.engines["tokenizer"], feature_loss + image_term)
+        metrics |= {
+            "loss/semantic": semantic,
+            "loss/pooled": pooled,
+            "loss/commitment_pixel": output.commitment_loss_pixel,
+            "loss/commitment_semantic": output.commitment_loss_semantic,
+            "loss/total": metrics["loss/total"] + feature_loss,
+        }
+        return output, metrics
+
+    def image_losses(self, output: VisualTokenizerOutput, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the gradient of the image losses at the reconstruction and the values of the losses."""
+        weights = self.config.losses
+        picture = output.reconstruction.detach().float().requires_grad_()
+        mse = F.mse_loss(picture, images.float())
+        loss = weights.mse * mse
+        metrics = {"loss/mse": mse}
+        if self.perceptual is not None:
+            metrics["loss/perceptual"] = self.perceptual(picture, images.float())
+            loss = loss + weights.perceptual * metrics["loss/perceptual"]
+        (gradient,) = torch.autograd.grad(loss, picture)
+        metrics["loss/total"] = loss.detach()
+        if self.gan_is_active:
+            adversarial = generator_loss(self.discriminator(picture))
+            (gan_gradient,) = torch.autograd.grad(adversarial, picture)
+            gan_weight = self.adaptive_weight(output.decoder_features, gradient, gan_gradient) * weights.gan
+            gradient = gradient + gan_weight * gan_gradient
+            metrics |= {"loss/gan": adversarial, "gan_weight": gan_weight}
+            metrics["loss/total"] = metrics["loss/total"] + (gan_weight * adversarial).detach()
+        return gradient, metrics
+
+    @property
+    def discriminator(self) -> nn.Module:
+        """The discriminator without its engine, for gradients at the picture alone."""
+        return self.engines["discriminator"].module
+
+    def adaptive_weight(self, features: Tensor, gradient: Tensor, gan_gradient: Tensor) -> Tensor:
+        """Return the GAN weight from the gradients of all ranks at the decoder's last kernel."""
+        shape = self.tokenizer.last_kernel_shape
+        kernels = torch.stack([last_layer_gradient(features, shape, g) for g in (gradient, gan_gradient)])
+        if self.runtime.world_size > 1:
+            dist.all_reduce(kernels)
+            kernels /= self.runtime.world_size
+        return adaptive_gan_weight(kernels[0], kernels[1], *self.config.losses.gan_weight_range)
+
+    def discriminator_step(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """Forward, hinge loss and backward of the discriminator for one micro-batch."""
+        engine = self.engines["discriminator"]
+        logits = engine(torch.cat([images, reconstruction.to(images.dtype)]))
+        real, fake = logits.chunk(2)
+        loss = hinge_discriminator_loss(real, fake)
+        backward_and_step(engine, loss)
+        return loss.detach()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Tensor]:
+        """Return PSNR (dB) and the cosine of quantized and teacher features on held-out pictures."""
+        if self.config.validation_data is None:
+            return {}
+        self.tokenizer.eval()
+        loader = image_loader(
+            self.config.validation_data,
+            self.config.micro_batch_size,
+            self.runtime.rank,
+            self.runtime.world_size,
+            split="val",
+        )
+        averages = Averages(self.runtime.device)
+        for index, batch in enumerate(loader):
+            if self.config.validate_batches and index >= self.config.validate_batches:
+                break
+            images, _ = self.read_images(batch)
+            output, teacher = self.tokenizer(images), self.teacher(images)
+            # Pictures are in [-1, 1]; figures are for [0, 1], clamped.
+            difference = (output.reconstruction.float().clamp(-1, 1) - images) / 2
+            squared = difference.square().mean(dim=(1, 2, 3))
+            averages.add("loss/mse", squared.sum() * 4, len(images))
+            averages.add("psnr_db", (-10 * torch.log10(squared + 1e-8)).sum(), len(images))
+            cosine = F.cosine_similarity(output.pooled.float(), teacher.pooled.float(), dim=-1)
+            averages.add("pooled_cosine", cosine.sum(), len(images))
+        self.tokenizer.train()
+        return averages.reduce()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's state beyond the engines'."""
+        return {"images": self.read_images.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+        self.read_images.load_state_dict(state["images"])
+
+    def export(self, directory: Path) -> None:
+        """Write the tokenizer in fp32 and the backbone's text tokenizer, for `from_pretrained`."""
+        state = full_state_dict(self.engines["tokenizer"])
+        if not self.runtime.is_main:
+            return
+        self.tokenizer.save_pretrained(directory, state_dict=state)
+        if self.tokenizer.config.text_config is not None:
+            AutoTokenizer.from_pretrained(self.config.model.backbone).save_pretrained(directory)
+
+
+def build_visual_tokenizer(config: TokenizerModelConfig) -> DualTokenVisualTokenizer:
+    """Build the tokenizer: from the previous phase's export, or new on the backbone's weights."""
+    if config.init_from:
+        return DualTokenVisualTokenizer.from_pretrained(config.init_from)
+    return DualTokenVisualTokenizer.from_backbone(
+        preset_config(config.preset, **config.overrides), config.backbone
+    )
+
+
+def codebook_figures(branch: str, stats: QuantizerStats) -> dict[str, float]:
+    """Name a codebook's statistics of one step for the log, by branch and depth."""
+    figures: dict[str, float] = {}
+    for depth, (usage, perplexity) in enumerate(zip(stats.usage, stats.perplexity), start=1):
+        figures[f"codebook_{branch}/usage_{depth}"] = usage
+        figures[f"codebook_{branch}/perplexity_{depth}"] = perplexity
+    figures[f"codebook_{branch}/restarted"] = stats.restarted
+    return figures
