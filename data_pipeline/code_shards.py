@@ -2,8 +2,8 @@
 
 A sample is `KEY.codes.npy`, uint16 [I, P, Q, D], and `KEY.json`,
 `{"parts": [{"image": 0, "loss": false}, {"text": "..."}], "captions": {"en": "..."}}`.
-Shapes: I images of the sample, P positions per image, Q = 2 codebooks (0 pixel, 1 semantic), D quantizers; codes
-are below K. The same samples give the same bytes.
+Shapes: I images of the sample, P positions per image, Q = 2 codebooks (0 pixel, 1 semantic), D quantizers;
+codes are below K. The same samples give the same bytes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class CodeGeometry:
 
 @dataclass
 class CodeSample:
-    """One sample: images as codes uint16 [I, P, Q, D], ordered parts, captions where it is an image-text pair.
+    """One sample: images as codes uint16 [I, P, Q, D], ordered parts, captions of an image-text pair.
 
     A part is `{"text": str}` or `{"image": index}`, with `"loss": bool` (default: true for text, false for
     images) and for text `"markup": bool` (default false).
@@ -114,7 +114,7 @@ def _read_codes(data: bytes) -> np.ndarray:
                 f"codes are {codes.dtype} in npy {header[6]}.{header[7]}, expected uint16 in npy 1.0"
             )
         shape = _HEADERS[header] = codes.shape
-    return np.frombuffer(data, dtype="<u2", offset=length).reshape(shape)
+    return np.frombuffer(data, dtype="<u2", offset=length).reshape(shape).copy()  # writable, for torch
 
 
 def decode_sample(key: str, codes: bytes, record: bytes) -> CodeSample:

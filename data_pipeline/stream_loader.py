@@ -66,6 +66,26 @@ def worker_config(
     )
 
 
+def is_training(split: str) -> bool:
+    """Whether `split` names the endless, shuffled stream (`train`) rather than one ordered pass (`val`)."""
+    if split not in ("train", "val"):
+        raise ValueError(f"split is {split!r}, expected 'train' (endless) or 'val' (one ordered pass)")
+    return split == "train"
+
+
+def require_samples(samples: dict[str, int], config: WorkerConfig) -> None:
+    """Raise DatasetError unless every reader (rank x worker) gets a sample of at least one data set.
+
+    `samples` is the number of samples by path, -1 where it is not known.
+    """
+    readers = config.world_size * max(1, config.num_workers)
+    if -1 not in samples.values() and max(samples.values(), default=0) < readers:
+        raise DatasetError(
+            f"{', '.join(samples)}: {sum(samples.values())} samples for {readers} readers (ranks x workers), "
+            "expected at least one for each; use fewer ranks or workers"
+        )
+
+
 class StreamLoader(Generic[T]):
     """Iterates micro-batches of one rank and saves and restores its place exactly.
 

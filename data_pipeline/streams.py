@@ -1,224 +1,31 @@
-"""Streams of micro-batches from prepared shards: pictures with captions, packed documents.
+"""Streams of micro-batches from prepared shards; the names that training and evaluation import.
 
-Every stream is a `StreamLoader`: endless and shuffled for training, one ordered pass for validation, its
-place saved and restored exactly.
+`image_loader` yields pictures with captions, `document_loader` packed documents. Both are a `StreamLoader`:
+endless and shuffled for training, one ordered pass for validation, its place saved and restored exactly.
 """
 
-from __future__ import annotations
-
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
-
-from megatron.energon import (
-    Cooker,
-    CrudeWebdataset,
-    DefaultTaskEncoder,
-    Sample,
-    SavableDataset,
-    WorkerConfig,
-    basic_sample_keys,
-    edataclass,
-    stateless,
+from data_pipeline.document_stream import (
+    BlendEntry,
+    DocumentLoader,
+    DocumentStreamConfig,
+    StreamStatistics,
+    document_loader,
 )
-from megatron.energon.epathlib import EPath
-from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
-
-from data_pipeline.shard_index import DatasetError, check_index, prepare_dataset
-from data_pipeline.stream_loader import StreamLoader, worker_config
+from data_pipeline.errors import DatasetError
+from data_pipeline.image_stream import ImageStreamConfig, ImageTextBatch, image_loader
+from data_pipeline.shard_index import prepare_dataset
+from data_pipeline.stream_loader import StreamLoader
 
 __all__ = [
+    "BlendEntry",
     "DatasetError",
+    "DocumentLoader",
+    "DocumentStreamConfig",
     "ImageStreamConfig",
     "ImageTextBatch",
     "StreamLoader",
+    "StreamStatistics",
+    "document_loader",
     "image_loader",
     "prepare_dataset",
 ]
-
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff"})
-
-
-@dataclass
-class ImageStreamConfig:
-    """Where pictures with captions come from and how they are shuffled."""
-
-    path: str = ""
-    """Folder of image-text shards, prepared with `prepare_dataset`."""
-    num_workers: int = 0
-    """Reading processes per rank; 0 reads in the trainer's process."""
-    shuffle_buffer_size: int = 1000
-    """Samples per worker among which the next is drawn; 0 or 1 for none beyond the shuffling of slices."""
-    slice_length: int = 100
-    """Samples read one after another before another slice of the shards may be drawn."""
-    default_language: str = "en"
-    """Language of a caption that does not say it (`KEY.txt`)."""
-    require_captions: bool = False
-    """Treat a sample without any caption as bad."""
-    on_bad_sample: str = "skip"
-    """`skip` logs and goes on, `stop` ends the job."""
-
-
-@dataclass
-class ImageTextBatch:
-    """A micro-batch of pictures as they are in the shard, not decoded; lists of one length."""
-
-    keys: list[str]
-    image_bytes: list[bytes]
-    captions: list[dict[str, str]]
-    """Language -> caption; empty where there is none."""
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-
-def is_image_part(part: str) -> bool:
-    """Whether a part of a sample (`jpg`, `0.png`) is a picture."""
-    return part.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
-
-
-def read_captions(parts: dict[str, Any], default_language: str) -> dict[str, str]:
-    """Read the captions of an image-text sample: `txt`, or `caption` or `captions` of `json`.
-
-    Raises:
-        ValueError: The json cannot be read, or its captions are not text by language.
-    """
-    if "txt" in parts:
-        return {default_language: parts["txt"].decode("utf-8").strip()}
-    if "json" not in parts:
-        return {}
-    record = json.loads(parts["json"])
-    captions = record.get("captions") if isinstance(record, dict) else None
-    if captions is None:
-        caption = record.get("caption") if isinstance(record, dict) else None
-        captions = {} if caption is None else {default_language: caption}
-    if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
-        raise ValueError(f"captions are {captions!r}, expected an object of language: text")
-    return captions
-
-
-@edataclass
-class _ImageTextSample(Sample):
-    """A cooked image-text sample; several pictures where the shard has `KEY.0.jpg`, `KEY.1.jpg`."""
-
-    images: list[bytes]
-    captions: dict[str, str]
-
-
-class _ImageTaskEncoder(DefaultTaskEncoder):
-    """Image-text samples to micro-batches, one entry per picture."""
-
-    decoder = None  # bytes stay bytes: pictures are decoded in the trainer's process
-
-    def __init__(self, config: ImageStreamConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.cookers = [Cooker(self._cook)]
-
-    @stateless
-    def _cook(self, sample: dict[str, Any]) -> _ImageTextSample:
-        captions = read_captions(sample, self.config.default_language)
-        if self.config.require_captions and not captions:
-            raise ValueError("no caption; expected txt, or json with caption or captions")
-        names = sorted((name for name in sample if is_image_part(name)), key=lambda name: (len(name), name))
-        images = [sample[name] for name in names]
-        return _ImageTextSample(**basic_sample_keys(sample), images=images, captions=captions)
-
-    @stateless
-    def encode_sample(self, sample: _ImageTextSample) -> Iterator[_ImageTextSample]:
-        for index, image in enumerate(sample.images):
-            key = sample.__key__ if len(sample.images) == 1 else f"{sample.__key__}.{index}"
-            yield _ImageTextSample(
-                __key__=key,
-                __restore_key__=sample.__restore_key__,
-                images=[image],
-                captions=sample.captions,
-            )
-
-    @stateless
-    def batch(self, samples: list[_ImageTextSample]) -> ImageTextBatch:
-        return ImageTextBatch(
-            keys=[sample.__key__ for sample in samples],
-            image_bytes=[sample.images[0] for sample in samples],
-            captions=[sample.captions for sample in samples],
-        )
-
-
-def open_shards(
-    path: str,
-    config: WorkerConfig,
-    training: bool,
-    slice_length: int,
-    subflavors: dict[str, Any] | None = None,
-) -> CrudeWebdataset:
-    """Open a prepared folder as an Energon data set of raw samples."""
-    return CrudeWebdataset(
-        EPath(path),
-        split_part="train",
-        training=training,
-        worker_config=config,
-        decoder=None,
-        max_samples_per_sequence=slice_length if training else None,
-        subflavors=subflavors,
-    )
-
-
-def image_loader(
-    config: ImageStreamConfig,
-    micro_batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    split: str = "train",
-) -> StreamLoader[ImageTextBatch]:
-    """Stream pictures with captions.
-
-    Args:
-        config: The folder and how to shuffle.
-        micro_batch_size: Pictures per batch; the last batch of a validation pass may be smaller.
-        rank: This rank.
-        world_size: Number of ranks; each reads its own part.
-        seed: Changes the order.
-        split: `train` for an endless shuffled stream, `val` for one ordered pass.
-
-    Raises:
-        DatasetError: The folder cannot be streamed.
-    """
-    training = _is_training(split)
-    samples = check_index(config.path)
-    workers = worker_config(rank, world_size, config.num_workers, seed, config.on_bad_sample)
-
-    def build() -> SavableDataset:
-        encoder = _ImageTaskEncoder(config)
-        datasets = [LoadedDataset(dataset=open_shards(config.path, workers, training, config.slice_length))]
-        if training:
-            return encoder.build_train_datasets(
-                datasets=datasets,
-                worker_config=workers,
-                batch_size=micro_batch_size,
-                shuffle_buffer_size=config.shuffle_buffer_size,
-                blend_mode=DatasetBlendMode.NONE,
-            )
-        return encoder.build_val_datasets(
-            datasets=datasets, worker_config=workers, batch_size=micro_batch_size
-        )
-
-    identity = {
-        "stream": "images",
-        "samples": samples,
-        "rank": rank,
-        "world_size": world_size,
-        "num_workers": config.num_workers,
-        "micro_batch_size": micro_batch_size,
-        "shuffle_buffer_size": config.shuffle_buffer_size,
-        "slice_length": config.slice_length,
-        "seed": seed,
-    }
-    return StreamLoader(build, identity, endless=training, samples=samples)
-
-
-def _is_training(split: str) -> bool:
-    if split not in ("train", "val"):
-        raise ValueError(f"split is {split!r}, expected 'train' (endless) or 'val' (one ordered pass)")
-    return split == "train"
