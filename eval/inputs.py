@@ -10,9 +10,12 @@ from typing import TypeVar
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from data_pipeline.code_shards import CodeSample, DatasetManifest, iterate_shard
 from data_pipeline.image_decoding import build_image_decoder
 from data_pipeline.streams import ImageStreamConfig, image_loader
+from dualtoken.unified_model import DualTokenForCausalLM
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
 from eval.metrics import to_unit_range
 
@@ -155,3 +158,40 @@ def write_json(path: Path, content: dict) -> None:
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.rename(path)
+
+
+def load_codes(folder: Path, count: int | None = None, seed: int = 0) -> list[CodeSample]:
+    """Read pairs of one image and its captions from dual-code shards, `count` of them drawn at random.
+
+    Raises:
+        DatasetError: the folder holds no finished dual-code data set.
+        ValueError: it holds no image with captions.
+    """
+    manifest = DatasetManifest.load(folder)
+    samples = (sample for name in manifest.shards for sample in iterate_shard(Path(folder) / name))
+    pairs = (sample for sample in samples if len(sample.codes) == 1 and sample.captions)
+    chosen = choose(pairs, count, seed)
+    if not chosen:
+        raise ValueError(f"{folder} holds no image with captions, which this measure needs")
+    return chosen
+
+
+def load_unified_model(folder: Path) -> tuple[DualTokenForCausalLM, PreTrainedTokenizerBase]:
+    """Load an exported unified model with its text tokenizer for use, on the GPU if there is one.
+
+    Raises:
+        FileNotFoundError: there is none in the folder.
+    """
+    require_export(folder, "unified model", "dualtoken train quickstart_mllm")
+    model = DualTokenForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    return model.to(default_device()), AutoTokenizer.from_pretrained(folder)
+
+
+def require_same_codes(model: DualTokenForCausalLM, fingerprint: str, source: str | Path) -> None:
+    """Raise ValueError unless the model speaks the codes of the visual tokenizer with this fingerprint."""
+    expected = model.config.tokenizer_fingerprint
+    if expected != fingerprint:
+        raise ValueError(
+            f"{source} has the codes of visual tokenizer {fingerprint[:12]}, the model speaks those of "
+            f"{expected[:12]}: codes of one mean nothing to the other"
+        )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-SECONDS_BETWEEN_SAMPLES = 0.5
+SECONDS_BETWEEN_SAMPLES = 1.0
 SECONDS_TO_END = 60  # a trainer finishes its step and writes a checkpoint in this time
 
 
@@ -66,8 +66,8 @@ def environment(processes: int) -> dict[str, str]:
 def run(command: Sequence[str], processes: int = 1, notice_session=None) -> Finished:
     """Run a command to its end, output and progress shown as it comes.
 
-    `python` and `deepspeed` are those of this environment. SIGINT and SIGTERM are passed on to every process
-    of the command as SIGTERM, upon which a training job writes a checkpoint.
+    `python`, `dualtoken` and `deepspeed` are those of this environment. SIGINT and SIGTERM are passed on to
+    every process of the command as SIGTERM, upon which a training job writes a checkpoint.
 
     Args:
         command: words as shown to the user.
@@ -80,6 +80,8 @@ def run(command: Sequence[str], processes: int = 1, notice_session=None) -> Fini
     words = list(command)
     if words[0] == "python":
         words[0] = sys.executable
+    elif words[0] == "dualtoken":
+        words[0:1] = [sys.executable, "-m", "launchers.cli"]
     elif words[0] == "deepspeed":
         # The launcher's default port may be taken by another job on this machine.
         words[0:1] = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -75,6 +75,18 @@ class ChainRecord:
         temporary.rename(path)
 
 
+def pretokenize_command(
+    inputs: Sequence[Path], visual_tokenizer: Path, output: Path, ranks: int
+) -> tuple[str, ...]:
+    """The command that turns folders of image-text shards into dual-code shards."""
+    arguments = [
+        *("--inputs", *map(str, inputs)),
+        *("--visual-tokenizer", str(visual_tokenizer)),
+        *("--output", str(output)),
+    ]
+    return tuple(processes.deepspeed_command("data_pipeline.pretokenize", arguments, ranks))
+
+
 def quickstart_steps(root: Path, ranks: int) -> list[Step]:
     """The chain in order, everything below the folder `root`."""
     data, codes, results = root / "sample_data", root / "codes", root / "evaluation"
@@ -85,12 +97,7 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
         return tuple(processes.deepspeed_command("pretrain.train", arguments, ranks))
 
     def pretokenize(split: str) -> tuple[str, ...]:
-        arguments = [
-            *("--inputs", str(data / "images" / split)),
-            *("--visual-tokenizer", str(tokenizer / "export")),
-            *("--output", str(codes / split)),
-        ]
-        return tuple(processes.deepspeed_command("data_pipeline.pretokenize", arguments, ranks))
+        return pretokenize_command([data / "images" / split], tokenizer / "export", codes / split, ranks)
 
     def evaluate(measure: str) -> tuple[str, ...]:
         return ("dualtoken", "evaluate", measure, "--run", str(root))
@@ -171,11 +178,18 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
             ("pretokenize-train", "pretokenize-val", "mllm"),
         ),
         Step(
+            "layers",
+            "how alike the layers of the SigLIP are",
+            evaluate("layers"),
+            results / "layers.json",
+            ("sample-data", "siglip", "tokenizer"),
+        ),
+        Step(
             "report",
             "the report",
             ("dualtoken", "report", "--run", str(root)),
             root / "report.json",
-            ("reconstruction", "retrieval", "likelihood", "generation"),
+            ("reconstruction", "retrieval", "likelihood", "generation", "layers"),
         ),
     ]
 

@@ -1,0 +1,167 @@
+"""How well the unified model predicts codes and captions it is given, beside simpler predictors."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from data_pipeline.code_shards import CodeSample, DatasetManifest
+from data_pipeline.languages import caption_prompt
+from data_pipeline.views import caption_document, generation_document
+from dualtoken.sequence import Document, TextPart, TokenizedDocument, pack_documents, tokenize_document
+from dualtoken.unified_model import CODEBOOKS, DualTokenForCausalLM
+from eval.inputs import EvaluationPaths, load_codes, load_unified_model, require_same_codes, write_json
+
+TOKENS_PER_PACK = 4096
+DOCUMENTS = 160  # of each split, at most
+COUNTED_DOCUMENTS = 20_000  # training documents from which code frequencies are taken, at most
+
+
+@dataclass
+class Likelihood:
+    """Sums of negative log-likelihoods (nats) over documents, with what they are to be divided by."""
+
+    text_nll: float
+    text_tokens: int
+    visual_nll: Tensor  # [Q, D]
+    visual_positions: int
+
+    def per_token(self) -> float:
+        """Nats a supervised text token."""
+        return self.text_nll / self.text_tokens
+
+    def per_code(self) -> Tensor:
+        """Nats a code, [Q, D]."""
+        return self.visual_nll / self.visual_positions
+
+
+def packs(documents: Sequence[TokenizedDocument], tokens: int = TOKENS_PER_PACK) -> list[list]:
+    """Cut documents, in order, into runs of at most that many tokens (a longer one stands alone)."""
+    found: list[list[TokenizedDocument]] = []
+    room = 0
+    for document in documents:
+        if len(document) > room:
+            found.append([])
+            room = tokens
+        found[-1].append(document)
+        room -= len(document)
+    return found
+
+
+@torch.no_grad()
+def score(
+    model: DualTokenForCausalLM, text_tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
+) -> Likelihood:
+    """Sum the likelihoods of everything the documents supervise."""
+    special = model.config.special
+    tokenized = [tokenize_document(document, text_tokenizer, special) for document in documents]
+    total = Likelihood(0.0, 0, torch.zeros(len(CODEBOOKS), model.config.num_quantizers).double(), 0)
+    for pack in packs(tokenized):
+        output = model(**pack_documents(pack).to(model.device).model_inputs())
+        total.text_nll += float(output.text_nll)
+        total.text_tokens += int(output.text_count)
+        total.visual_nll += output.visual_nll.double().cpu()
+        total.visual_positions += int(output.visual_count)
+    return total
+
+
+def unigram(training: Sequence[CodeSample], codes: Tensor, codebook_size: int) -> Tensor:
+    """Nats a code [Q, D] when each is guessed by how often it occurs at its depth in training.
+
+    Counts start at one, so that a code never seen is possible.
+
+    Args:
+        training: samples to count.
+        codes: [N, P, Q, D] to predict.
+        codebook_size: K.
+    """
+    seen = torch.stack([torch.from_numpy(sample.codes[0].astype("int64")) for sample in training])
+    nll = torch.empty(codes.shape[2:], dtype=torch.float64)
+    for q, d in torch.cartesian_prod(torch.arange(codes.shape[2]), torch.arange(codes.shape[3])).tolist():
+        counts = torch.bincount(seen[..., q, d].flatten(), minlength=codebook_size).double() + 1
+        nll[q, d] = -(counts / counts.sum()).log()[codes[..., q, d].flatten()].mean()
+    return nll
+
+
+def measure_codes(
+    model: DualTokenForCausalLM,
+    text_tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[CodeSample],
+    training: Sequence[CodeSample],
+) -> list[dict]:
+    """Likelihood of each codebook and depth, given the prompt, without it, and by frequency."""
+    prompted = [
+        generation_document(sample.codes[0], caption)
+        for sample in samples
+        for caption in (sample.captions or {}).values()
+    ]
+    bare = [generation_document(sample.codes[0], "") for sample in samples]
+    with_prompt = score(model, text_tokenizer, prompted).per_code()
+    without = score(model, text_tokenizer, bare).per_code()
+    codes = torch.stack([torch.from_numpy(sample.codes[0].astype("int64")) for sample in samples])
+    frequencies = unigram(training, codes, model.config.codebook_size)
+    return [
+        {
+            "codebook": name,
+            "depth": depth + 1,
+            "nll": float(with_prompt[q, depth]),
+            "without_prompt": float(without[q, depth]),
+            "unigram": float(frequencies[q, depth]),
+        }
+        for q, name in enumerate(CODEBOOKS)
+        for depth in range(with_prompt.shape[1])
+    ]
+
+
+def measure_captions(
+    model: DualTokenForCausalLM, text_tokenizer: PreTrainedTokenizerBase, samples: Sequence[CodeSample]
+) -> dict[str, dict]:
+    """Likelihood a token of the captions in each language: with the picture, without, with another one."""
+    result = {}
+    for language in dict.fromkeys(name for sample in samples for name in sample.captions or {}):
+        chosen = [sample for sample in samples if language in (sample.captions or {})]
+        texts = [sample.captions[language] for sample in chosen]
+        # Each picture's place is taken by the next one's: the captions and the pictures stay the same.
+        others = [*chosen[1:], *chosen[:1]]
+        variants = {
+            "with_image": [caption_document(s.codes[0], language, t) for s, t in zip(chosen, texts)],
+            "image_removed": [
+                Document([TextPart(caption_prompt(language), loss=False), TextPart(f" {text}")])
+                for text in texts
+            ],
+            "other_image": [caption_document(s.codes[0], language, t) for s, t in zip(others, texts)],
+        }
+        found = {name: score(model, text_tokenizer, documents) for name, documents in variants.items()}
+        result[language] = {
+            "documents": len(chosen),
+            "tokens": found["with_image"].text_tokens,
+            **{name: likelihood.per_token() for name, likelihood in found.items()},
+        }
+    return result
+
+
+def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict:
+    """Measure likelihoods on held-out and on seen documents; write `likelihood.json`.
+
+    Raises:
+        FileNotFoundError: there is no unified model.
+        ValueError: the codes are not the model's.
+    """
+    model, text_tokenizer = load_unified_model(paths.model)
+    training = load_codes(paths.seen_codes, COUNTED_DOCUMENTS, seed)
+    size = model.config.codebook_size
+    splits = {}
+    for split, folder in paths.codes().items():
+        require_same_codes(model, DatasetManifest.load(folder).fingerprint, folder)
+        samples = load_codes(folder, min(count or DOCUMENTS, DOCUMENTS), seed)
+        splits[split] = {
+            "documents": len(samples),
+            "visual": measure_codes(model, text_tokenizer, samples, training),
+            "captions": measure_captions(model, text_tokenizer, samples),
+        }
+    result = {"codebook_size": size, "log_codebook_size": math.log(size), "splits": splits}
+    write_json(paths.output / "likelihood.json", result)
+    return result

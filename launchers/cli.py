@@ -1,0 +1,283 @@
+"""The `dualtoken` command. What a command needs is imported when it runs, so that help comes at once."""
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launchers.errors import UserError
+
+RUN = Path("runs/quickstart")
+RAISE = "DUALTOKEN_TRACEBACK"
+
+app = typer.Typer(
+    name="dualtoken",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Pretrain and use vision-language models with dual visual vocabularies.\n\n"
+    "Start with [bold]dualtoken quickstart[/]: on a laptop it trains everything small, on sample drawings, "
+    "and writes a report in about 15 minutes. The other commands then work on its results in "
+    "runs/quickstart; options point them elsewhere.",
+)
+
+RunOption = Annotated[Path, typer.Option("--run", help="Folder of a quickstart.", show_default=True)]
+RanksOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Processes: by default one for each GPU, or two on the CPU.", show_default=False
+    ),
+]
+TokenizerOption = Annotated[
+    Path, typer.Option("--visual-tokenizer", help="Exported visual tokenizer, a folder.")
+]
+ModelOption = Annotated[Path, typer.Option("--model", help="Exported unified model, a folder.")]
+ImagesArgument = Annotated[list[Path], typer.Argument(help="Picture files: PNG, JPEG, WebP, ...")]
+TOKENIZER = RUN / "tokenizer" / "export"
+MODEL = RUN / "mllm" / "export"
+
+
+class Measure(StrEnum):
+    """What `evaluate` can measure."""
+
+    RECONSTRUCTION = "reconstruction"
+    RETRIEVAL = "retrieval"
+    LIKELIHOOD = "likelihood"
+    GENERATION = "generation"
+    LAYERS = "layers"
+
+
+def say(line: str) -> None:
+    """Print a line for the user, at once also into a pipe."""
+    typer.echo(line)
+    sys.stdout.flush()
+
+
+@app.command(rich_help_panel="Start here")
+def quickstart(run: RunOption = RUN, ranks: RanksOption = None) -> None:
+    """Run the whole chain on sample drawings, from data to report; resumes where it stopped.
+
+    Example: [bold]dualtoken quickstart[/], then open runs/quickstart/report.html
+    """
+    from launchers.processes import default_ranks
+    from launchers.quickstart import run_chain
+
+    run_chain(run, ranks or default_ranks(), say)
+
+
+@app.command("sample-data", rich_help_panel="Train")
+def sample_data(
+    output: Annotated[Path, typer.Argument(help="Folder to make.")] = RUN / "sample_data",
+    image_size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
+    held_out: Annotated[float, typer.Option(help="Share of the concepts kept from training.")] = 0.1,
+    languages: Annotated[str, typer.Option(help="Languages of the names, by comma.")] = "en,de,es",
+    seed: Annotated[int, typer.Option(help="Of the choice of held-out concepts and the order.")] = 0,
+) -> None:
+    """Make the sample data: OpenMoji drawings with their names, as shards, and a small text tokenizer.
+
+    Example: [bold]dualtoken sample-data data --image-size 96 --languages en,fr[/]
+    """
+    from data_pipeline.sample_data import make_sample_data
+
+    summary = make_sample_data(
+        output, image_size, held_out, seed, [word.strip() for word in languages.split(",")]
+    )
+    if summary.already_done:
+        say(f"already there: {output}")
+    for line in summary.lines():
+        say(line)
+
+
+@app.command(rich_help_panel="Train")
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe by name or path.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe to change.")
+    ] = None,
+    ranks: RanksOption = None,
+) -> None:
+    """Train with a recipe, under DeepSpeed on this machine; started again, it resumes.
+
+    Example: [bold]dualtoken train quickstart_tokenizer run_dir=runs/mine steps=200[/]
+    """
+    from launchers.processes import deepspeed_command, default_ranks
+    from pretrain.config import load_job_config
+
+    ranks = ranks or default_ranks()
+    words = [f"recipe={recipe}", *(settings or [])]
+    load_job_config(words, world_size=ranks)  # a mistake is told once, before any process starts
+    _run(deepspeed_command("pretrain.train", words, ranks), ranks)
+
+
+@app.command(rich_help_panel="Train")
+def pretokenize(
+    inputs: Annotated[list[Path] | None, typer.Argument(help="Folders of image-text shards.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the dual-code shards.")] = RUN / "codes" / "train",
+    visual_tokenizer: TokenizerOption = TOKENIZER,
+    ranks: RanksOption = None,
+) -> None:
+    """Turn pictures in shards into codes, once, for training the unified model; resumes where it stopped.
+
+    Example: [bold]dualtoken pretokenize data/images --output data/codes[/]
+    """
+    from launchers.processes import default_ranks
+    from launchers.quickstart import pretokenize_command
+
+    ranks = ranks or default_ranks()
+    folders = inputs or [RUN / "sample_data" / "images" / "train"]
+    _run(list(pretokenize_command(folders, visual_tokenizer, output, ranks)), ranks)
+
+
+@app.command(rich_help_panel="Use")
+def reconstruct(
+    images: ImagesArgument,
+    visual_tokenizer: TokenizerOption = TOKENIZER,
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("reconstructed"),
+) -> None:
+    """Send pictures through the visual tokenizer and back; writes input and output side by side.
+
+    Example: [bold]dualtoken reconstruct cat.png dog.jpg[/]
+    """
+    from launchers.use import reconstruct_files
+
+    for line in reconstruct_files(images, visual_tokenizer, output):
+        say(line)
+
+
+@app.command(rich_help_panel="Use")
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="What to draw, one picture for each.")],
+    model: ModelOption = MODEL,
+    visual_tokenizer: TokenizerOption = TOKENIZER,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("generated"),
+    guidance_scale: Annotated[float, typer.Option(help="How closely to follow the prompt; 1 is off.")] = 3.0,
+    temperature: Annotated[float, typer.Option(help="Spread of the sampling; 0 takes the likeliest.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample among that many codes; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest codes of this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Another seed, another picture.")] = 0,
+) -> None:
+    """Draw pictures for prompts.
+
+    Example: [bold]dualtoken generate "red apple" "gato" --guidance-scale 4[/]
+    """
+    from launchers.use import generate_files
+
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    for line in generate_files(prompts, model, visual_tokenizer, output, guidance_scale, settings):
+        say(line)
+
+
+@app.command(rich_help_panel="Use")
+def caption(
+    images: ImagesArgument,
+    model: ModelOption = MODEL,
+    visual_tokenizer: TokenizerOption = TOKENIZER,
+    language: Annotated[str, typer.Option(help="Language to answer in, such as en, de, es.")] = "en",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest caption, in tokens.")] = 32,
+) -> None:
+    """Say in words what is in pictures.
+
+    Example: [bold]dualtoken caption cat.png --language de[/]
+    """
+    from launchers.use import caption_files
+
+    for line in caption_files(images, model, visual_tokenizer, language, max_new_tokens):
+        say(line)
+
+
+@app.command(rich_help_panel="Measure")
+def evaluate(
+    measures: Annotated[list[Measure] | None, typer.Argument(help="What to measure; all by default.")] = None,
+    run: RunOption = RUN,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Measure on that many samples at most.", show_default=False)
+    ] = None,
+    siglip: Annotated[Path | None, typer.Option(help="Exported SigLIP instead of the run's.")] = None,
+    visual_tokenizer: Annotated[
+        Path | None, typer.Option(help="Visual tokenizer instead of the run's.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Unified model instead of the run's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for results instead of the run's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Measure the models of a run on held-out and on seen data.
+
+    Example: [bold]dualtoken evaluate reconstruction --run runs/mine[/]
+    """
+    import importlib
+    import time
+
+    from eval.inputs import EvaluationPaths
+
+    paths = EvaluationPaths.from_run(
+        run, siglip=siglip, visual_tokenizer=visual_tokenizer, model=model, output=output
+    )
+    for measure in measures or list(Measure):
+        started = time.monotonic()
+        say(f"{measure}: measuring ...")
+        importlib.import_module(f"eval.{measure}").run(paths, count, seed)
+        say(f"{measure}: {paths.output / f'{measure}.json'} ({time.monotonic() - started:.0f} s)")
+
+
+@app.command(rich_help_panel="Measure")
+def report(run: RunOption = RUN) -> None:
+    """Write report.html and report.json of a run from what has been trained and measured so far.
+
+    Example: [bold]dualtoken report --run runs/mine[/]
+    """
+    from eval.report import build_report
+
+    say(f"written: {build_report(run)}")
+
+
+def _run(command: list[str], ranks: int) -> None:
+    """Run a command in this terminal; its own messages tell what went wrong."""
+    import shlex
+
+    from launchers import processes
+
+    say(f"$ {shlex.join(command)}")
+    finished = processes.run(command, ranks)
+    if finished.returncode:
+        raise typer.Exit(finished.returncode if 0 < finished.returncode < 256 else 1)
+
+
+def main() -> None:
+    """Run the command; mistakes are one line on standard error and exit code 2.
+
+    With DUALTOKEN_TRACEBACK=1 in the environment errors keep their traceback.
+    """
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        _fail("stopped; started again, the same command goes on where it was", 130)
+    except typer.Abort:
+        _fail("stopped", 130)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if usage is not None:  # the command line itself is wrong
+            if not usage():
+                sys.exit(2)  # no command given: the help has been shown
+            _fail(f"{_one_line(usage())} (see: dualtoken --help)", 2)
+        # ValueError is what every part of the project raises for mistakes of its user.
+        if os.environ.get(RAISE) or not isinstance(error, UserError | ValueError | OSError | ImportError):
+            raise
+        _fail(_one_line(str(error)), 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
