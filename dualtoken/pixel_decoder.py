@@ -100,7 +100,9 @@ class UpLevel(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Decode latents ``[B, C, h, w]`` to images ``[B, 3, H, W]``, ``H = h * 2 ** (len(multipliers) - 1)``.
+    """Decode latents ``[B, C, h, w]`` to images ``[B, 3, H, W]``.
+
+    Each level but the last doubles the resolution: ``H = h * 2 ** (len(multipliers) - 1) * pixel_shuffle``.
 
     Args:
         in_channels: channels of the latents.
@@ -109,6 +111,8 @@ class PixelDecoder(nn.Module):
         num_res_blocks: each level has one more than this, as in the released models.
         attention_resolutions: heights of the levels that get attention.
         latent_size: height of the latents.
+        pixel_shuffle: pixels a side that each position of the last level paints (sub-pixel convolution, arXiv
+            1609.05158); 1 in the released models. 2 saves the level at full resolution, most of a small decoder.
     """
 
     def __init__(
@@ -119,8 +123,10 @@ class PixelDecoder(nn.Module):
         num_res_blocks: int,
         attention_resolutions: Sequence[int],
         latent_size: int,
+        pixel_shuffle: int = 1,
     ) -> None:
         super().__init__()
+        self.pixel_shuffle = pixel_shuffle
         widths = [channels * multiplier for multiplier in multipliers]
         self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
         self.mid = MiddleBlock(widths[-1])
@@ -132,7 +138,7 @@ class PixelDecoder(nn.Module):
             width_in, resolution = width, resolution * 2
         self.up = nn.ModuleList(reversed(levels))  # up[0] is the full resolution, as in the released layout
         self.norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], 3 * pixel_shuffle**2, 3, padding=1)
 
     def features(self, latents: Tensor) -> Tensor:
         """Return what the last convolution reads, ``[B, channels, H, W]``; its gradient weighs the GAN loss."""
@@ -141,6 +147,10 @@ class PixelDecoder(nn.Module):
             hidden = level(hidden)
         return F.silu(self.norm_out(hidden))
 
+    def paint(self, features: Tensor) -> Tensor:
+        """Return images ``[B, 3, H, W]``, about [-1, 1], not clamped, of what :meth:`features` returned."""
+        return F.pixel_shuffle(self.conv_out(features), self.pixel_shuffle)
+
     def forward(self, latents: Tensor) -> Tensor:
         """Return images ``[B, 3, H, W]``, about [-1, 1], not clamped."""
-        return self.conv_out(self.features(latents))
+        return self.paint(self.features(latents))

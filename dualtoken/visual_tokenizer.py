@@ -75,6 +75,7 @@ class DualTokenVisualTokenizer(PreTrainedModel):
             config.decoder_num_res_blocks,
             config.decoder_attention_resolutions,
             config.latent_size,
+            config.decoder_pixel_shuffle,
         )
         self.post_init()
 
@@ -147,7 +148,7 @@ class DualTokenVisualTokenizer(PreTrainedModel):
             latent_size = (self.config.latent_size,) * 2
             hidden = F.interpolate(hidden, latent_size, mode="bilinear", align_corners=False)
         features = self.decoder.features(self.post_quant_conv(hidden))
-        return self.decoder.conv_out(features), features
+        return self.decoder.paint(features), features
 
     def _pool_latents(self, quantized: Tensor) -> tuple[Tensor, Tensor]:
         """Return features ``[B, P, C]`` and the pooled vector ``[B, C]`` of quantized semantic latents ``[B, P, dim]``."""

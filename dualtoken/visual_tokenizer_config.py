@@ -1,13 +1,14 @@
 """Configuration of the visual tokenizer and its presets, from the paper's scale down to tests."""
 
-from __future__ import annotations
-
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from transformers.configuration_utils import PretrainedConfig, SubConfigSpec
 
 
+@strict
 class DualTokenVisualTokenizerConfig(PretrainedConfig):
     """Every figure of a :class:`DualTokenVisualTokenizer`; the defaults are the paper's SO400M/14-384 (arXiv 2503.14324).
 
@@ -37,6 +38,7 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
         decoder_num_res_blocks: residual blocks a level, less one.
         decoder_attention_resolutions: resolutions with attention.
         decoder_latent_size: height of the decoder's input; latents are resized to it (None: the grid of the backbone).
+        decoder_pixel_shuffle: pixels a side painted by each position of the decoder's last level.
     """
 
     model_type = "dualtoken_visual_tokenizer"
@@ -50,16 +52,16 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
     reconstruction_layer: int = 6
     semantic_layer: int = 26
     shortcut_layer: int | None = 4
-    shortcut_weight: float = 0.6
+    shortcut_weight: float | int = 0.6
     merged_codebook: bool = False
     quantizer: str = "rvq"
     codebook_size: int = 16384
     codebook_dim: int = 32
     num_quantizers: int = 8
     shared_codebook: bool = True
-    codebook_decay: float = 0.99
+    codebook_decay: float | int = 0.99
     restart_unused_codes: bool = True
-    restart_threshold: float = 1.0
+    restart_threshold: float | int = 1.0
     codebook_seed: int = 0
     latent_norm: bool = False
     causal_post_quantization: bool = True
@@ -69,6 +71,7 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
     decoder_num_res_blocks: int = 2
     decoder_attention_resolutions: list[int] | tuple[int, ...] = (24,)
     decoder_latent_size: int | None = 24
+    decoder_pixel_shuffle: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Build the towers' configs and check that the numbers fit each other."""
@@ -125,7 +128,8 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
     @property
     def reconstruction_size(self) -> int:
         """Height and width of decoded images in pixels."""
-        return self.latent_size * 2 ** (len(self.decoder_channel_multipliers) - 1)
+        doublings = len(self.decoder_channel_multipliers) - 1
+        return self.latent_size * 2**doublings * self.decoder_pixel_shuffle
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what ``config.json`` holds: every field of this class and of the towers, defaults included."""
@@ -184,18 +188,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "quickstart": {  # 64 pixels on two CPU cores
         "vision_config": {
-            "hidden_size": 192,
+            "hidden_size": 128,
             "intermediate_size": 512,
             "num_hidden_layers": 6,
-            "num_attention_heads": 6,
+            "num_attention_heads": 4,
             "image_size": 64,
             "patch_size": 8,
         },
         "text_config": {
-            "hidden_size": 192,
+            "hidden_size": 128,
             "intermediate_size": 512,
             "num_hidden_layers": 3,
-            "num_attention_heads": 6,
+            "num_attention_heads": 4,
             "vocab_size": 8704,
             "bos_token_id": None,
             "eos_token_id": None,
@@ -210,11 +214,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_quantizers": 4,
         "latent_norm": True,
         "decoder_in_channels": 96,
-        "decoder_channels": 24,
-        "decoder_channel_multipliers": (1, 1, 2, 4),
+        "decoder_channels": 32,
+        "decoder_channel_multipliers": (1, 2, 3),
         "decoder_num_res_blocks": 0,
         "decoder_attention_resolutions": (),
         "decoder_latent_size": None,
+        "decoder_pixel_shuffle": 2,
     },
     "tiny": {  # for tests
         "vision_config": {
@@ -257,7 +262,7 @@ def preset_config(name: str, **overrides: Any) -> DualTokenVisualTokenizerConfig
     """Return the preset ``name`` with single fields replaced.
 
     Raises:
-        ValueError: on an unknown preset or field.
+        ValueError: on an unknown preset or field, a wrong type, or numbers that do not fit each other.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown visual tokenizer preset {name!r}; choose one of {', '.join(PRESETS)}")
@@ -267,4 +272,7 @@ def preset_config(name: str, **overrides: Any) -> DualTokenVisualTokenizerConfig
         raise ValueError(
             f"unknown visual tokenizer field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}"
         )
-    return DualTokenVisualTokenizerConfig(**{**PRESETS[name], **overrides})
+    try:
+        return DualTokenVisualTokenizerConfig(**{**PRESETS[name], **overrides})
+    except StrictDataclassError as error:
+        raise ValueError(f"visual tokenizer preset {name!r}: {' '.join(str(error).split())}") from error

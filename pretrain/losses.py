@@ -54,13 +54,15 @@ def last_layer_gradient(
 
     Args:
         decoder_features: input of the last convolution, ``[B, C, H, W]``.
-        kernel_shape: ``[3, C, k, k]``.
-        image_gradient: gradient at the reconstruction, ``[B, 3, H, W]``.
+        kernel_shape: ``[3 * shuffle**2, C, k, k]``.
+        image_gradient: gradient at the reconstruction, ``[B, 3, H, W]``; larger than the features by the
+            decoder's pixel shuffle.
     """
+    shuffle = image_gradient.shape[-1] // decoder_features.shape[-1]
     return torch.nn.grad.conv2d_weight(
         decoder_features.detach().float(),
         list(kernel_shape),
-        image_gradient.float(),
+        F.pixel_unshuffle(image_gradient.float(), shuffle),
         padding=kernel_shape[-1] // 2,
     )
 
