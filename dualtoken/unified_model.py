@@ -115,12 +115,6 @@ class GeluMLP(nn.Module):
         self.activation = nn.GELU()
         self.down = nn.Linear(hidden_features, out_features)
 
-    def init_weights(self) -> None:
-        """Draw weights that keep the scale of the input."""
-        for linear in (self.up, self.down):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            nn.init.zeros_(linear.bias)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in_features] to [..., out_features]."""
         return self.down(self.activation(self.up(x.to(self.up.weight.dtype))))
@@ -190,8 +184,12 @@ class DualTokenForCausalLM(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, VisualHead | GeluMLP):
+        # Only modules that hold parameters themselves: transformers skips others in code that is not its own.
+        if isinstance(module, VisualHead):
             module.init_weights()
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.zeros_(module.bias)
 
     @property
     def decoder_config(self) -> PretrainedConfig:

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unified_support import IDS, TOKENIZER, byte_tokenizer
 
 from dualtoken.sequence import (
     SPECIAL,
@@ -17,6 +16,7 @@ from dualtoken.sequence import (
     pack_documents,
     tokenize_document,
 )
+from tests.unified_support import IDS, TOKENIZER, byte_tokenizer
 
 
 def image(positions=4, depth=3, start=0, dtype=np.uint16):

@@ -1,0 +1,156 @@
+"""The unified model under DeepSpeed ZeRO-3 on two gloo ranks, one of which sees text only.
+
+The file is its own worker: the test starts it twice as a script and compares what the ranks saved with
+plain torch.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dualtoken.sequence import Document, PackedBatch, TextPart, pack_documents
+from dualtoken.unified_model import DualTokenForCausalLM, DualTokenOutput
+from tests.distributed import run_module
+from tests.unified_support import caption, generation, plain, tiny_config, tokenized
+
+STEPS, RATE, CONTEXT = 3, 1e-2, 96
+SCENARIOS = {
+    # (config overrides, frozen parts, gradient checkpointing)
+    "joint": ({}, (), True),
+    "untied": ({"decoder": "llama", "embedder": "mlp_concat"}, (), False),
+    "frozen_llm": ({}, ("llm",), True),
+    "heads_only": ({}, ("llm", "visual_embedder", "pixel_projector", "semantic_projector"), False),
+    "frozen_heads": ({}, ("pixel_head", "semantic_head"), False),
+}
+
+
+def batch(rank: int, step: int) -> PackedBatch:
+    """Rank 0 sees images, more than a chunk of them; rank 1 has only text, and in the end no target at all."""
+    if rank == 0:
+        documents = [
+            generation("dog", step),
+            caption("cat", step),
+            *(generation("x", i) for i in range(step)),
+        ]
+    else:
+        documents = [plain("only words")] if step < 2 else [Document([TextPart("none", loss=False)])]
+    return pack_documents(tokenized(*documents), CONTEXT)
+
+
+def loss_of(output: DualTokenOutput, text: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    return output.text_nll / text + output.visual_nll.sum() / visual
+
+
+def counts(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    packs = [batch(rank, step) for rank in range(2)]
+    text = sum((pack.labels != -100).sum() for pack in packs)
+    return text, sum(pack.visual_loss_mask.sum() for pack in packs)
+
+
+def optimizer_for(model: torch.nn.Module) -> torch.optim.Optimizer:
+    # SGD: Adam would blow up the rounding noise of gradients that are zero in exact arithmetic.
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+
+
+def freeze(model: DualTokenForCausalLM, parts: tuple[str, ...]) -> None:
+    for name in parts:
+        model.parts()[name].requires_grad_(False)
+
+
+def worker(output: Path) -> None:
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled
+    deepspeed.init_distributed("gloo", verbose=False)
+    rank = int(os.environ["RANK"])
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": 2,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1000,
+    }
+    alive = HfDeepSpeedConfig(settings)
+    for name, (overrides, frozen, checkpointing) in SCENARIOS.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(**overrides))
+        assert all(p.ds_numel == 0 or p.numel() == 0 for p in model.parameters()), "not sharded"
+        assert model.codebooks.vectors.dtype == torch.float32
+        vectors = model.codebooks.vectors
+        model.set_codebooks(torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1)))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        freeze(model, frozen)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_for(model), config=settings)
+        start = full_state(model)
+        losses = []
+        for step in range(STEPS):
+            result = engine(**batch(rank, step).model_inputs())
+            loss = loss_of(result, *counts(step))
+            losses.append(loss.item())
+            engine.backward(2 * loss)  # the engine takes the mean over ranks
+            engine.step()
+        end = full_state(model)
+        torch.save({"start": start, "end": end, "losses": losses}, output / f"{name}_{rank}.pt")
+        engine.destroy()
+    assert alive is not None
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads abort now and then at interpreter exit
+
+
+def full_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    output = tmp_path_factory.mktemp("zero3")
+    run_module("tests.test_unified_zero3", [str(output)], world_size=2, timeout=120).check()
+    return output
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_of_which_one_has_no_images_train_like_one_process(runs, name):
+    saved = [torch.load(runs / f"{name}_{rank}.pt") for rank in range(2)]
+    overrides, frozen, _ = SCENARIOS[name]
+    model = DualTokenForCausalLM._from_config(tiny_config(**overrides))
+    vectors = model.codebooks.vectors
+    model.set_codebooks(torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1)))
+    missing, unexpected = model.load_state_dict(saved[0]["start"], strict=False)
+    assert not unexpected and set(missing) <= {"codebooks.vectors", "llm.lm_head.weight"}
+    model.tie_weights()
+    freeze(model, frozen)
+    optimizer = optimizer_for(model)
+    for step in range(STEPS):
+        losses = [loss_of(model(**batch(rank, step).model_inputs()), *counts(step)) for rank in range(2)]
+        for rank in range(2):
+            assert saved[rank]["losses"][step] == pytest.approx(losses[rank].item(), rel=1e-5), (step, rank)
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+    for parameter, value in model.named_parameters():
+        torch.testing.assert_close(saved[0]["end"][parameter], value, rtol=1e-4, atol=1e-6, msg=parameter)
+        moved = not torch.equal(saved[0]["end"][parameter], saved[0]["start"][parameter])
+        is_frozen = any(parameter.startswith(part) for part in frozen)
+        assert moved != is_frozen or "k_proj.bias" in parameter, parameter
+
+
+def test_sharded_construction_draws_the_same_kind_of_weights(runs):
+    start = torch.load(runs / "joint_0.pt")["start"]
+    torch.manual_seed(0)
+    for name, parameter in DualTokenForCausalLM._from_config(tiny_config()).named_parameters():
+        assert start[name].std().item() == pytest.approx(parameter.std().item(), rel=0.35, abs=1e-3), name
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
