@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.charts import Series, heatmap, line_chart
+from eval.charts import Point, Series, heatmap, line_chart
 from eval.comparisons import HEADINGS, compare_all, language_name
 from eval.inputs import write_json
 
@@ -25,7 +25,6 @@ class Curve:
     svg: str
     first: float
     last: float
-    has_validation: bool
 
 
 def read_results(run: Path) -> dict[str, dict]:
@@ -52,24 +51,35 @@ def read_json(path: Path) -> dict | None:
 
 
 def loss_curves(records: list[dict]) -> list[Curve]:
-    """A chart for every loss and validation figure in the lines of a metrics.jsonl."""
-    points: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    """Charts from the lines of a metrics.jsonl: losses, held-out figures, likelihoods with a line a depth."""
+    points: dict[str, dict[str, list[Point]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         for key, value in record.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if isinstance(value, int | float) and key not in {"step", "time", "seconds"}:
                 points[key][record["split"]].append((record["step"], float(value)))
     curves = []
+    depths: dict[str, list[list[Point]]] = defaultdict(list)
     for key, splits in points.items():
-        validated = splits.get("val", [])
-        if not (key.startswith("loss") or (validated and key not in {"step", "time", "seconds"})):
-            continue
-        series = [Series("training", splits.get("train", []), "a")]
-        series.append(Series("held-out", validated, "b", dots=True))
-        drawn = splits.get("train") or validated
-        svg = line_chart(f"{key} over steps", series)
-        curves.append(Curve(key, svg, drawn[0][1], drawn[-1][1], bool(validated)))
+        group, _, depth = key.partition("/depth_")
+        trained, validated = splits.get("train", []), splits.get("val", [])
+        if depth:
+            depths[group].append(trained or validated)
+        elif key.startswith("loss") or validated:
+            series = [Series("training", trained, "a"), Series("held-out", validated, "b", dots=True)]
+            curves.append(_curve(key, series))
+    for group, lines in depths.items():
+        if group.startswith("nll"):
+            drawn = [
+                Series(f"depth {number}", line, f"d{min(number, 4)}") for number, line in enumerate(lines, 1)
+            ]
+            curves.append(_curve(group, drawn))
     # Totals first, then in the order the job wrote them.
     return sorted(curves, key=lambda curve: curve.name not in {"loss", "loss/total"})
+
+
+def _curve(name: str, series: list[Series]) -> Curve:
+    drawn = next(line.points for line in series if line.points)
+    return Curve(name, line_chart(f"{name} over steps", series), drawn[0][1], drawn[-1][1])
 
 
 def depth_chart(visual: list[dict], log_k: float, codebook_size: int) -> str:

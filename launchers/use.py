@@ -1,0 +1,94 @@
+"""What `dualtoken reconstruct`, `generate` and `caption` do with files."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from data_pipeline.image_decoding import build_image_decoder
+from eval.inputs import load_unified_model, load_visual_tokenizer, require_same_codes, to_picture
+from launchers.errors import UserError
+
+
+def read_pictures(paths: Sequence[Path], image_size: int) -> torch.Tensor:
+    """Decode picture files to [N, 3, S, S] in [-1, 1], short side resized and cropped in the middle.
+
+    Raises:
+        UserError: a file is missing or no readable picture; the message names it.
+    """
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"no such file: {missing[0]}")
+    decode = build_image_decoder(image_size, fit="crop")
+    decoded = decode([path.read_bytes() for path in paths])
+    if decoded.rejected:
+        bad = decoded.rejected[0]
+        raise UserError(f"{paths[bad.index]} is no picture that can be read: {bad.reason}")
+    return decoded.images
+
+
+def reconstruct_files(images: Sequence[Path], visual_tokenizer: Path, output: Path) -> Iterator[str]:
+    """Write each picture beside its reconstruction; yields a line for each."""
+    from eval.reconstruction import reconstruct, side_by_side
+
+    tokenizer = load_visual_tokenizer(visual_tokenizer)
+    pictures = read_pictures(images, tokenizer.config.image_size)
+    found = reconstruct(tokenizer, pictures)
+    for path, target, picture, result, quality in zip(
+        images, free_names(output, [path.stem for path in images]), pictures, found.images, found.psnr
+    ):
+        side_by_side(picture, result).save(target)
+        yield f"{path} -> {target} (left the input, right the reconstruction, {quality:.1f} dB)"
+
+
+def generate_files(
+    prompts: Sequence[str],
+    model: Path,
+    visual_tokenizer: Path,
+    output: Path,
+    guidance_scale: float,
+    sampling: dict,
+) -> Iterator[str]:
+    """Write a picture for each prompt; yields a line for each."""
+    from dualtoken.generation import generate_images
+
+    tokenizer = load_visual_tokenizer(visual_tokenizer)
+    unified, text_tokenizer = load_unified_model(model)
+    require_same_codes(unified, tokenizer.fingerprint(), visual_tokenizer)
+    codes = generate_images(unified, text_tokenizer, list(prompts), guidance_scale=guidance_scale, **sampling)
+    pictures = tokenizer.decode(codes.to(tokenizer.device)).float().cpu()
+    for prompt, target, picture in zip(prompts, free_names(output, prompts), pictures):
+        to_picture(picture).save(target)
+        yield f"{prompt!r} -> {target}"
+
+
+def caption_files(
+    images: Sequence[Path], model: Path, visual_tokenizer: Path, language: str, max_new_tokens: int
+) -> Iterator[str]:
+    """Yield a line with a caption for each picture."""
+    from eval.generation import write_captions
+
+    tokenizer = load_visual_tokenizer(visual_tokenizer)
+    unified, text_tokenizer = load_unified_model(model)
+    require_same_codes(unified, tokenizer.fingerprint(), visual_tokenizer)
+    pictures = read_pictures(images, tokenizer.config.image_size)
+    codes = tokenizer.encode(pictures.to(tokenizer.device)).cpu()
+    captions = write_captions(unified, text_tokenizer, list(codes), language, max_new_tokens)
+    for path, text in zip(images, captions):
+        yield f"{path}: {text}"
+
+
+def free_names(output: Path, names: Sequence[str]) -> list[Path]:
+    """A PNG path in `output` for each name, none of them there yet, so that nothing is overwritten."""
+    output.mkdir(parents=True, exist_ok=True)
+    taken: set[Path] = set()
+    paths = []
+    for name in names:
+        words = "".join(letter if letter.isalnum() or letter in "-_" else " " for letter in name).split()
+        stem = "-".join(words)[:60] or "picture"
+        path, number = output / f"{stem}.png", 2
+        while path in taken or path.exists():
+            path, number = output / f"{stem}-{number}.png", number + 1
+        taken.add(path)
+        paths.append(path)
+    return paths
