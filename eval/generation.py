@@ -21,10 +21,10 @@ from eval.inputs import (
     load_visual_tokenizer,
     require_same_codes,
     to_picture,
-    write_json,
 )
 from eval.metrics import recall_at_1
 from eval.reconstruction import BATCH
+from eval.results import write_json
 from eval.retrieval import image_features
 
 GUIDANCE_SCALES = (1.0, 3.0, 5.0)

@@ -1,6 +1,5 @@
 """What the measures read: where a run's results lie, pictures and codes from shards, exported models."""
 
-import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -150,14 +149,6 @@ def to_picture(image: Tensor) -> Image.Image:
     """An image [3, H, W] in [-1, 1] as an 8-bit picture, values rounded."""
     pixels = (to_unit_range(image) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a result so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.rename(path)
 
 
 def load_codes(folder: Path, count: int | None = None, seed: int = 0) -> list[CodeSample]:

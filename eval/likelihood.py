@@ -13,7 +13,8 @@ from data_pipeline.languages import caption_prompt
 from data_pipeline.views import caption_document, generation_document
 from dualtoken.sequence import Document, TextPart, TokenizedDocument, pack_documents, tokenize_document
 from dualtoken.unified_model import CODEBOOKS, DualTokenForCausalLM
-from eval.inputs import EvaluationPaths, load_codes, load_unified_model, require_same_codes, write_json
+from eval.inputs import EvaluationPaths, load_codes, load_unified_model, require_same_codes
+from eval.results import write_json
 
 TOKENS_PER_PACK = 4096
 DOCUMENTS = 160  # of each split, at most

@@ -14,9 +14,9 @@ from eval.inputs import (
     load_pictures,
     load_visual_tokenizer,
     to_picture,
-    write_json,
 )
 from eval.metrics import codebook_statistics, psnr, ssim, to_unit_range
+from eval.results import write_json
 
 BATCH = 32
 GRID_PICTURES = 48

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eval.charts import Point, Series, heatmap, line_chart
 from eval.comparisons import HEADINGS, compare_all, language_name
-from eval.inputs import write_json
+from eval.results import read_json, write_json
 
 MEASURES = ("reconstruction", "retrieval", "likelihood", "generation", "layers")
 JOBS = {"siglip": "SigLIP", "tokenizer": "Visual tokenizer", "mllm": "Unified model"}
@@ -43,11 +43,6 @@ def read_metrics(path: Path) -> list[dict]:
             except json.JSONDecodeError:
                 break
     return records
-
-
-def read_json(path: Path) -> dict | None:
-    """A JSON file, None if it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def loss_curves(records: list[dict]) -> list[Curve]:

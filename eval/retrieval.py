@@ -14,9 +14,9 @@ from eval.inputs import (
     load_pictures,
     load_visual_tokenizer,
     require_export,
-    write_json,
 )
 from eval.metrics import recall_at_1
+from eval.results import write_json
 
 BATCH = 64
 SEEN_PICTURES = 1000  # at most; the candidates decide how hard the task is, so both splits get as many
