@@ -85,6 +85,9 @@ def start_runtime(config: JobConfig) -> Runtime:
         # DeepSpeed would compile a shared-memory all-reduce for CPU ranks at start: half a minute and a C++
         # compiler for a gain that only many-core hosts see.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Nothing is compiled on a CPU here; without this, DeepSpeed's optimizers load all of inductor.
+        if hasattr(torch.compiler, "set_default_backend"):
+            torch.compiler.set_default_backend("eager")
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,

@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     # Before torch is imported: ranks of one machine share its cores.
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_ranks)))
+    # transformers warns of its own default configs and draws bars that a log file does not need.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         config = load_job_config(argv)
         from pretrain.trainer import Trainer, TrainingError, finished_before

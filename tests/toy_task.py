@@ -1,5 +1,8 @@
 """A regression small enough for tests, with everything a real task has: two engines, loader state, noise."""
 
+import os
+import signal
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +23,7 @@ class ToyJobConfig(JobConfig):
     noise: bool = False
     nan_at_step: int = -1  # a loss that is not finite on the last rank
     sleep_per_step: float = 0.0
+    signal_at_step: int = -1  # the last rank sends itself SIGTERM
     second_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-2))
 
 
@@ -86,15 +90,15 @@ class ToyTask:
         return (engine(batch.to(self.runtime.dtype), self.config.noise).float() - target).square()
 
     def train_step(self, micro_batches: list[torch.Tensor]) -> dict:
-        import time
-
         time.sleep(self.config.sleep_per_step)
+        is_last_rank = self.runtime.rank == self.runtime.world_size - 1
+        if self.runtime.step == self.config.signal_at_step and is_last_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
         averages = Averages(self.runtime.device)
         total = self.config.global_batch_size
         for batch in micro_batches:
             for name, engine in self.engines.items():
                 losses = self.loss(engine, batch)
-                is_last_rank = self.runtime.rank == self.runtime.world_size - 1
                 if self.runtime.step == self.config.nan_at_step and is_last_rank:
                     losses = losses * torch.nan
                 if self.config.reduction == "sum":

@@ -1,0 +1,294 @@
+"""Contrastive pretraining of SigLIP (arXiv 2303.15343): the backbone that the tokenizer starts from."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from omegaconf import MISSING
+from open_clip.loss import SigLipLoss
+from torch import Tensor, nn
+from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessor, SiglipModel
+
+from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
+from pretrain.config import ConfigError, JobConfig
+from pretrain.engine import Runtime, backward_and_step, build_engine, count_parameters, full_state_dict
+from pretrain.image_input import ImageInput, ImageInputConfig
+from pretrain.metrics import Averages
+
+
+@dataclass
+class VisionTowerConfig:
+    """Size of the vision tower."""
+
+    image_size: int = 64
+    patch_size: int = 8
+    hidden_size: int = 128
+    intermediate_size: int = 512
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+
+
+@dataclass
+class TextTowerConfig:
+    """Size of the text tower; its vocabulary is the text tokenizer's, its output as wide as the pictures'."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 512
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 4
+    max_position_embeddings: int = 16  # tokens; captions are padded and cut to this length
+
+
+@dataclass
+class AugmentationConfig:
+    """What is drawn anew every time a picture is seen."""
+
+    max_shift: int = 0  # pixels in each direction, white comes in
+    flip: bool = False  # left and right, every other time
+
+
+@dataclass
+class ContrastiveJobConfig(JobConfig):
+    """Settings of the contrastive job."""
+
+    job: str = "contrastive"
+    init_from: str | None = None  # folder of a SiglipModel to go on from; its sizes replace vision and text
+    vision: VisionTowerConfig = field(default_factory=VisionTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    text_tokenizer: str = MISSING  # folder of a Hugging Face tokenizer
+    initial_scale: float = 10.0  # of the cosine; learned from there, as is the bias
+    initial_bias: float = -10.0
+    images: ImageInputConfig = field(default_factory=ImageInputConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    data: ImageStreamConfig = MISSING
+    validation_data: ImageStreamConfig | None = None  # pictures of concepts that training does not see
+    retrieval_pictures: int = 200  # at most so many candidates, of either kind, in the R@1 of validation
+
+
+class ContrastiveModel(nn.Module):
+    """SigLIP and its loss in one forward pass, so that every ZeRO level gathers what the loss reads."""
+
+    def __init__(self, siglip: SiglipModel, rank: int, world_size: int) -> None:
+        super().__init__()
+        self.siglip = siglip
+        self.loss = SigLipLoss(rank=rank, world_size=world_size)
+        for parameter in (siglip.logit_scale, siglip.logit_bias):
+            deepspeed.zero.register_external_parameter(self, parameter)
+
+    def forward(self, images: Tensor, input_ids: Tensor) -> Tensor:
+        """Loss of pictures [B, 3, H, W] against the captions [B, T] of all ranks; every rank has B pairs."""
+        output = self.siglip(input_ids=input_ids, pixel_values=images)
+        scale, bias = self.siglip.logit_scale.float().exp(), self.siglip.logit_bias.float()
+        return self.loss(output.image_embeds.float(), output.text_embeds.float(), scale, bias)
+
+
+class ContrastiveTask:
+    """Trains a SigLIP model on pictures with captions in several languages."""
+
+    def __init__(self, config: ContrastiveJobConfig, runtime: Runtime) -> None:
+        if runtime.micro_steps != 1:
+            raise ConfigError(
+                f"global_batch_size={config.global_batch_size}: every picture of a step is compared with "
+                "every caption of it, in one pass; expected micro_batch_size x ranks = "
+                f"{config.micro_batch_size * runtime.world_size}"
+            )
+        self.config, self.runtime = config, runtime
+        self.text_tokenizer = load_text_tokenizer(config.text_tokenizer)
+        siglip = build_siglip(config, self.text_tokenizer)
+        self.text_length = siglip.config.text_config.max_position_embeddings
+        self.image_size = siglip.config.vision_config.image_size
+        self.read_images = ImageInput(config.images, self.image_size, runtime)
+        self.train_loader = image_loader(
+            config.data, config.micro_batch_size, runtime.rank, runtime.world_size, config.seed
+        )
+        model = ContrastiveModel(siglip, runtime.rank, runtime.world_size)
+        self.engines = {"siglip": build_engine(model, config, runtime)}
+
+    @property
+    def siglip(self) -> SiglipModel:
+        """The model without its engine."""
+        return self.engines["siglip"].module.siglip
+
+    def describe(self) -> list[str]:
+        """Parameters per tower, and how pictures are read."""
+        towers = {"vision tower": self.siglip.vision_model, "text tower": self.siglip.text_model}
+        lines = [f"{name:<20} {count_parameters(part):>12,} parameters" for name, part in towers.items()]
+        return [*lines, self.read_images.describe()]
+
+    def train_step(self, micro_batches: list[ImageTextBatch]) -> dict[str, Any]:
+        """One optimizer step on the one micro-batch of every rank."""
+        (batch,) = micro_batches
+        images, captions = self.pairs(batch)
+        loss = self.engines["siglip"](self.augment(images).to(self.runtime.dtype), self.tokenize(captions))
+        backward_and_step(self.engines["siglip"], loss)
+        averages = Averages(self.runtime.device)
+        averages.add("loss/contrastive", loss)
+        return {**averages.reduce(), "count/images": self.config.global_batch_size}
+
+    def pairs(self, batch: ImageTextBatch) -> tuple[Tensor, list[str]]:
+        """Pictures [B, 3, H, W] in [-1, 1] and a caption for each.
+
+        The loss needs the same number on every rank: a picture that cannot be read leaves its place to a
+        blank one with an empty caption.
+        """
+        readable, places = self.read_images(batch)
+        captions = [""] * len(batch)
+        for place in places:
+            captions[place] = self.choose_caption(batch.keys[place], batch.captions[place])
+        if len(places) == len(batch):
+            return readable, captions
+        images = readable.new_ones(len(batch), 3, self.image_size, self.image_size)
+        images[places] = readable
+        return images, captions
+
+    def choose_caption(self, key: str, captions: dict[str, str]) -> str:
+        """One of a picture's captions: drawn by key and step, so that ranks and resumes cannot change it."""
+        languages = sorted(captions)
+        if not languages:
+            return ""
+        draw = zlib.crc32(f"{self.config.seed} {self.runtime.step} {key}".encode())
+        return captions[languages[draw % len(languages)]]
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Token ids [B, T], padded to the tower's length as SigLIP is trained."""
+        tokens = self.text_tokenizer(
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=self.text_length,
+            return_tensors="pt",
+        )
+        return tokens["input_ids"].to(self.runtime.device)
+
+    def augment(self, images: Tensor) -> Tensor:
+        """Shift and flip pictures [B, 3, H, W] at random."""
+        shift = self.config.augmentation.max_shift
+        if shift:
+            size = self.image_size
+            padded = F.pad(images, [shift] * 4, value=1.0)
+            corners = torch.randint(0, 2 * shift + 1, (len(images), 2)).tolist()
+            pairs = zip(padded, corners, strict=True)
+            images = torch.stack([p[:, top : top + size, left : left + size] for p, (top, left) in pairs])
+        if self.config.augmentation.flip:
+            mirrored = (torch.rand(len(images)) < 0.5).to(images.device)
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        return images
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """Retrieval R@1 in both directions, on pictures that training sees and on held-out ones."""
+        figures = self.retrieval("seen", self.config.data)
+        if self.config.validation_data is not None:
+            figures |= self.retrieval("held_out", self.config.validation_data)
+        return figures
+
+    def retrieval(self, name: str, data: ImageStreamConfig) -> dict[str, float]:
+        """R@1 among the first `retrieval_pictures` of a data set; equal captions are equally right."""
+        self.siglip.eval()
+        per_rank = math.ceil(self.config.retrieval_pictures / self.runtime.world_size)
+        size = min(self.config.micro_batch_size, per_rank)
+        loader = image_loader(data, size, self.runtime.rank, self.runtime.world_size, split="val")
+        features: list[tuple[Tensor, Tensor, str]] = []
+        for batch in loader:
+            images, places = self.read_images(batch)
+            captions = [batch.captions[place] for place in places]
+            # The first language, so that a figure does not depend on a draw.
+            texts = [next(iter(by_language.values()), "") for by_language in captions]
+            output = self.siglip(
+                input_ids=self.tokenize(texts), pixel_values=images.to(self.runtime.dtype)
+            )
+            embeds = output.image_embeds.float().cpu(), output.text_embeds.float().cpu()
+            features += list(zip(*embeds, texts, strict=True))
+            if len(features) >= per_rank:
+                break
+        loader.close()
+        gathered = [features[:per_rank]]
+        if self.runtime.world_size > 1:
+            gathered = [[] for _ in range(self.runtime.world_size)]
+            dist.all_gather_object(gathered, features[:per_rank])
+        everything = [feature for of_rank in gathered for feature in of_rank]
+        images, texts = (torch.stack([feature[i] for feature in everything]) for i in (0, 1))
+        image_to_text, text_to_image = recall_at_1(images @ texts.T, [feature[2] for feature in everything])
+        return {
+            f"{name}/image_to_text_r1": image_to_text,
+            f"{name}/text_to_image_r1": text_to_image,
+            f"{name}/chance_r1": 1 / len(everything),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which broken pictures have been recorded."""
+        return {"images": self.read_images.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.read_images.load_state_dict(state["images"])
+
+    def export(self, directory: Path) -> None:
+        """Write the SigLIP model in fp32, its text tokenizer and its image processor."""
+        state = full_state_dict(self.engines["siglip"])
+        if not self.runtime.is_main:
+            return
+        prefix = "siglip."
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        self.siglip.save_pretrained(directory, state_dict=state)
+        self.text_tokenizer.save_pretrained(directory)
+        size = {"height": self.image_size, "width": self.image_size}
+        SiglipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(directory)
+
+
+def recall_at_1(similarity: Tensor, captions: list[str]) -> tuple[float, float]:
+    """Share of pictures whose nearest caption is theirs, and of captions whose nearest picture is theirs.
+
+    Args:
+        similarity: [N, N], pictures by captions.
+        captions: N texts; a text that occurs twice is right for both pictures.
+    """
+    numbers = {caption: number for number, caption in enumerate(captions)}
+    label = torch.tensor([numbers[caption] for caption in captions])
+    right_text = label[similarity.argmax(1)] == label
+    right_image = label[similarity.argmax(0)] == label
+    return right_text.float().mean().item(), right_image.float().mean().item()
+
+
+def load_text_tokenizer(path: str) -> Any:
+    """The text tokenizer in a folder.
+
+    Raises:
+        ConfigError: there is none, or it has no padding token.
+    """
+    if not (Path(path) / "tokenizer_config.json").is_file():
+        raise ConfigError(f"text_tokenizer={path}: expected a folder with a Hugging Face tokenizer")
+    text_tokenizer = AutoTokenizer.from_pretrained(path)
+    if text_tokenizer.pad_token_id is None:
+        raise ConfigError(f"text_tokenizer={path} has no padding token, which SigLIP's text tower needs")
+    return text_tokenizer
+
+
+def build_siglip(config: ContrastiveJobConfig, text_tokenizer: Any) -> SiglipModel:
+    """A new SigLIP model of the recipe's size, or the one to go on from."""
+    if config.init_from is not None:
+        if not (Path(config.init_from) / "config.json").is_file():
+            raise ConfigError(f"init_from={config.init_from}: expected a folder with a SigLIP model")
+        return SiglipModel.from_pretrained(config.init_from, dtype=torch.float32)
+    text = {
+        **asdict(config.text),
+        "vocab_size": len(text_tokenizer),
+        "projection_size": config.vision.hidden_size,
+        "pad_token_id": text_tokenizer.pad_token_id,
+        # SiglipTextConfig's defaults are ids of another vocabulary.
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    siglip = SiglipModel(SiglipConfig(text_config=text, vision_config=asdict(config.vision)))
+    with torch.no_grad():
+        siglip.logit_scale.fill_(math.log(config.initial_scale))
+        siglip.logit_bias.fill_(config.initial_bias)
+    return siglip

@@ -1,0 +1,194 @@
+"""The loop under DeepSpeed with real ranks: ranks agree, resumes are exact, bad gradients stop it."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import Ranks, run_function
+
+TOY = [
+    "job=tests.toy_task:ToyJobConfig:ToyTask",
+    "steps=8",
+    "global_batch_size=16",
+    "micro_batch_size=4",
+    "log_every=1",
+    "wandb.mode=disabled",
+    "optimizer.lr=0.01",
+    "optimizer.warmup_steps=2",
+    "optimizer.weight_decay=0.1",
+]
+LEVELS = ["zero1.json", "zero2.json", "zero3.json"]
+# Under it a tiny model would stay whole on every rank, and ZeRO-3 would not be exercised.
+SHARD_EVERYTHING = {"stage3_param_persistence_threshold": 0}
+NOT_COMPARED = {"time", "seconds", "seconds_per_step", "data_wait", "samples_per_second"}
+
+
+def toy_arguments(folder: Path, level: str, *more: str) -> list[str]:
+    """Command line of a toy run in `folder`, at the ZeRO level of a file in ds_configs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = json.loads((Path("ds_configs") / level).read_text())
+    settings["zero_optimization"] |= SHARD_EVERYTHING if level.startswith("zero3") else {}
+    (folder / "deepspeed.json").write_text(json.dumps(settings))
+    return [*TOY, f"run_dir={folder}", f"deepspeed={folder / 'deepspeed.json'}", *more]
+
+
+def train(arguments: list[str]) -> str:
+    """Run the loop in this process: `finished`, `stopped`, or the message of the error that ended it."""
+    from pretrain.config import job_classes, load_job_config
+    from pretrain.engine import start_runtime
+    from pretrain.trainer import Trainer, TrainingError
+
+    config = load_job_config(arguments)
+    runtime = start_runtime(config)
+    task = job_classes(config.job)[1](config, runtime)
+    try:
+        return "finished" if Trainer(config, runtime, task).run() else "stopped"
+    except TrainingError as error:
+        return str(error)
+
+
+def figures(folder: Path, split: str = "train") -> dict[int, dict[str, float]]:
+    """What metrics.jsonl says per step, without times."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [record for record in records if record["split"] == split]
+    assert len({record["step"] for record in records}) == len(records), "a step is recorded twice"
+    return {r["step"]: {k: v for k, v in r.items() if k not in NOT_COMPARED} for r in records}
+
+
+def scenarios_on_two_ranks(folder: Path) -> dict[str, list[str]]:
+    """All runs that can share one pair of processes; what each ended with."""
+    ended: dict[str, list[str]] = {}
+    for level in LEVELS:
+        name = level.removesuffix(".json")
+        exact = ["noise=true", "two_engines=true", "validate_every=2"]
+        ended[f"{name}/whole"] = [train(toy_arguments(folder / name / "whole", level, *exact))]
+        # Another seed after the interruption: whatever is not in the checkpoint comes back different.
+        resumed = folder / name / "resumed"
+        ended[f"{name}/resumed"] = [
+            train(toy_arguments(resumed, level, *exact, "signal_at_step=4")),
+            train(toy_arguments(resumed, level, *exact, "seed=1")),
+        ]
+        ended[f"{name}/sum"] = [train(toy_arguments(folder / name / "sum", level, "reduction=sum"))]
+        ended[f"{name}/mean"] = [train(toy_arguments(folder / name / "mean", level))]
+        nan = folder / name / "nan"
+        ended[f"{name}/nan"] = [train(toy_arguments(nan, level, "nan_at_step=2", "checkpoint_every=2"))]
+        skip = folder / name / "skip"
+        ended[f"{name}/skip"] = [train(toy_arguments(skip, level, "nan_at_step=2", "on_nonfinite=skip"))]
+    bf16 = ["precision=bf16", "noise=true"]
+    ended["bf16/whole"] = [train(toy_arguments(folder / "bf16/whole", "zero3.json", *bf16))]
+    ended["bf16/resumed"] = [
+        train(toy_arguments(folder / "bf16/resumed", "zero3.json", *bf16, "signal_at_step=3")),
+        train(toy_arguments(folder / "bf16/resumed", "zero3.json", *bf16, "seed=1")),
+    ]
+    offload = ["steps=4"]
+    ended["offload/whole"] = [train(toy_arguments(folder / "offload", "zero3_offload.json", *offload))]
+    return ended
+
+
+def scenarios_on_one_rank(folder: Path) -> None:
+    for level in LEVELS:
+        train(toy_arguments(folder / level.removesuffix(".json") / "one", level))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
+    folder = tmp_path_factory.mktemp("runs")
+    ended, of_rank_1 = run_function(scenarios_on_two_ranks, folder, process_group=False, timeout=120)
+    assert ended == of_rank_1
+    run_function(scenarios_on_one_rank, folder, world_size=1, process_group=False, timeout=60)
+    return folder, ended
+
+
+def exported(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "export" / "model.pt")
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "bf16"])
+def test_resumed_run_equals_undisturbed_one(runs, name):
+    folder, ended = runs
+    assert ended[f"{name}/whole"] == ["finished"]
+    assert ended[f"{name}/resumed"] == ["stopped", "finished"]
+    whole, resumed = folder / name / "whole", folder / name / "resumed"
+    assert figures(resumed) == figures(whole)
+    assert sorted(figures(whole)) == list(range(1, 9))
+    assert figures(resumed, "val") == figures(whole, "val")
+    before, after = exported(whole), exported(resumed)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        # Trained, frozen, the buffer and what the task counted.
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(after[key])), key
+    assert before["steps_counted"] == 8
+
+
+@pytest.mark.parametrize("level", ["zero1", "zero2", "zero3"])
+def test_ranks_and_levels_give_the_same_losses(runs, level):
+    folder, _ = runs
+    reference = figures(folder / "zero1" / "one")
+    for run in ("one", "mean", "sum"):
+        found = figures(folder / level / run)
+        for step, wanted in reference.items():
+            for key, value in wanted.items():
+                if key != "split":
+                    assert found[step][key] == pytest.approx(value, rel=2e-5), (run, step, key)
+    assert reference[8]["loss/model"] < 0.8 * reference[1]["loss/model"]
+
+
+@pytest.mark.parametrize("level", ["zero1", "zero2", "zero3"])
+def test_gradients_that_are_not_finite(runs, level):
+    folder, ended = runs
+    (message,) = ended[f"{level}/nan"]
+    assert "step 3: gradients are not finite (loss/model nan)" in message
+    assert "on_nonfinite=error" in message
+    assert not (folder / level / "nan" / "done.json").exists()
+    assert (folder / level / "nan" / "checkpoints" / "latest").read_text() == "step_00000002"
+
+    assert ended[f"{level}/skip"] == ["finished"]
+    skipped = figures(folder / level / "skip")
+    assert skipped[3]["loss/model"] is None
+    assert [skipped[step].get("skipped_steps") for step in (2, 3, 8)] == [None, 1, 1]
+    # The step that was dropped moved neither parameters nor the schedule.
+    assert skipped[4]["lr"] == skipped[3]["lr"] == figures(folder / level / "mean")[3]["lr"]
+    assert skipped[2] == figures(folder / level / "mean")[2]
+
+
+def test_offload(runs):
+    folder, ended = runs
+    assert ended["offload/whole"] == ["finished"]
+    assert len(figures(folder / "offload")) == 4
+
+
+def test_finished_run(runs):
+    folder = runs[0] / "zero2" / "whole"
+    done = json.loads((folder / "done.json").read_text())
+    assert done["steps"] == 8 and done["world_size"] == 2 and done["precision"] == "float32"
+    assert done["peak_memory_bytes"] > 50e6 and done["wall_seconds"] > 0
+    assert done["peak_memory_bytes_all_ranks"] > done["peak_memory_bytes"]
+    assert "steps: 8" in (folder / "config.yaml").read_text()
+    assert not list(folder.rglob(".writing*"))
+
+
+def test_killed_run_goes_on_exactly(runs, tmp_path):
+    folder = tmp_path / "killed"
+    exact = ["noise=true", "two_engines=true", "validate_every=2", "checkpoint_every=2"]
+    arguments = toy_arguments(folder, "zero3.json", *exact)
+    ranks = Ranks("pretrain.train", [*arguments, "sleep_per_step=0.2"])
+    deadline = time.monotonic() + 60
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or '"step": 5' not in metrics.read_text():
+        assert time.monotonic() < deadline, ranks.output_of(0)
+        time.sleep(0.02)
+    ranks.send(signal.SIGKILL)
+    assert ranks.wait().returncodes == [-signal.SIGKILL] * 2
+    assert (folder / "checkpoints" / "latest").read_text() == "step_00000004"
+    assert not (folder / "done.json").exists()
+
+    finished = Ranks("pretrain.train", arguments).wait().check()
+    assert "resumed from" in finished.outputs[0] and "step_00000004" in finished.outputs[0]
+    assert finished.outputs[1] == ""
+    assert figures(folder) == figures(runs[0] / "zero3" / "whole")
+    assert sorted(os.listdir(folder / "checkpoints")) == ["latest", "step_00000006", "step_00000008"]
