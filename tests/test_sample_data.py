@@ -30,7 +30,7 @@ def everything():
 
 @pytest.fixture(scope="module")
 def some(everything):
-    """A sample of the pictures and all of a few concepts, so that variants and repeated drawings are in it."""
+    """Some pictures and all of a few concepts, so that variants and repeated drawings are in it."""
     pictures, dropped = everything
     wanted = {"firefighter", "clock face", "apple"}
     return [p for i, p in enumerate(pictures) if i % 15 == 0 or p.concept in wanted], dropped
