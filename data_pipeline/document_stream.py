@@ -10,23 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from megatron.energon import (
-    Cooker,
     DefaultTaskEncoder,
-    Sample,
     SavableDataset,
     WorkerConfig,
-    basic_sample_keys,
-    edataclass,
     stateless,
 )
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 
 from data_pipeline.code_shards import CODES_PART, JSON_PART, CodeGeometry, DatasetManifest, decode_sample
-from data_pipeline.image_stream import open_shards
 from data_pipeline.packing import split_document
 from data_pipeline.packing_dataset import DocumentSample, Pack, PackingDataset
 from data_pipeline.shard_index import check_index
+from data_pipeline.shard_reader import PreparedShards, RawSample
 from data_pipeline.stream_loader import StreamLoader, is_training, require_samples, worker_config
+from data_pipeline.text_encoding import TextEncoder
 from data_pipeline.views import CODE_VIEWS, VIEWS, LeftOut, build_document
 from dualtoken.sequence import (
     Document,
@@ -97,18 +94,8 @@ class StreamStatistics:
         return self.padding / self.tokens if self.tokens else 0.0
 
 
-@edataclass
-class _RawSample(Sample):
-    """The members of a sample as they are in the shard."""
-
-    entry: int
-    parts: dict[str, bytes]
-
-
 class _DocumentTaskEncoder(DefaultTaskEncoder):
     """Samples to tokenized documents to packs."""
-
-    decoder = None
 
     def __init__(
         self,
@@ -123,17 +110,11 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
         super().__init__()
         self.config = config
         self.entries = entries
-        self.text_tokenizer = text_tokenizer
+        self.text_tokenizer = TextEncoder(text_tokenizer)
         self.special = special
         self.geometry = geometry
         self.seed = seed
         self.training = training
-        self.cookers = [Cooker(self._cook)]
-
-    @stateless
-    def _cook(self, sample: dict[str, Any]) -> _RawSample:
-        parts = {name: data for name, data in sample.items() if not name.startswith("__")}
-        return _RawSample(**basic_sample_keys(sample), entry=sample["__subflavors__"]["entry"], parts=parts)
 
     def _draw(self, key: str, entry: int) -> random.Random:
         """Return the source of this sample's random choices.
@@ -146,7 +127,7 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
         return random.Random(f"{self.seed}/{entry}/{key}/{count}")
 
     @stateless
-    def encode_sample(self, sample: _RawSample) -> Iterator[DocumentSample]:
+    def encode_sample(self, sample: RawSample) -> Iterator[DocumentSample]:
         """Make the document of a sample; several where a long one is split, a reason where there is none."""
         entry = self.entries[sample.entry]
         common = {"__restore_key__": sample.__restore_key__, "entry": sample.entry}
@@ -167,7 +148,7 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
         for _ in range(images):
             yield DocumentSample(__key__=sample.__key__, **common, reason=too_long)
 
-    def _document(self, sample: _RawSample, entry: BlendEntry) -> Document:
+    def _document(self, sample: RawSample, entry: BlendEntry) -> Document:
         if entry.view == "text":
             if "txt" not in sample.parts:
                 raise ValueError(f"no txt among its parts {sorted(sample.parts)}, as the view text needs")
@@ -292,7 +273,14 @@ def document_loader(
     def build() -> SavableDataset:
         datasets = [
             LoadedDataset(
-                dataset=open_shards(entry.path, workers, training, config.slice_length, {"entry": index}),
+                dataset=PreparedShards(
+                    entry.path,
+                    workers,
+                    training,
+                    config.slice_length,
+                    index,
+                    skip_unreadable=config.on_bad_sample == "skip",
+                ),
                 weight=entry.weight,
             )
             for index, entry in enumerate(entries)

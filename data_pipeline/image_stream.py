@@ -8,20 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.energon import (
-    Cooker,
-    CrudeWebdataset,
     DefaultTaskEncoder,
     Sample,
     SavableDataset,
-    WorkerConfig,
-    basic_sample_keys,
     edataclass,
     stateless,
 )
-from megatron.energon.epathlib import EPath
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 
 from data_pipeline.shard_index import check_index
+from data_pipeline.shard_reader import PreparedShards, RawSample
 from data_pipeline.stream_loader import StreamLoader, is_training, require_samples, worker_config
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff"})
@@ -87,68 +83,43 @@ def read_captions(parts: dict[str, Any], default_language: str) -> dict[str, str
 
 @edataclass
 class _ImageTextSample(Sample):
-    """A cooked image-text sample; several pictures where the shard has `KEY.0.jpg`, `KEY.1.jpg`."""
+    """One picture with its captions."""
 
-    images: list[bytes]
+    image: bytes
     captions: dict[str, str]
 
 
 class _ImageTaskEncoder(DefaultTaskEncoder):
     """Image-text samples to micro-batches, one entry per picture."""
 
-    decoder = None  # bytes stay bytes: pictures are decoded in the trainer's process
-
     def __init__(self, config: ImageStreamConfig) -> None:
         super().__init__()
         self.config = config
-        self.cookers = [Cooker(self._cook)]
 
     @stateless
-    def _cook(self, sample: dict[str, Any]) -> _ImageTextSample:
-        captions = read_captions(sample, self.config.default_language)
+    def encode_sample(self, sample: RawSample) -> Iterator[_ImageTextSample]:
+        """Yield the pictures of a sample; several where the shard has `KEY.0.jpg`, `KEY.1.jpg`."""
+        captions = read_captions(sample.parts, self.config.default_language)
         if self.config.require_captions and not captions:
             raise ValueError("no caption; expected txt, or json with caption or captions")
-        names = sorted((name for name in sample if is_image_part(name)), key=lambda name: (len(name), name))
-        images = [sample[name] for name in names]
-        return _ImageTextSample(**basic_sample_keys(sample), images=images, captions=captions)
-
-    @stateless
-    def encode_sample(self, sample: _ImageTextSample) -> Iterator[_ImageTextSample]:
-        for index, image in enumerate(sample.images):
-            key = sample.__key__ if len(sample.images) == 1 else f"{sample.__key__}.{index}"
+        names = sorted(
+            (name for name in sample.parts if is_image_part(name)), key=lambda name: (len(name), name)
+        )
+        for index, name in enumerate(names):
             yield _ImageTextSample(
-                __key__=key,
+                __key__=sample.__key__ if len(names) == 1 else f"{sample.__key__}.{index}",
                 __restore_key__=sample.__restore_key__,
-                images=[image],
-                captions=sample.captions,
+                image=sample.parts[name],
+                captions=captions,
             )
 
     @stateless
     def batch(self, samples: list[_ImageTextSample]) -> ImageTextBatch:
         return ImageTextBatch(
             keys=[sample.__key__ for sample in samples],
-            image_bytes=[sample.images[0] for sample in samples],
+            image_bytes=[sample.image for sample in samples],
             captions=[sample.captions for sample in samples],
         )
-
-
-def open_shards(
-    path: str,
-    config: WorkerConfig,
-    training: bool,
-    slice_length: int,
-    subflavors: dict[str, Any] | None = None,
-) -> CrudeWebdataset:
-    """Open a prepared folder as an Energon data set of raw samples."""
-    return CrudeWebdataset(
-        EPath(path),
-        split_part="train",
-        training=training,
-        worker_config=config,
-        decoder=None,
-        max_samples_per_sequence=slice_length if training else None,
-        subflavors=subflavors,
-    )
 
 
 def image_loader(
@@ -180,7 +151,9 @@ def image_loader(
 
     def build() -> SavableDataset:
         encoder = _ImageTaskEncoder(config)
-        datasets = [LoadedDataset(dataset=open_shards(config.path, workers, training, config.slice_length))]
+        skip = config.on_bad_sample == "skip"
+        shards = PreparedShards(config.path, workers, training, config.slice_length, skip_unreadable=skip)
+        datasets = [LoadedDataset(dataset=shards)]
         if training:
             return encoder.build_train_datasets(
                 datasets=datasets,

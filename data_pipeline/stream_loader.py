@@ -22,16 +22,12 @@ _WATCHDOG_SECONDS = 300.0
 
 
 def _sample_name(sample: Any) -> str:
-    """Name a sample for an error message: `SHARD KEY` as far as they are known."""
-    field = sample.get if isinstance(sample, dict) else lambda name: getattr(sample, name, None)
-    sources = field("__sources__") or ()
-    shard = f"{sources[0].dataset_path}/{sources[0].shard_name}: " if sources else ""
-    return f"{shard}sample {field('__key__')!r}"
+    """Name a sample for an error message by its shard and key, as far as they are known."""
+    shard = getattr(sample, "shard", "")
+    return f"{shard}{': ' if shard else ''}sample {getattr(sample, '__key__', '?')!r}"
 
 
 def _stop_at_bad_sample(error: Exception, sample: Any, sources: Any = None) -> NoReturn:
-    if isinstance(error, DatasetError) and error.args and str(error).startswith("/"):
-        raise error
     raise DatasetError(f"{_sample_name(sample)}: {error}") from error
 
 

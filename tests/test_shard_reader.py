@@ -1,0 +1,119 @@
+"""The short ways of the streams give what the long ones give: tar members, token ids, samples."""
+
+import io
+import logging
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
+from megatron.energon.flavors.webdataset.structs import ShardInfo
+
+from data_pipeline import shard_reader
+from data_pipeline.errors import DatasetError
+from data_pipeline.shard_index import prepare_dataset
+from data_pipeline.shard_reader import LocalShardReader, parse_members
+from data_pipeline.text_encoding import TextEncoder
+from dualtoken.sequence import SPECIAL
+from tests.test_document_streams import build_tokenizer
+from tests.test_streams import write_tar
+
+names = st.text(st.characters(exclude_characters="\0/.", exclude_categories=["Cs"]), min_size=1, max_size=150)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(names, st.binary(max_size=1500)), min_size=1, max_size=5),
+    st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT]),
+    st.booleans(),
+)
+def test_members_are_those_of_tarfile(members: list[tuple[str, bytes]], kind: int, in_folder: bool) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=kind) as tar:
+        if in_folder:
+            folder = tarfile.TarInfo("folder")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+        for name, data in members:
+            info = tarfile.TarInfo(f"folder/{name}" if in_folder else name)
+            info.size = len(data)
+            try:
+                tar.addfile(info, io.BytesIO(data))
+            except ValueError:  # ustar has room for 100 bytes and a folder
+                return
+    buffer.seek(0)
+    with tarfile.open(fileobj=buffer) as tar:
+        expected = [(m.name, tar.extractfile(m).read()) for m in tar if m.isfile()]
+    assert list(parse_members(buffer.getvalue())) == expected
+
+
+def test_a_stretch_that_ends_early_is_noticed() -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        info = tarfile.TarInfo("a.txt")
+        info.size = 600
+        tar.addfile(info, io.BytesIO(b"x" * 600))
+    with pytest.raises(ValueError, match="ends inside a file"):
+        list(parse_members(buffer.getvalue()[:1000]))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[ShardInfo]:
+    write_tar(tmp_path / "a.tar", [("x/k0.png", b"0"), ("x/k0.json", b"{}"), ("k1.0.png", b"1" * 700)])
+    write_tar(tmp_path / "b.tar", [("l" * 120 + ".txt", b"2"), ("k3.txt", b""), ("__meta__.txt", b"no")])
+    prepare_dataset(tmp_path)
+    return [ShardInfo(name=f"{n}.tar", path=EPath(tmp_path / f"{n}.tar"), count=2) for n in "ab"]
+
+
+def test_samples_are_those_of_energons_reader(tmp_path: Path, shards: list[ShardInfo]) -> None:
+    energon = ShardInfosITarReader(EPath(tmp_path), shards)
+    reader = LocalShardReader(shards)
+    for index in (3, 0, 2, 1, 1):
+        expected = dict(energon[index])
+        sample = reader[index]
+        assert sample is not None
+        assert sample["key"] == expected["__key__"]
+        assert sample["restore_key"] == expected["__restore_key__"]
+        assert sample["parts"] == {name: data for name, data in expected.items() if not name.startswith("__")}
+        assert sample["shard"] == str(tmp_path / expected["__shard__"])
+
+
+def test_transient_errors_are_tried_again(
+    shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shard_reader, "_RETRY_SECONDS", (0, 0, 0))
+    failures, pread = [3], os.pread
+
+    def flaky(*arguments: int) -> bytes:
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError("stale file handle")
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", flaky)
+    assert LocalShardReader(shards)[1]["key"] == "k1"
+    failures[0] = 4
+    with pytest.raises(DatasetError, match=r"a\.tar: sample 1 cannot be read: stale file handle"):
+        LocalShardReader(shards)[1]
+    failures[0] = 4
+    with caplog.at_level(logging.WARNING):
+        assert LocalShardReader(shards, skip_unreadable=True)[1] is None
+    assert "stale file handle" in caplog.text
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.text(max_size=300) | st.sampled_from(list(SPECIAL.values())), max_size=4).map("".join),
+    st.booleans(),
+)
+def test_token_ids_are_those_of_the_tokenizer(text: str, split: bool) -> None:
+    tokenizer = build_tokenizer()
+    encoder = TextEncoder(tokenizer)
+    for _ in range(2):
+        expected = tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+        assert encoder(text, add_special_tokens=False, split_special_tokens=split)["input_ids"] == expected
+        assert encoder(text, split_special_tokens=not split)["input_ids"] is not expected
