@@ -4,7 +4,6 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
