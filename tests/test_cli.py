@@ -1,0 +1,136 @@
+"""The `dualtoken` command: help a newcomer understands, one line for a mistake, quick to start."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launchers import cli
+from launchers.errors import UserError
+from launchers.use import free_names
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = (
+    "quickstart", "sample-data", "train", "pretokenize", "reconstruct", "generate", "caption", "evaluate",
+    "report",
+)  # fmt: skip
+
+
+def call(arguments, capsys):
+    """Exit code, output and errors of `dualtoken ARGUMENTS`."""
+    before = sys.argv
+    sys.argv = ["dualtoken", *arguments]
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+    finally:
+        sys.argv = before
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err
+
+
+def test_help_names_every_command(capsys):
+    code, out, err = call(["--help"], capsys)
+    assert code == 0 and err == ""
+    for command in COMMANDS:
+        assert re.search(rf"│ {command} ", out), command
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example_that_parses(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, _ = call([command, "--help"], capsys)
+    assert code == 0
+    example = re.search(rf"(dualtoken {command}.*?)\[/\]", cli_docstring(command))
+    assert example and example[1] in out
+    assert parses(shlex.split(example[1])[1:]), example[1]
+
+
+def cli_docstring(command):
+    return getattr(cli, command.replace("-", "_")).__doc__
+
+
+def parses(arguments):
+    """Whether a command line is understood; nothing is run."""
+    import typer
+
+    group = typer.main.get_command(cli.app)
+    command = group.commands[arguments[0]]
+    with command.make_context(arguments[0], arguments[1:]):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frob"], "No such command 'frob'"),
+        (["generate"], "Missing argument"),
+        (["evaluate", "everything"], "'everything' is not one of"),
+        (["reconstruct", "--nope", "x.png"], "No such option"),
+        (["train", "quickstart_tokeniser"], "did you mean 'quickstart_tokenizer'?"),
+        (["train", "quickstart_tokenizer", "stepz=3"], "unknown key 'stepz' (did you mean 'steps'?)"),
+        (
+            ["train", "quickstart_tokenizer", "micro_batch_size=7", "--ranks", "2"],
+            "global_batch_size=32 cannot",
+        ),
+        (["report", "--run", "nowhere"], "nothing to report in nowhere"),
+        (["reconstruct", "x.png", "--visual-tokenizer", "nowhere"], "no visual tokenizer in nowhere"),
+        (["sample-data", "somewhere", "--image-size", "4"], "image_size is 4"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(arguments, capsys)
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert message in err
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def broken(**_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(TypeError):
+        cli.main()
+
+
+def test_the_traceback_can_be_asked_for(monkeypatch):
+    def wrong(**_):
+        raise UserError("mend it")
+
+    monkeypatch.setattr(cli, "app", wrong)
+    monkeypatch.setenv(cli.RAISE, "1")
+    with pytest.raises(UserError):
+        cli.main()
+
+
+def test_starts_without_the_heavy_packages():
+    code = (
+        "import sys, launchers.cli; "
+        "heavy = {'torch', 'transformers', 'deepspeed', 'megatron', 'PIL', 'numpy'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_results_are_never_overwritten(tmp_path):
+    (tmp_path / "red-apple.png").touch()
+    found = free_names(tmp_path, ["red apple", "red/apple!", "red apple", "///", "x" * 100])
+    assert [path.name for path in found] == [
+        "red-apple-2.png", "red-apple-3.png", "red-apple-4.png", "picture.png", "x" * 60 + ".png",
+    ]  # fmt: skip
+
+
+def test_unreadable_pictures_are_named(tmp_path):
+    from launchers.use import read_pictures
+
+    with pytest.raises(UserError, match="no such file: .*gone.png"):
+        read_pictures([tmp_path / "gone.png"], 16)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="bad.png is no picture that can be read"):
+        read_pictures([tmp_path / "bad.png"], 16)
