@@ -153,15 +153,15 @@ def load_checkpoint(
         raise ConfigError(f"{path} is not a checkpoint: it has no {STATE_FILE}")
     if state["job"] != job or state["engines"] != list(engines):
         raise ConfigError(
-            f"{path} was written by job {state['job']} with engines {', '.join(state['engines'])}; "
-            f"expected job {job} with {', '.join(engines)}"
+            f"{path} was written by job {state['job']} with engines {', '.join(state['engines']) or 'none'}; "
+            f"expected job {job} with engines {', '.join(engines) or 'none'}"
         )
     if state["world_size"] != runtime.world_size:
         raise ConfigError(
             f"{path} was written by {state['world_size']} rank(s) and this run has {runtime.world_size}: "
-            f"start it with {state['world_size']}, or convert weights and optimizer state of an engine with "
-            f"`python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
-            f"--input_folder {path / state['engines'][0]} --output_folder OUTPUT`"
+            f"start it with {state['world_size']}, or convert weights and optimizer state of each engine "
+            "with `python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
+            f"--input_folder {path}/ENGINE --output_folder OUTPUT`"
         )
     for name, engine in engines.items():
         loaded, _ = engine.load_checkpoint(str(path), tag=name)
