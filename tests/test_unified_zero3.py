@@ -20,15 +20,14 @@ STEPS, RATE, CONTEXT = 3, 1e-2, 96
 SCENARIOS = {
     # (config overrides, frozen parts, gradient checkpointing)
     "joint": ({}, (), True),
-    "untied": ({"decoder": "llama", "embedder": "mlp_concat"}, (), False),
-    "frozen_llm": ({}, ("llm",), True),
+    "frozen_llm": ({"decoder": "llama", "embedder": "mlp_concat"}, ("llm",), True),
+    "frozen_heads": ({"decoder": "llama"}, ("pixel_head", "semantic_head"), False),
     "heads_only": ({}, ("llm", "visual_embedder", "pixel_projector", "semantic_projector"), False),
-    "frozen_heads": ({}, ("pixel_head", "semantic_head"), False),
 }
 
 
 def batch(rank: int, step: int) -> PackedBatch:
-    """Rank 0 sees images, more than a chunk of them; rank 1 has only text, and in the end no target at all."""
+    """Rank 0 sees images, more than a chunk of them; rank 1 has only text, at last without a target."""
     if rank == 0:
         documents = [
             generation("dog", step),
@@ -85,7 +84,7 @@ def worker(output: Path) -> None:
         vectors = model.codebooks.vectors
         model.set_codebooks(torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1)))
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         freeze(model, frozen)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_for(model), config=settings)
         start = full_state(model)
