@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +104,9 @@ class PerceptualLoss(nn.Module):
         if config.net not in ("vgg", "alex"):
             raise ValueError(f"perceptual.net is {config.net!r}; expected 'vgg' or 'alex'")
         downloaded = config.trunk == "torchvision"
-        self.model = lpips.LPIPS(net=config.net, pnet_rand=not downloaded, verbose=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # lpips names torchvision's weights the old way
+            self.model = lpips.LPIPS(net=config.net, pnet_rand=not downloaded, verbose=False)
         if not downloaded:
             load_perceptual_weights(self.model, perceptual_weights_path(config))
         self.source = f"LPIPS({config.net}), trunk from {config.trunk}"

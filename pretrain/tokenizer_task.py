@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
 from dualtoken.backbone import FrozenTeacher
 from dualtoken.quantizer import QuantizerStats
-from dualtoken.visual_tokenizer import DualTokenVisualTokenizer, VisualTokenizerOutput, preset_config
+from dualtoken.visual_tokenizer import DualTokenVisualTokenizer, VisualTokenizerOutput
+from dualtoken.visual_tokenizer_config import preset_config
 from pretrain.config import JobConfig, OptimizerConfig
 from pretrain.discriminator import DiscriminatorConfig, PatchDiscriminator
 from pretrain.engine import Runtime, backward_and_step, build_engine, count_parameters, full_state_dict
@@ -74,7 +75,8 @@ class TokenizerJobConfig(JobConfig):
     # Gradients are taken through the discriminator outside its engine, which ZeRO-3 does not allow.
     discriminator_deepspeed: str = "zero1.json"
     images: ImageInputConfig = field(default_factory=ImageInputConfig)
-    frozen: list[str] = field(default_factory=lambda: ["text_model.*"])  # patterns of parameter names
+    # Patterns of parameter names; the released joint phase trains everything but text tower and logit scale.
+    frozen: list[str] = field(default_factory=lambda: ["backbone.text_model.*", "backbone.logit_*"])
     data: ImageStreamConfig = MISSING
     validation_data: ImageStreamConfig | None = None
 
@@ -86,6 +88,7 @@ class TokenizerTask:
         self.config, self.runtime = config, runtime
         self.tokenizer = build_visual_tokenizer(config.model)
         freeze_parameters(self.tokenizer, config.frozen)
+        kernel_shape = self.tokenizer.last_layer.weight.shape  # ZeRO may flatten it later
         self.teacher = FrozenTeacher.from_pretrained(
             config.model.backbone, semantic_layer=self.tokenizer.config.semantic_layer
         ).to(runtime.device, runtime.dtype)
@@ -101,6 +104,7 @@ class TokenizerTask:
                 config.discriminator_optimizer,
                 config.discriminator_deepspeed,
             )
+        self.kernel_shape = kernel_shape
         self.read_images = ImageInput(config.images, self.tokenizer.config.image_size, runtime)
         self.train_loader = image_loader(
             config.data, config.micro_batch_size, runtime.rank, runtime.world_size, config.seed
@@ -110,7 +114,7 @@ class TokenizerTask:
         """Return a line per part, with its parameters, and where fixed networks and pictures come from."""
         lines = [
             f"{name:<20} {count_parameters(part):>12,} parameters, {count_parameters(part, True):>12,} train"
-            for name, part in self.tokenizer.named_children()
+            for name, part in [*self.tokenizer.backbone.named_children(), *self.tokenizer.named_children()]
         ]
         lines.append(f"perceptual loss: {self.perceptual.source if self.perceptual else 'off'}")
         lines.append(self.read_images.describe())
@@ -205,7 +209,7 @@ class TokenizerTask:
 
     def adaptive_weight(self, features: Tensor, gradient: Tensor, gan_gradient: Tensor) -> Tensor:
         """Return the GAN weight from the gradients of all ranks at the decoder's last kernel."""
-        shape = self.tokenizer.last_kernel_shape
+        shape = self.kernel_shape
         kernels = torch.stack([last_layer_gradient(features, shape, g) for g in (gradient, gan_gradient)])
         if self.runtime.world_size > 1:
             dist.all_reduce(kernels)
