@@ -3,6 +3,7 @@
 import ast
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -204,3 +205,106 @@ def test_ci_runs_make_test():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     assert re.search(r"^exec make test$", script.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+# -- what the README says ------------------------------------------------------------------------------------
+
+
+def fenced_blocks(name: str) -> list[tuple[str, str]]:
+    """Language and content of the fenced blocks of a document."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def file_tree() -> list[str]:
+    """Paths in the README's file tree."""
+    (tree,) = [content for language, content in fenced_blocks("README.md") if not language]
+    paths, folder = [], ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+            paths.append(name)
+        else:
+            paths.append(folder + name)
+    return paths
+
+
+def readme_commands() -> list[list[str]]:
+    """Words of every command in the shell blocks of the documents for users."""
+    commands = []
+    for name in ("README.md", "CONTRIBUTING.md"):
+        for language, content in fenced_blocks(name):
+            if language == "bash":
+                lines = content.replace("\\\n", " ").splitlines()
+                commands += [words for line in lines if (words := shlex.split(line, comments=True))]
+    return commands
+
+
+def test_file_tree_names_files_that_exist():
+    missing = [path for path in file_tree() if not (ROOT / path).exists()]
+    assert not missing, f"the README's file tree names {missing}"
+
+
+def test_file_tree_is_complete():
+    listed = set(file_tree())
+    unlisted = [
+        str(path.relative_to(ROOT))
+        for package in MAY_IMPORT
+        for path in sorted((ROOT / package).glob("*.py"))
+        if path.name != "__init__.py" and str(path.relative_to(ROOT)) not in listed
+    ]
+    assert not unlisted, f"the README's file tree lacks {unlisted}"
+
+
+def test_paths_in_the_readme_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:dualtoken|data_pipeline|pretrain|eval|launchers|docs)/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_commands_in_the_documents_parse():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    commands = readme_commands()
+    assert len(commands) > 10
+    for words in commands:
+        match words:
+            case ["make", target]:
+                assert re.search(rf"^{target}:", makefile, re.MULTILINE), words
+            case ["dualtoken", *arguments]:
+                check_dualtoken(arguments)
+            case ["deepspeed", *arguments]:
+                check_deepspeed(arguments)
+            case ["pip", "install", *_]:
+                assert set(re.findall(r"\w+", words[-1])) <= set(described()["extras_require"]), words
+            case _:
+                pytest.fail(f"no rule to check {words}")
+
+
+def check_dualtoken(arguments: list[str]) -> None:
+    import typer
+
+    from launchers.cli import app
+
+    if arguments == ["--help"]:
+        return
+    command = typer.main.get_command(app).commands[arguments[0]]
+    with command.make_context(arguments[0], arguments[1:]):
+        pass
+
+
+def check_deepspeed(arguments: list[str]) -> None:
+    ranks = 2
+    if arguments[0] == "--num_gpus":
+        ranks, arguments = int(arguments[1]), arguments[2:]
+    option, module, *rest = arguments
+    assert option == "--module"
+    if module == "pretrain.train":
+        from pretrain.config import load_job_config
+
+        load_job_config(rest, world_size=ranks)
+    else:
+        from data_pipeline.pretokenize import parse_arguments
+
+        assert module == "data_pipeline.pretokenize"
+        parse_arguments(rest)
