@@ -1,6 +1,7 @@
 """SigLIP and SigLIP2 towers with numbered layers, and the frozen teacher.
 
-Layer n means the hidden states *after* n transformer layers, so layer 0 is the patch embedding (arXiv 2503.14324, 3.2).
+Layer n means the hidden states *after* n transformer layers, so layer 0 is the patch embedding (arXiv
+2503.14324, 3.2).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import copy
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +45,7 @@ class Backbone(nn.Module):
 def hidden_states_after(
     vision_model: SiglipVisionModel, images: Tensor, layers: Collection[int]
 ) -> dict[int, Tensor]:
-    """Return the hidden states ``[B, P, C]`` after each of the numbered ``layers``, running no layer beyond the last.
+    """Return the hidden states ``[B, P, C]`` after each of ``layers``; layers beyond the last do not run.
 
     Args:
         vision_model: the tower.
@@ -69,18 +71,19 @@ def hidden_states_after(
 
 
 def pool(vision_model: SiglipVisionModel, hidden: Tensor, layer: int) -> Tensor:
-    """Run the layers behind ``layer``, the final norm and the attention-pooling head: ``[B, P, C]`` to ``[B, C]``."""
+    """Run the layers behind ``layer``, the norm and the pooling head: ``[B, P, C]`` to ``[B, C]``."""
     for block in vision_model.encoder.layers[layer:]:
         hidden = block(hidden, None)
     return vision_model.head(vision_model.post_layernorm(hidden))
 
 
 def load_backbone(path: str | Path) -> SiglipModel:
-    """Load a SigLIP (or fixed-resolution SigLIP2) model from a folder in Hugging Face format, strictly, in fp32.
+    """Load a SigLIP or fixed-resolution SigLIP2 model from a Hugging Face folder, strictly, in fp32.
 
     Raises:
         FileNotFoundError: if the folder or its config is missing.
-        ValueError: if it holds another kind of model, or weights are missing, superfluous or of another shape.
+        ValueError: if it holds another kind of model, or weights are missing, superfluous or of another
+            shape.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
@@ -91,10 +94,11 @@ def load_backbone(path: str | Path) -> SiglipModel:
     config = SiglipConfig.get_config_dict(path)[0]
     if config.get("model_type") != "siglip":
         raise ValueError(
-            f"{path} holds a {config.get('model_type')!r} model, expected 'siglip' (SigLIP, or SigLIP2 at a fixed "
-            "resolution; the NaFlex variants of SigLIP2 are not supported)"
+            f"{path} holds a {config.get('model_type')!r} model, expected 'siglip' "
+            "(SigLIP, or SigLIP2 at a fixed resolution; the NaFlex variants of SigLIP2 are not supported)"
         )
-    model, report = SiglipModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = SiglipModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded
     problems = {kind: sorted(map(str, report[kind])) for kind in report if report[kind]}
     if problems:
         raise ValueError(f"the weights in {path} do not fit their config: {problems}")

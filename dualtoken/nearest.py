@@ -1,14 +1,17 @@
-"""Nearest-code search: exact, in bounded memory, and independent of precision settings, chunking and device."""
+"""Nearest-code search: exact, in bounded memory, and independent of precision settings and chunking."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK = 128  # codes per block of the two-level minimum
+_BLOCK = 64  # codes per block of the two-level minimum
+_FP64_CODES = 2048  # codes converted to fp64 at once
 _ROUNDING = 2.0**-24  # unit roundoff of fp32
 
 
@@ -28,85 +31,106 @@ def full_precision_matmul(device: torch.device) -> Iterator[None]:
 
 
 class NearestCodeSearch:
-    """Squared-distance search over one codebook, prepared once and used for many batches of vectors.
+    """Search over one codebook by Euclidean distance, prepared once and used for many batches of vectors.
 
-    The vector's own norm is the same for all codes, so ``0.5 |w|^2 - x.w`` is enough; it is written by one ``addmm`` per
-    chunk of rows into a reused buffer. Rows whose best two scores lie within the rounding error of fp32 are decided
-    again in fp64, so the result is the fp64 nearest neighbour (the lowest index on exact ties), whatever the chunking.
+    The norm of a vector is the same for all codes, so ``0.5 |w|^2 - x.w`` is enough: one matrix product of
+    ``[-x, 1]`` and ``[w, 0.5 |w|^2]``. It is made in tiles that stay in the cache; of each only the minima
+    over blocks of codes are kept, and the winning block is looked at again. Rows whose two best scores lie
+    within the rounding error of fp32 are decided in fp64, so the result is the nearest code in fp64, the
+    lowest index on exact ties.
 
     Args:
         codebook: ``[K, C]`` fp32.
-        chunk_rows: rows scored at once; the buffer takes ``4 * chunk_rows * K`` bytes.
+        tile_rows: vectors scored at once.
+        tile_codes: codes scored at once; the scores take ``4 * tile_rows * tile_codes`` bytes.
     """
 
-    def __init__(self, codebook: Tensor, chunk_rows: int | None = None) -> None:
+    def __init__(self, codebook: Tensor, tile_rows: int | None = None, tile_codes: int | None = None) -> None:
         if codebook.dtype != torch.float32:
             raise ValueError(f"the codebook is {codebook.dtype}; nearest-code search needs torch.float32")
-        self.codebook = codebook
+        on_cpu = codebook.device.type == "cpu"
         size, width = codebook.shape
-        self.chunk_rows = chunk_rows or (256 if codebook.device.type == "cpu" else 4096)
-        half_norms = codebook.double().square().sum(dim=1).mul_(0.5)
-        self.half_norms = half_norms.float()
-        self.largest_norm = half_norms.max().mul(2.0).sqrt().float()
-        padding = -size % _BLOCK if size > _BLOCK else 0
-        if padding:  # unreachable codes fill the last block
-            codebook = torch.cat([codebook, codebook.new_zeros(padding, width)])
-            self.half_norms = torch.cat([self.half_norms, self.half_norms.new_full((padding,), torch.inf)])
-        self.transposed = codebook.t()
-        self._buffer: Tensor | None = None
+        self.codebook = codebook
+        self.tile_rows = tile_rows or (256 if on_cpu else 4096)
+        self.block = min(_BLOCK, size)
+        tile_codes = tile_codes or (2048 if on_cpu else 65536)
+        self.tile_codes = max(1, tile_codes // self.block) * self.block
+        self.padding = 0 if on_cpu else -(width + 1) % 8  # GPUs want aligned rows
+        squares = [part.double().square_().sum(dim=1) for part in codebook.split(_FP64_CODES)]
+        self.half_norms = torch.cat(squares).mul_(0.5)  # fp64
+        self.largest_norm = self.half_norms.max().mul(2.0).sqrt().float()
+        keys = torch.cat([codebook, self.half_norms.float().unsqueeze(1)], dim=1)
+        if self.padding or size % self.block:
+            keys = F.pad(keys, (0, self.padding, 0, -size % self.block))
+            keys[size:, width] = torch.inf  # codes that only fill up the last block are never near
+        self.blocks = keys.view(-1, self.block, keys.shape[1])
+        self._memory: Tensor | None = None
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Return the index of the nearest code for each of ``vectors [N, C]``, ``[N]`` int64."""
+        """Return the index of the nearest code for each of ``vectors [N, C]`` fp32, ``[N]`` int64."""
         codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+        doubtful = torch.empty(len(vectors), dtype=torch.bool, device=vectors.device)
         with torch.no_grad(), full_precision_matmul(vectors.device):
-            for start in range(0, len(vectors), self.chunk_rows):
-                chunk = vectors[start : start + self.chunk_rows]
-                codes[start : start + len(chunk)] = self._search(chunk)
-        if vectors.device.type != "cpu":  # a caching allocator makes it cheap to give the buffer back
-            self._buffer = None
+            for start in range(0, len(vectors), self.tile_rows):
+                rows = slice(start, start + self.tile_rows)
+                codes[rows], doubtful[rows] = self._search(vectors[rows])
+            for rows in doubtful.nonzero().squeeze(1).split(64):
+                codes[rows] = self._search_fp64(vectors[rows])
+        if vectors.device.type != "cpu":  # a caching allocator makes it cheap to give the memory back
+            self._memory = None
         return codes
 
-    def _search(self, vectors: Tensor) -> Tensor:
-        rows, size = len(vectors), len(self.half_norms)
-        if self._buffer is None or len(self._buffer) < rows:
-            self._buffer = vectors.new_empty(rows, size)
-        scores = self._buffer[:rows]
-        torch.addmm(self.half_norms, vectors, self.transposed, alpha=-1.0, out=scores)
-        if size <= _BLOCK:
-            best, second, codes = _two_smallest(scores)
-        else:
-            blocks = scores.view(rows, size // _BLOCK, _BLOCK)
-            minima = blocks.amin(dim=2)
-            _, second_block, winner = _two_smallest(minima)
-            inside = blocks[torch.arange(rows, device=vectors.device), winner]  # [rows, _BLOCK]
-            best, second_inside, offset = _two_smallest(inside)
-            second = torch.minimum(second_block, second_inside)
-            codes = winner * _BLOCK + offset
-        # Bound of the rounding error of a score: a dot product of C terms and the rounded half norm.
+    def _search(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the codes in fp32, and where rounding may have decided."""
+        queries = F.pad(-vectors, (0, 1 + self.padding))
+        queries[:, vectors.shape[1]] = 1.0
+        minima = self._block_minima(queries)  # [N, blocks]
+        _, second_block, winner = _two_smallest(minima)
+        keys = self._scratch(len(queries), self.block, queries.shape[1])
+        torch.index_select(self.blocks, 0, winner, out=keys)
+        inside = torch.bmm(keys, queries.unsqueeze(2)).squeeze(2)  # [N, block]
+        best, second_inside, offset = _two_smallest(inside)
+        # Rounding error of a score: a sum of C + 1 products, one factor of which was itself rounded.
         scale = vectors.norm(dim=1) * self.largest_norm + self.largest_norm.square()
-        bound = (self.codebook.shape[1] + 4) * _ROUNDING * scale
-        doubtful = (second - best <= 2.0 * bound).nonzero().squeeze(1)
-        for part in doubtful.split(64):
-            codes[part] = self._search_fp64(vectors[part])
-        return codes
+        bound = (vectors.shape[1] + 4) * _ROUNDING * scale
+        gap = torch.minimum(second_block, second_inside) - best
+        return winner * self.block + offset, gap <= 2.0 * bound
+
+    def _scratch(self, *shape: int) -> Tensor:
+        """Return uninitialised memory, the same each time: fresh pages cost more than arithmetic."""
+        if self._memory is None:
+            codes = min(self.tile_codes, self.blocks.shape[0] * self.block)
+            per_row = max(codes, self.block * self.blocks.shape[2])
+            self._memory = self.blocks.new_empty(self.tile_rows * per_row)
+        return self._memory[: math.prod(shape)].view(shape)
+
+    def _block_minima(self, queries: Tensor) -> Tensor:
+        keys = self.blocks.view(-1, self.blocks.shape[2])
+        minima = queries.new_empty(len(queries), len(self.blocks))
+        for start in range(0, len(keys), self.tile_codes):
+            part = keys[start : start + self.tile_codes]
+            scores = self._scratch(len(queries), len(part))
+            torch.mm(queries, part.t(), out=scores)
+            first = start // self.block
+            blocks = scores.view(len(queries), -1, self.block)
+            torch.amin(blocks, dim=2, out=minima[:, first : first + blocks.shape[1]])
+        return minima
 
     def _search_fp64(self, vectors: Tensor) -> Tensor:
-        codebook = self.codebook.double()
-        scores = 0.5 * codebook.square().sum(dim=1) - vectors.double() @ codebook.t()
-        return _first_minimum(scores)
-
-
-def _first_minimum(scores: Tensor) -> Tensor:
-    """Return the index of the minimum of each row, the lowest on ties."""
-    index = torch.arange(scores.shape[1], device=scores.device)
-    ties = scores == scores.amin(dim=1, keepdim=True)
-    return torch.where(ties, index, scores.shape[1]).amin(dim=1)
+        queries = vectors.double()
+        best = queries.new_full((len(queries),), torch.inf)
+        codes = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+        for start in range(0, len(self.codebook), _FP64_CODES):
+            part = self.codebook[start : start + _FP64_CODES].double()
+            half_norms = self.half_norms[start : start + _FP64_CODES]
+            score, index = torch.addmm(half_norms, queries, part.t(), alpha=-1.0).min(dim=1)  # first on ties
+            closer = score < best
+            best, codes = torch.where(closer, score, best), torch.where(closer, index + start, codes)
+        return codes
 
 
 def _two_smallest(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return smallest value, second smallest value and the index of the smallest of each row ``[N, M]``; spoils M = 1."""
+    """Return the smallest value, the second smallest (infinity if none) and the index of the smallest."""
     best, index = scores.min(dim=1)
-    if scores.shape[1] == 1:
-        return best, torch.full_like(best, torch.inf), index
     others = scores.scatter(1, index.unsqueeze(1), torch.inf)
     return best, others.amin(dim=1), index

@@ -112,7 +112,8 @@ class PixelDecoder(nn.Module):
         attention_resolutions: heights of the levels that get attention.
         latent_size: height of the latents.
         pixel_shuffle: pixels a side that each position of the last level paints (sub-pixel convolution, arXiv
-            1609.05158); 1 in the released models. 2 saves the level at full resolution, most of a small decoder.
+            1609.05158); 1 in the released models. 2 saves the level at full resolution, most of a small
+            decoder.
     """
 
     def __init__(
@@ -130,7 +131,8 @@ class PixelDecoder(nn.Module):
         widths = [channels * multiplier for multiplier in multipliers]
         self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
         self.mid = MiddleBlock(widths[-1])
-        levels, width_in, resolution = [], widths[-1], latent_size
+        levels: list[UpLevel] = []
+        width_in, resolution = widths[-1], latent_size
         for width in reversed(widths):
             level_widths = [width_in] + [width] * (num_res_blocks + 1)
             last = len(levels) == len(widths) - 1
@@ -141,7 +143,7 @@ class PixelDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3 * pixel_shuffle**2, 3, padding=1)
 
     def features(self, latents: Tensor) -> Tensor:
-        """Return what the last convolution reads, ``[B, channels, H, W]``; its gradient weighs the GAN loss."""
+        """Return what the last convolution reads, ``[B, channels, H, W]``."""
         hidden = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             hidden = level(hidden)

@@ -1,4 +1,4 @@
-"""Attention projections between the width of the backbone and the width of the codes, before and after quantization."""
+"""Attention projections from the width of the backbone to that of the codes, and back."""
 
 from __future__ import annotations
 
@@ -26,17 +26,20 @@ class GatedMLP(nn.Module):
 class ProjectionAttention(nn.Module):
     """Self-attention that changes the width of its input.
 
-    Narrowing: as many heads as ``in_features // out_features``, each ``out_features`` wide, *averaged* (this is how the
+    Narrowing: as many heads as ``in_features // out_features``, each ``out_features`` wide, *averaged* (this
+        is how the
     released checkpoints were trained). Widening: heads as wide as the input, concatenated.
     """
+
+    zero_k_bias: Tensor
 
     def __init__(self, in_features: int, out_features: int, causal: bool) -> None:
         super().__init__()
         wide, narrow = max(in_features, out_features), min(in_features, out_features)
         if wide % narrow:
             raise ValueError(
-                f"a projection from {in_features} to {out_features} features needs the larger to be a multiple of "
-                "the smaller, because their ratio is its number of heads; choose another codebook_dim"
+                f"a projection from {in_features} to {out_features} features needs the larger to be a "
+                "multiple of the smaller: the ratio is its number of heads; choose another codebook_dim"
             )
         self.num_heads = wide // narrow
         self.average_heads = in_features > out_features
@@ -62,10 +65,11 @@ class ProjectionAttention(nn.Module):
 
 
 class AttentionProjection(nn.Module):
-    """One attention block from ``in_features`` to ``out_features`` (layout of the released DualToken checkpoints).
+    """One attention block from ``in_features`` to ``out_features``, as in the released checkpoints.
 
-    ``y = proj(norm3(x)) + attn(norm1(x)); out = y + mlp(norm2(y))``. Full attention in front of the quantizer; causal
-    attention behind it lets the features be computed while the codes are still being generated.
+    ``y = proj(norm3(x)) + attn(norm1(x)); out = y + mlp(norm2(y))``. Full attention in front of the
+    quantizer; causal attention behind it lets the features be computed while the codes are still being
+    generated.
     """
 
     def __init__(self, in_features: int, out_features: int, causal: bool = False) -> None:
@@ -78,7 +82,7 @@ class AttentionProjection(nn.Module):
         self.mlp = GatedMLP(out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, N, in_features]`` of any float type to ``[B, N, out_features]`` in the type of the weights."""
+        """Map ``[B, N, in_features]`` to ``[B, N, out_features]``, of the type of the weights."""
         x = x.to(self.proj.weight.dtype)
         x = self.proj(self.norm3(x)) + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))

@@ -1,4 +1,4 @@
-"""The DualToken visual tokenizer: one vision tower, a pixel codebook on a shallow layer, a semantic one on a deep layer.
+"""The DualToken visual tokenizer: one vision tower with a pixel codebook and a semantic codebook.
 
 Shapes: B images, P positions, Q = 2 branches (0 pixel, 1 semantic), D depths, K codes, C width of the tower.
 """
@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,8 +57,8 @@ class DualTokenVisualTokenizer(PreTrainedModel):
 
     def __init__(self, config: DualTokenVisualTokenizerConfig) -> None:
         super().__init__(config)
-        width, dim = config.vision_config.hidden_size, config.codebook_dim
-        self.backbone = Backbone(config.vision_config, config.text_config)
+        width, dim = config.vision.hidden_size, config.codebook_dim
+        self.backbone = Backbone(config.vision, config.text)
         if not config.merged_codebook:
             self.prequant_pixel = AttentionProjection(width, dim)
             if config.shortcut_layer is not None:
@@ -97,7 +98,7 @@ class DualTokenVisualTokenizer(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, EMACodebooks):
             if getattr(module.codebook, "_is_hf_initialized", False):
-                module.window.zero_()  # the only buffer that is not in a checkpoint
+                module.reset_window()  # the only buffer that is not in a checkpoint
             else:
                 module.reset_codebook()
         elif isinstance(module, nn.Linear | nn.Conv2d):
@@ -114,16 +115,19 @@ class DualTokenVisualTokenizer(PreTrainedModel):
             init.constant_(module.logit_scale, math.log(10.0))  # start of SigLIP's training, arXiv 2303.15343
             init.constant_(module.logit_bias, -10.0)
 
-    # -- forward --------------------------------------------------------------------------------------------------
+    # -- forward
+    # --------------------------------------------------------------------------------------------------
 
     def _latents(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return the latents ``[B, P, dim]`` of the pixel branch (None if merged) and of the semantic branch."""
+        """Return the latents ``[B, P, dim]`` of the pixel (None if merged) and the semantic branch."""
         if not torch.isfinite(images).all():
             raise ValueError("pixel_values contain NaN or infinity; check the image decoding")
         config = self.config
         taps = {config.semantic_layer}
         if not config.merged_codebook:
-            taps |= {config.reconstruction_layer, config.shortcut_layer} - {None}
+            taps.add(config.reconstruction_layer)
+            if config.shortcut_layer is not None:
+                taps.add(config.shortcut_layer)
         hidden = hidden_states_after(self.backbone.vision_model, images, taps)
         semantic = self._normalise(self.prequant_semantic(hidden[config.semantic_layer]))
         if config.merged_codebook:
@@ -140,7 +144,7 @@ class DualTokenVisualTokenizer(PreTrainedModel):
             return F.layer_norm(latents.float(), latents.shape[-1:])
 
     def _decode_latents(self, quantized: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the image ``[B, 3, H, W]`` and the decoder features of quantized pixel latents ``[B, P, dim]``."""
+        """Return the image ``[B, 3, H, W]`` and the decoder features of pixel latents ``[B, P, dim]``."""
         size = self.config.grid_size
         hidden = self.postquant_pixel(quantized)  # [B, P, C]
         hidden = hidden.transpose(1, 2).unflatten(2, (size, size))
@@ -151,14 +155,15 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         return self.decoder.paint(features), features
 
     def _pool_latents(self, quantized: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features ``[B, P, C]`` and the pooled vector ``[B, C]`` of quantized semantic latents ``[B, P, dim]``."""
+        """Return features ``[B, P, C]`` and the pooled vector of semantic latents ``[B, P, dim]``."""
         features = self.postquant_semantic(quantized)
         return features, pool(self.backbone.vision_model, features, self.config.semantic_layer)
 
     def forward(self, pixel_values: Tensor) -> VisualTokenizerOutput:
         """Encode, quantize and decode ``pixel_values [B, 3, H, W]`` in [-1, 1].
 
-        In training mode the quantizers add to their statistics; :meth:`update_codebooks` uses them, once per step.
+        In training mode the quantizers add to their statistics; :meth:`update_codebooks` uses them, once per
+        step.
 
         Raises:
             ValueError: on images of another size, or with NaN or infinite values.
@@ -182,11 +187,12 @@ class DualTokenVisualTokenizer(PreTrainedModel):
             commitment_loss_semantic=semantic.commitment_loss,
         )
 
-    # -- use ------------------------------------------------------------------------------------------------------
+    # -- use
+    # ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return the codes ``[B, P, Q, D]`` int64 of ``images [B, 3, H, W]`` in [-1, 1]; leaves all statistics alone."""
+        """Return the codes ``[B, P, Q, D]`` int64 of ``images [B, 3, H, W]`` in [-1, 1]."""
         latents_pixel, latents_semantic = self._latents(images)
         semantic = self.quantizer_semantic.encode(latents_semantic)
         pixel = semantic if latents_pixel is None else self.quantizer_pixel.encode(latents_pixel)
@@ -200,9 +206,8 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         """
         expected = (self.config.positions, 2, self.config.num_quantizers)
         if codes.ndim != 4 or tuple(codes.shape[1:]) != expected:
-            raise ValueError(
-                f"codes have shape {tuple(codes.shape)}, expected [B, P, Q, D] = [B, {', '.join(map(str, expected))}]"
-            )
+            wanted = ", ".join(map(str, expected))
+            raise ValueError(f"codes have shape {tuple(codes.shape)}, expected [B, P, Q, D] = [B, {wanted}]")
         codes = codes.long()
         return self._pixel_quantizer.lookup(codes[:, :, 0]), self.quantizer_semantic.lookup(codes[:, :, 1])
 
@@ -213,13 +218,13 @@ class DualTokenVisualTokenizer(PreTrainedModel):
 
     @torch.no_grad()
     def encode_semantic(self, images_or_codes: Tensor) -> Tensor:
-        """Return the pooled vector ``[B, C]`` of quantized semantic features, from images or from codes ``[B, P, Q, D]``."""
+        """Return the pooled vector ``[B, C]`` of the quantized semantic features of images or codes."""
         is_images = images_or_codes.is_floating_point()
         codes = self.encode(images_or_codes) if is_images else images_or_codes
         return self._pool_latents(self.lookup(codes)[1])[1]
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the text vectors ``[B, C]`` of ``input_ids [B, T]``, to compare with :meth:`encode_semantic`.
+        """Return the text vectors ``[B, C]`` of ``input_ids [B, T]``, to compare with ``encode_semantic``.
 
         Raises:
             ValueError: if the model was built without a text tower.
@@ -241,7 +246,7 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         return {"pixel": self.quantizer_pixel, "semantic": self.quantizer_semantic}
 
     def codebooks(self) -> Tensor:
-        """Return ``[Q, Dc, K, dim]`` fp32 such that one row per depth, summed over depths, is a quantized latent.
+        """Return ``[Q, Dc, K, dim]`` fp32: one row per depth, summed over depths, is a quantized latent.
 
         Dc is 1 where all depths share a codebook, else D.
         """
@@ -254,7 +259,7 @@ class DualTokenVisualTokenizer(PreTrainedModel):
             quantizer.set_candidate_slot(index, total)
 
     def update_codebooks(self, group: dist.ProcessGroup | None = None) -> dict[str, QuantizerStats]:
-        """Update each codebook once, from all micro-batches and ranks since the last update; one all-reduce each.
+        """Update each codebook from all micro-batches and ranks since the last update; one all-reduce each.
 
         Call it on every rank after the optimizer step. Quantizers that are ``frozen`` are left out.
         """
@@ -265,10 +270,11 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         """The decoder's last convolution, at whose kernel the adaptive GAN weight compares gradients."""
         return self.decoder.conv_out
 
-    # -- identity -------------------------------------------------------------------------------------------------
+    # -- identity
+    # -------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """Return the sha256 over everything that can change a code: the settings and weights on the way to the codes."""
+        """Return the sha256 over everything that can change a code: settings and weights on the way there."""
         config = self.config.to_dict()
         names = [
             "reconstruction_layer", "semantic_layer", "shortcut_layer", "shortcut_weight", "merged_codebook",
@@ -308,7 +314,8 @@ class DualTokenVisualTokenizer(PreTrainedModel):
             counts[part] = counts.get(part, 0) + tensor.numel()
         return counts
 
-    # -- loading and saving ---------------------------------------------------------------------------------------
+    # -- loading and saving
+    # ---------------------------------------------------------------------------------------
 
     @classmethod
     def from_backbone(
@@ -316,15 +323,16 @@ class DualTokenVisualTokenizer(PreTrainedModel):
     ) -> DualTokenVisualTokenizer:
         """Build a tokenizer whose towers come from the SigLIP model in folder ``path``.
 
-        The vision tower has to be the one ``config`` describes. The text tower is the folder's own if ``config`` has
-        one, and left out if not.
+        The vision tower has to be the one ``config`` describes. The text tower is the folder's own if
+        ``config`` has one, and left out if not.
 
         Raises:
             FileNotFoundError: if there is no model at ``path``.
             ValueError: if the vision towers differ.
         """
         source = load_backbone(path)
-        expected, found = config.vision_config.to_dict(), source.config.vision_config.to_dict()
+        towers: Any = source.config
+        expected, found = config.vision.to_dict(), towers.vision_config.to_dict()
         names = [
             "hidden_size",
             "intermediate_size",
@@ -342,7 +350,7 @@ class DualTokenVisualTokenizer(PreTrainedModel):
             raise ValueError(f"the backbone in {path} does not fit the config ({'; '.join(differing)})")
         fields = config.to_dict() | {"vision_config": found}
         if config.text_config is not None:
-            fields["text_config"] = source.config.text_config.to_dict()
+            fields["text_config"] = towers.text_config.to_dict()
         model = cls(cls.config_class.from_dict(fields))
         state = source.state_dict()
         if not model.backbone.has_text_tower:
@@ -359,9 +367,10 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         Raises:
             ValueError: if weights are missing, superfluous or of another shape than the config says.
         """
-        model, report = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
+        model, report = loaded
         problems = {kind: sorted(map(str, found)) for kind, found in report.items() if found}
         if problems:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Configuration of the visual tokenizer and its presets, from the paper's scale down to tests."""
 
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -10,7 +10,7 @@ from transformers.configuration_utils import PretrainedConfig, SubConfigSpec
 
 @strict
 class DualTokenVisualTokenizerConfig(PretrainedConfig):
-    """Every figure of a :class:`DualTokenVisualTokenizer`; the defaults are the paper's SO400M/14-384 (arXiv 2503.14324).
+    """Every figure of a visual tokenizer; the defaults are the paper's SO400M/14-384 (arXiv 2503.14324).
 
     Args:
         vision_config: fields of a ``SiglipVisionConfig``.
@@ -19,7 +19,8 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
         semantic_layer: layer read by the semantic branch; the layers behind it run on its quantized features.
         shortcut_layer: second, shallower layer of the pixel branch, or None.
         shortcut_weight: its weight in the sum.
-        merged_codebook: ablation: the pixel branch reads the codes of the semantic branch, one codebook for both.
+        merged_codebook: ablation: the pixel branch reads the codes of the semantic branch, one codebook for
+            both.
         quantizer: "rvq" (residual) or "mcq" (multi-codebook).
         codebook_size: K.
         codebook_dim: width of latents.
@@ -29,21 +30,23 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
         restart_unused_codes: replace codes that went out of use.
         restart_threshold: average number of vectors per step below which a code counts as unused.
         codebook_seed: seed of the restarts.
-        latent_norm: layer norm without parameters on the latents, in front of the quantizer. Without it the scale of
-            the latents can run away from the codebook; the released models do without.
+        latent_norm: layer norm without parameters on the latents, in front of the quantizer. Without it the
+            scale of the latents can run away from the codebook; the released models do without.
         causal_post_quantization: causal attention behind the quantizer.
         decoder_in_channels: channels behind the post-quantization block.
         decoder_channels: width of the decoder at full resolution.
-        decoder_channel_multipliers: width factors, full resolution first; each after the first doubles the resolution.
+        decoder_channel_multipliers: width factors, full resolution first; each after the first doubles the
+            resolution.
         decoder_num_res_blocks: residual blocks a level, less one.
         decoder_attention_resolutions: resolutions with attention.
-        decoder_latent_size: height of the decoder's input; latents are resized to it (None: the grid of the backbone).
+        decoder_latent_size: height of the decoder's input; latents are resized to it (None: the grid of the
+            backbone).
         decoder_pixel_shuffle: pixels a side painted by each position of the decoder's last level.
     """
 
     model_type = "dualtoken_visual_tokenizer"
     sub_configs_defaults = {
-        "vision_config": SiglipVisionConfig,
+        "vision_config": SubConfigSpec(SiglipVisionConfig),
         "text_config": SubConfigSpec(SiglipTextConfig, optional=True),
     }
 
@@ -81,7 +84,12 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        vision = self.vision_config
+        vision = self.vision
+        if not (isinstance(vision.image_size, int) and isinstance(vision.patch_size, int)):
+            raise ValueError(
+                f"image_size={vision.image_size}, patch_size={vision.patch_size}; "
+                "images and patches must be square, each given by one number"
+            )
         layers = vision.num_hidden_layers
         taps = {"reconstruction_layer": self.reconstruction_layer, "semantic_layer": self.semantic_layer}
         if self.shortcut_layer is not None:
@@ -98,7 +106,8 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
             )
         if self.quantizer == "mcq" and self.codebook_dim % self.num_quantizers:
             raise ValueError(
-                f"quantizer='mcq' needs num_quantizers={self.num_quantizers} to divide codebook_dim={self.codebook_dim}"
+                f"quantizer='mcq' needs num_quantizers={self.num_quantizers} to divide "
+                f"codebook_dim={self.codebook_dim}"
             )
         if self.codebook_size > 65536:
             raise ValueError(
@@ -106,14 +115,24 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
             )
 
     @property
+    def vision(self) -> SiglipVisionConfig:
+        """The config of the vision tower, with its type."""
+        return cast(SiglipVisionConfig, self.vision_config)
+
+    @property
+    def text(self) -> SiglipTextConfig | None:
+        """The config of the text tower, with its type."""
+        return cast(SiglipTextConfig | None, self.text_config)
+
+    @property
     def image_size(self) -> int:
         """Height and width of the input in pixels."""
-        return self.vision_config.image_size
+        return cast(int, self.vision.image_size)
 
     @property
     def grid_size(self) -> int:
         """Positions along each side of the image."""
-        return self.vision_config.image_size // self.vision_config.patch_size
+        return self.image_size // cast(int, self.vision.patch_size)
 
     @property
     def positions(self) -> int:
@@ -132,7 +151,7 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
         return self.latent_size * 2**doublings * self.decoder_pixel_shuffle
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return what ``config.json`` holds: every field of this class and of the towers, defaults included."""
+        """Return what ``config.json`` holds: all fields of this class and of the towers, with defaults."""
         full = self.to_dict()
         kept = {name: full[name] for name in ("architectures", "dtype", "model_type", "transformers_version")}
         kept |= {name: full[name] for name in DualTokenVisualTokenizerConfig.__annotations__}
@@ -147,11 +166,9 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
         Raises:
             ValueError: if this config has no text tower.
         """
-        if self.text_config is None:
+        if self.text is None:
             raise ValueError("text_config is None: a SigLIP model needs a text tower")
-        return SiglipConfig(
-            vision_config=self.vision_config.to_dict(), text_config=self.text_config.to_dict()
-        )
+        return SiglipConfig(vision_config=self.vision.to_dict(), text_config=self.text.to_dict())
 
 
 _SO400M_VISION = {

@@ -20,7 +20,8 @@ from transformers import SiglipConfig
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer_config import DualTokenVisualTokenizerConfig
 
-# Released module name -> ours. Older files spell `pixel` / `semantic` in full; what is behind the name is the same.
+# Released module name -> ours. Older files spell `pixel` / `semantic` in full; what is behind the name is
+# the same.
 _MODULES = {
     "siglip_model": "backbone",
     "prequant_sem": "prequant_semantic",
@@ -109,7 +110,7 @@ def config_from_released(
         raise FileNotFoundError(f"no released config at {path}")
     released = json.loads(path.read_text())
     released = released.get("rqvaesiglip", released)
-    towers = SiglipConfig.from_dict(_backbone_config(path, released, backbone_config))
+    towers: Any = SiglipConfig.from_dict(_backbone_config(path, released, backbone_config))
     branches = {name: _branch(released, name) for name in ("sem", "pix")}
     if branches["sem"] != branches["pix"]:
         raise ValueError(
@@ -157,7 +158,8 @@ def _backbone_config(path: Path, released: dict, given: str | Path | None) -> di
 def _branch(released: dict, name: str) -> dict[str, Any]:
     section = released[f"vq_{name}"]
     if section["bottleneck_type"] not in ("rq", "rq_ema"):
-        raise ValueError(f"vq_{name}: bottleneck_type {section['bottleneck_type']!r}; expected 'rq' or 'rq_ema'")
+        kind = section["bottleneck_type"]
+        raise ValueError(f"vq_{name} has bottleneck_type {kind!r}; expected 'rq' or 'rq_ema'")
     return {
         "codebook_size": section["n_embed"],
         "codebook_dim": section["embed_dim"],
@@ -180,6 +182,7 @@ def config_to_released(config: DualTokenVisualTokenizerConfig, backbone: str = "
         "quantizer": config.quantizer != "rvq",
         "text_config": config.text_config is None,
         "causal_post_quantization": not config.causal_post_quantization,
+        "decoder_pixel_shuffle": config.decoder_pixel_shuffle != 1,
     }
     found = [f"{name}={getattr(config, name)}" for name, present in unsupported.items() if present]
     if found:
@@ -196,7 +199,7 @@ def config_to_released(config: DualTokenVisualTokenizerConfig, backbone: str = "
         "restart_unused_codes": config.restart_unused_codes,
         "shared_codebook": config.shared_codebook,
     }
-    width = config.vision_config.hidden_size
+    width = config.vision.hidden_size
     inner: dict[str, Any] = {
         "architectures": ["RQVAESiglip"],
         "model_type": "rqvaesiglip_model",
@@ -237,10 +240,11 @@ def config_to_released(config: DualTokenVisualTokenizerConfig, backbone: str = "
 
 
 def state_from_released(state: dict[str, Tensor], shared_codebook: bool) -> dict[str, Tensor]:
-    """Rename the weights of a released checkpoint; what has no place in our layout keeps its name, to be reported.
+    """Rename the weights of a released checkpoint; names that have no place here stay, to be reported.
 
     Raises:
-        ValueError: if depths of a codebook are missing, or a codebook said to be shared differs between depths.
+        ValueError: if depths of a codebook are missing, or a codebook said to be shared differs between
+            depths.
     """
     result: dict[str, Tensor] = {}
     depths: dict[str, dict[int, Tensor]] = {}
@@ -278,7 +282,7 @@ def _stack_depths(name: str, found: dict[int, Tensor], shared: bool) -> Tensor:
 
 
 def state_to_released(state: dict[str, Tensor], num_quantizers: int) -> dict[str, Tensor]:
-    """Undo :func:`state_from_released`; all depths of a shared codebook are one tensor, as in the released files."""
+    """Undo :func:`state_from_released`; all depths of a shared codebook are one tensor."""
     ours = {new: old for old, new in _MODULES.items()}
     kinds = {new: old for old, new in _CODEBOOK_BUFFERS.items()}
     result: dict[str, Tensor] = {}
@@ -306,7 +310,8 @@ def load_released(
     built = config_from_released(config, backbone_config)
     content = read_checkpoint(checkpoint)
     if not isinstance(content.get("state_dict"), dict):
-        raise ValueError(f"{checkpoint} has no 'state_dict'; found {', '.join(map(str, content)) or 'nothing'}")
+        found = ", ".join(map(str, content)) or "nothing"
+        raise ValueError(f"{checkpoint} has no 'state_dict'; found {found}")
     state = state_from_released(content["state_dict"], built.shared_codebook)
     model = DualTokenVisualTokenizer(built)
     load_strict(model, state, str(checkpoint))
@@ -314,7 +319,7 @@ def load_released(
 
 
 def save_released(model: DualTokenVisualTokenizer, folder: str | Path) -> None:
-    """Write ``config.json``, ``siglip/config.json`` and ``epoch_0.pt`` in the released layout into ``folder``.
+    """Write ``config.json``, ``siglip/config.json`` and ``epoch_0.pt``, in the released layout.
 
     Raises:
         ValueError: if the model has something that the released layout cannot express.

@@ -1,0 +1,210 @@
+"""Time and memory of the residual quantizer against a plain transcription and vector-quantize-pytorch.
+
+One training step (forward, backward, codebook update) and the nearest-code search alone, at the paper's sizes
+(2 images of 729 positions, 16384 codes, 32 wide, depth 8), single-threaded CPU time of the best of a few
+runs; every contender runs in its own process, which also gives its peak memory. Run: ``python -m
+benchmarks.quantizer``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CONTENDERS = ("ours", "plain", "library", "gemm")
+
+
+class PlainResidualVQ:
+    """The textbook formulas, distances with both norms, argmin, one-hot matmul."""
+
+    def __init__(self, codebook: Tensor, depth: int, decay: float = 0.99) -> None:
+        self.codebook, self.depth, self.decay = codebook.clone(), depth, decay
+        self.cluster_size = torch.zeros(len(codebook))
+        self.embed_sum = torch.zeros_like(codebook)
+
+    def search(self, x: Tensor) -> Tensor:
+        """Return the nearest code of each row."""
+        w = self.codebook
+        distances = x.square().sum(1, keepdim=True) - 2 * x @ w.t() + w.square().sum(1)
+        return distances.argmin(dim=1)
+
+    def step(self, z: Tensor) -> None:
+        """Run forward, backward and update on latents ``[N, C]``."""
+        residual, quantized, losses = z.detach(), torch.zeros_like(z), []
+        counts, sums = torch.zeros_like(self.cluster_size), torch.zeros_like(self.embed_sum)
+        for _ in range(self.depth):
+            codes = self.search(residual)
+            one_hot = F.one_hot(codes, len(self.codebook)).to(z.dtype)
+            counts, sums = counts + one_hot.sum(0), sums + one_hot.t() @ residual
+            vectors = self.codebook[codes]
+            quantized, residual = quantized + vectors, residual - vectors
+            losses.append(F.mse_loss(z, quantized.detach()))
+        output = z + (quantized - z).detach()
+        (output.sum() + torch.stack(losses).mean()).backward()
+        self.cluster_size = self.decay * self.cluster_size + (1 - self.decay) * counts
+        self.embed_sum = self.decay * self.embed_sum + (1 - self.decay) * sums
+        size = self.cluster_size.unsqueeze(1)
+        self.codebook = torch.where(size > 1e-5, self.embed_sum / size, self.codebook)
+
+
+def build(contender: str, latents: Tensor, codebook: Tensor, depth: int) -> tuple[Callable, Callable | None]:
+    """Return a contender's training step and search, both without arguments; each step sees new latents."""
+    size, width = codebook.shape
+    generator = torch.Generator().manual_seed(1)
+
+    def fresh() -> Tensor:
+        return torch.randn(latents.shape, generator=generator).requires_grad_()
+
+    if contender == "plain":
+        plain = PlainResidualVQ(codebook, depth)
+        return lambda: plain.step(fresh()), lambda: plain.search(latents)
+    if contender == "ours":
+        from dualtoken.nearest import NearestCodeSearch
+        from dualtoken.quantizer import ResidualVQ
+
+        ours = ResidualVQ(size, width, depth).train()
+        ours.codebook.copy_(codebook)
+        ours.window.fill_(0.0)  # touch the pages, so that what the quantizer holds all the time is not a peak
+        search = NearestCodeSearch(codebook)
+
+        def step() -> None:
+            output = ours(fresh())
+            (output.quantized.sum() + output.commitment_loss).backward()
+            ours.update()
+
+        return step, lambda: search(latents)
+    if contender == "library":
+        from vector_quantize_pytorch import ResidualVQ as LibraryResidualVQ
+
+        library = LibraryResidualVQ(
+            dim=width, codebook_size=size, num_quantizers=depth, shared_codebook=True, decay=0.99
+        ).train()
+
+        def library_step() -> None:
+            quantized, _, losses = library(fresh().unsqueeze(0))
+            (quantized.sum() + losses.mean()).backward()
+
+        return library_step, None
+    transposed, scores = codebook.t().contiguous(), torch.empty(256, size)
+
+    def gemm() -> None:
+        for _ in range(depth):
+            for chunk in latents.split(256):
+                torch.mm(chunk, transposed, out=scores[: len(chunk)])
+
+    return gemm, None
+
+
+def peak_memory_mib() -> float:
+    """Return the high-water mark of resident memory since the last :func:`reset_peak_memory` (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    raise OSError("no VmHWM in /proc/self/status; peak memory is measured on Linux alone")
+
+
+def reset_peak_memory() -> float:
+    """Set the high-water mark to the present resident memory and return it, in MiB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory_mib()
+
+
+def best_cpu_seconds(run: Callable, iterations: int) -> float:
+    """Return the least CPU time of ``iterations`` runs after one to warm up."""
+    run()
+    times = []
+    for _ in range(iterations):
+        start = time.process_time()
+        run()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def measure(contender: str, args: argparse.Namespace, images: int, queue: multiprocessing.Queue) -> None:
+    """Measure one contender in this process; put a dictionary into ``queue``."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(images * args.positions, args.width, generator=generator)
+    scales = torch.logspace(0, -1, args.codes).unsqueeze(1)  # codes for the early and for the late depths
+    codebook = torch.randn(args.codes, args.width, generator=generator) * scales
+    warm = build(contender, latents[:8], codebook[:256].clone(), args.depth)
+    warm[0]()  # thread pools and kernels' own memory
+    step, search = build(contender, latents, codebook, args.depth)
+    before = reset_peak_memory()
+    step()
+    result = {"peak_mib": peak_memory_mib() - before}
+    if args.iterations:
+        result["step_s"] = best_cpu_seconds(step, args.iterations)
+        if search is not None:
+            step, search = build(contender, latents, codebook, args.depth)
+            result["search_s"] = best_cpu_seconds(search, args.iterations)
+            result["codes"] = search().tolist()
+    queue.put(result)
+
+
+def in_own_process(contender: str, args: argparse.Namespace, images: int) -> dict:
+    """Run :func:`measure` in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=measure, args=(contender, args, images, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return names[0] if names else platform.machine()
+
+
+def main() -> None:
+    """Measure, print the table, and write it as JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--positions", type=int, default=729)
+    parser.add_argument("--codes", type=int, default=16384)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    results = {name: in_own_process(name, args, args.images) for name in args.contenders}
+    growth_args = argparse.Namespace(**{**vars(args), "iterations": 0})
+    for name in set(args.contenders) & {"ours", "plain"}:
+        more = in_own_process(name, growth_args, args.images + 2)["peak_mib"]
+        results[name]["growth_mib_per_image"] = (more - results[name]["peak_mib"]) / 2
+    codes = {name: result.pop("codes") for name, result in results.items() if "codes" in result}
+
+    print(
+        f"{args.images} images x {args.positions} positions, K {args.codes}, width {args.width}, "
+        f"depth {args.depth}; one thread; torch {torch.__version__}, {processor()}, {time.strftime('%F')}"
+    )
+    for name, result in results.items():
+        print(f"{name:8}", "  ".join(f"{key} {value:.4g}" for key, value in result.items()))
+    if len(codes) == 2:
+        same = sum(a == b for a, b in zip(codes["ours"], codes["plain"])) / len(codes["ours"])
+        print(f"same codes as plain: {same:.4%} (plain rounds in fp32, so near ties may differ)")
+    for name, result in results.items():
+        if name != "ours" and "ours" in results:
+            ratios = {key: result[key] / results["ours"][key] for key in result if results["ours"].get(key)}
+            print(f"{name} / ours:", "  ".join(f"{key} {value:.3g}x" for key, value in ratios.items()))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
