@@ -11,7 +11,6 @@ codes, E dimensions of a code vector, H width of the decoder, N selected positio
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,8 +25,8 @@ from .chunked_loss import TextHead
 from .depth_transformer import VisualHead
 from .sequence import IGNORE_INDEX
 from .unified_model_config import DualTokenConfig, padded_vocabulary
+from .visual_embedder import CODEBOOKS, Codebooks, GeluMLP, VisualEmbedder
 
-CODEBOOKS = ("pixel", "semantic")
 PARTS = (
     "llm",
     "visual_embedder",
@@ -67,79 +66,6 @@ class DualTokenOutput(ModelOutput):
     text_position_nll: torch.Tensor | None = None
     visual_positions: torch.Tensor | None = None
     visual_position_nll: torch.Tensor | None = None
-
-
-class Codebooks(nn.Module):
-    """The frozen code vectors, in fp32 whatever happens to the rest of the model.
-
-    `vectors` [Q, Dc, K, E] are stored as the visual tokenizer has them; what the model reads is scaled to
-    unit mean square of the summed codes' leading part, so that its weights start at the right scale for any
-    tokenizer.
-    """
-
-    def __init__(self, codebook_depths: int, codebook_size: int, codebook_dim: int) -> None:
-        super().__init__()
-        # Converted, not created, as fp32: DeepSpeed's zero.Init turns created tensors into the training
-        # precision.
-        vectors = torch.zeros(len(CODEBOOKS), codebook_depths, codebook_size, codebook_dim).float()
-        self.register_buffer("vectors", vectors)
-        self.vectors: torch.Tensor
-
-    def forward(self, codes: torch.Tensor) -> torch.Tensor:
-        """Look up codes [N, Q, D] -> [N, Q, D, E]."""
-        _, depths, size, _ = self.vectors.shape
-        books = torch.arange(codes.shape[1], device=codes.device)[:, None] * depths
-        depth = torch.arange(codes.shape[2], device=codes.device).clamp(max=depths - 1)
-        rows = (books + depth) * size + codes
-        scale = self.vectors[:, 0].square().mean(dim=(1, 2)).clamp(min=1e-12).rsqrt()  # [Q]
-        return self.vectors.flatten(0, 2)[rows] * scale[:, None, None]
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        before = self.vectors
-        super()._apply(fn, recurse)
-        if self.vectors.dtype != torch.float32:
-            self.vectors = before.float().to(self.vectors.device)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.vectors = self.vectors.float()
-        super()._load_from_state_dict(*args, **kwargs)
-
-
-class GeluMLP(nn.Module):
-    """Two linear layers with a GELU between them."""
-
-    def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(in_features, hidden_features)
-        self.activation = nn.GELU()
-        self.down = nn.Linear(hidden_features, out_features)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [..., in_features] to [..., out_features]."""
-        return self.down(self.activation(self.up(x.to(self.up.weight.dtype))))
-
-
-class VisualEmbedder(nn.Module):
-    """Summed code vectors [V, Q, E] -> inputs of the decoder [V, H]."""
-
-    def __init__(self, visual_input: str, embedder: str, codebook_dim: int, hidden_size: int) -> None:
-        super().__init__()
-        self.read = [q for q, name in enumerate(CODEBOOKS) if visual_input in ("both", name)]
-        self.joined = embedder == "concat_mlp" or len(self.read) == 1
-        mlps, width = (1, len(self.read) * codebook_dim) if self.joined else (len(self.read), codebook_dim)
-        if hidden_size % mlps:
-            raise ValueError(f"embedder='mlp_concat' needs an even hidden_size, got {hidden_size}")
-        self.mlps = nn.ModuleList(
-            GeluMLP(width, hidden_size // mlps, hidden_size // mlps) for _ in range(mlps)
-        )
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Join the features that are read, before or after the MLPs."""
-        features = features[:, self.read]
-        if self.joined:
-            return self.mlps[0](features.flatten(1))
-        return torch.cat([mlp(features[:, i]) for i, mlp in enumerate(self.mlps)], dim=-1)
 
 
 class DualTokenForCausalLM(PreTrainedModel):
@@ -237,7 +163,7 @@ class DualTokenForCausalLM(PreTrainedModel):
                 f"codebooks have shape {tuple(vectors.shape)}, the config asks for {expected} "
                 "[codebooks, depths, codes, dimensions]; build the config with DualTokenConfig.for_tokenizers"
             )
-        self.codebooks.vectors = vectors.detach().to(self.codebooks.vectors.device, torch.float32, copy=True)
+        self.codebooks.set(vectors)
         if fingerprint is not None:
             self.config.tokenizer_fingerprint = fingerprint
 
@@ -292,7 +218,7 @@ class DualTokenForCausalLM(PreTrainedModel):
             position_ids = _positions_within(cu_seqlens)[None]
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
-        codes = self._checked_codes(input_ids, codes)
+        codes = self.checked_codes(input_ids, codes)
         vectors = self.codebooks(codes)  # [V, Q, D, E]
         visual_positions = (input_ids[0] == self.config.special.image_pad).nonzero()[:, 0]
         hidden = self.decoder(
@@ -377,7 +303,8 @@ class DualTokenForCausalLM(PreTrainedModel):
         shape = (positions, len(CODEBOOKS), self.config.num_quantizers, self.config.codebook_dim)
         return self.codebooks.vectors.new_zeros(shape)
 
-    def _checked_codes(self, input_ids: torch.Tensor, codes: torch.Tensor | None) -> torch.Tensor:
+    def checked_codes(self, input_ids: torch.Tensor, codes: torch.Tensor | None) -> torch.Tensor:
+        """Return codes as int64 [V, Q, D], V being 0 for None; ValueError if they do not fit the tokens."""
         expected = (len(CODEBOOKS), self.config.num_quantizers)
         if codes is None or len(codes) == 0:
             codes = torch.zeros(0, *expected, dtype=torch.int64, device=input_ids.device)

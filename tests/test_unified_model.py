@@ -360,7 +360,7 @@ def test_wrong_inputs_are_named():
         ValueError, match=r"20 image-pad tokens but 8 visual positions in codes; an image takes 4"
     ):
         model(**{**batch, "codes": batch["codes"][:8]})
-    with pytest.raises(ValueError, match=r"codes have shape \(16, 2, 2\), expected \[V, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"codes have shape \(20, 2, 2\), expected \[V, 2, 3\]"):
         model(**{**batch, "codes": batch["codes"][..., :2]})
     with pytest.raises(ValueError, match=r"input_ids have shape \(2, 5\), expected \[1, T\]"):
         model(torch.zeros(2, 5, dtype=torch.long))
@@ -369,7 +369,7 @@ def test_wrong_inputs_are_named():
     ):
         model.set_codebooks(torch.zeros(2, 1, 4, 8))
     empty = DualTokenForCausalLM._from_config(tiny_config())
-    with pytest.raises(ValueError, match="codebooks are not set: call model.set_codebooks"):
+    with pytest.raises(ValueError, match="codebooks are not set: call set_codebooks"):
         empty(**batch)
 
 

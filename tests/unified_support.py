@@ -34,8 +34,9 @@ TOKENIZER = byte_tokenizer()
 IDS = SpecialTokens.from_tokenizer(TOKENIZER)
 
 
-def tiny_config(decoder: str = "qwen2", **overrides) -> DualTokenConfig:
+def tiny_config(decoder: str = "qwen2", initializer_range: float = 0.02, **overrides) -> DualTokenConfig:
     sizes = {
+        "initializer_range": initializer_range,
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 264, "max_position_embeddings": 512,
     }  # fmt: skip
