@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from data_pipeline.code_shards import CodeSample, DatasetManifest, iterate_shard
 from data_pipeline.image_decoding import build_image_decoder
@@ -128,6 +129,7 @@ def load_visual_tokenizer(folder: Path) -> DualTokenVisualTokenizer:
         FileNotFoundError: there is none in the folder.
     """
     require_export(folder, "visual tokenizer", "dualtoken train quickstart_tokenizer")
+    transformers_logging.disable_progress_bar()
     model = DualTokenVisualTokenizer.from_pretrained(folder).eval().requires_grad_(False)
     return model.to(default_device())
 
@@ -159,7 +161,8 @@ def load_codes(folder: Path, count: int | None = None, seed: int = 0) -> list[Co
         ValueError: it holds no image with captions.
     """
     manifest = DatasetManifest.load(folder)
-    samples = (sample for name in manifest.shards for sample in iterate_shard(Path(folder) / name))
+    shards = (Path(folder) / name for name, entry in manifest.shards.items() if entry.samples)
+    samples = (sample for shard in shards for sample in iterate_shard(shard))
     pairs = (sample for sample in samples if len(sample.codes) == 1 and sample.captions)
     chosen = choose(pairs, count, seed)
     if not chosen:
@@ -174,6 +177,7 @@ def load_unified_model(folder: Path) -> tuple[DualTokenForCausalLM, PreTrainedTo
         FileNotFoundError: there is none in the folder.
     """
     require_export(folder, "unified model", "dualtoken train quickstart_mllm")
+    transformers_logging.disable_progress_bar()
     model = DualTokenForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
     return model.to(default_device()), AutoTokenizer.from_pretrained(folder)
 

@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from data_pipeline.code_shards import CodeSample, DatasetManifest
 from data_pipeline.languages import caption_prompt
 from data_pipeline.views import caption_document, generation_document
-from dualtoken.sequence import Document, TextPart, TokenizedDocument, pack_documents, tokenize_document
+from dualtoken.likelihood import document_nll
+from dualtoken.sequence import Document, TextPart, tokenize_document
 from dualtoken.unified_model import CODEBOOKS, DualTokenForCausalLM
 from eval.inputs import EvaluationPaths, load_codes, load_unified_model, require_same_codes
 from eval.results import write_json
 
-TOKENS_PER_PACK = 4096
 DOCUMENTS = 160  # of each split, at most
 COUNTED_DOCUMENTS = 20_000  # training documents from which code frequencies are taken, at most
 
@@ -39,34 +39,19 @@ class Likelihood:
         return self.visual_nll / self.visual_positions
 
 
-def packs(documents: Sequence[TokenizedDocument], tokens: int = TOKENS_PER_PACK) -> list[list]:
-    """Cut documents, in order, into runs of at most that many tokens (a longer one stands alone)."""
-    found: list[list[TokenizedDocument]] = []
-    room = 0
-    for document in documents:
-        if len(document) > room:
-            found.append([])
-            room = tokens
-        found[-1].append(document)
-        room -= len(document)
-    return found
-
-
-@torch.no_grad()
 def score(
     model: DualTokenForCausalLM, text_tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
 ) -> Likelihood:
     """Sum the likelihoods of everything the documents supervise."""
     special = model.config.special
     tokenized = [tokenize_document(document, text_tokenizer, special) for document in documents]
-    total = Likelihood(0.0, 0, torch.zeros(len(CODEBOOKS), model.config.num_quantizers).double(), 0)
-    for pack in packs(tokenized):
-        output = model(**pack_documents(pack).to(model.device).model_inputs())
-        total.text_nll += float(output.text_nll)
-        total.text_tokens += int(output.text_count)
-        total.visual_nll += output.visual_nll.double().cpu()
-        total.visual_positions += int(output.visual_count)
-    return total
+    scored = document_nll(model, tokenized)
+    return Likelihood(
+        text_nll=sum(document.text_nll for document in scored),
+        text_tokens=sum(document.text_count for document in scored),
+        visual_nll=torch.stack([document.visual_nll.double() for document in scored]).sum(dim=0),
+        visual_positions=sum(document.visual_count for document in scored),
+    )
 
 
 def unigram(training: Sequence[CodeSample], codes: Tensor, codebook_size: int) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 from launchers import processes
 from launchers.errors import UserError
 
+RECIPES_ROOT = Path("runs/quickstart")  # where the quickstart recipes look for what they read
 VERSIONS_OF = ("torch", "deepspeed", "transformers", "megatron-energon", "nvidia-dali-cuda130")
 
 
@@ -87,13 +88,38 @@ def pretokenize_command(
     return tuple(processes.deepspeed_command("data_pipeline.pretokenize", arguments, ranks))
 
 
+def relocated_settings(recipe: str, root: Path) -> list[str]:
+    """Words that point the paths in a recipe, written for `runs/quickstart`, below another folder."""
+    from omegaconf import OmegaConf
+
+    from pretrain.config import find_recipe, load_recipe
+
+    if root == RECIPES_ROOT:
+        return []
+    words: list[str] = []
+
+    def walk(value: object, key: str) -> None:
+        if isinstance(value, dict):
+            for name, part in value.items():
+                walk(part, f"{key}.{name}" if key else name)
+        elif isinstance(value, list):
+            for index, part in enumerate(value):
+                walk(part, f"{key}.{index}")
+        elif isinstance(value, str) and value.startswith(f"{RECIPES_ROOT}/") and key != "run_dir":
+            words.append(f"{key}={root / Path(value).relative_to(RECIPES_ROOT)}")
+
+    walk(OmegaConf.to_container(load_recipe(find_recipe(recipe))), "")
+    return words
+
+
 def quickstart_steps(root: Path, ranks: int) -> list[Step]:
     """The chain in order, everything below the folder `root`."""
     data, codes, results = root / "sample_data", root / "codes", root / "evaluation"
     siglip, tokenizer, mllm = root / "siglip", root / "tokenizer", root / "mllm"
 
     def train(job: str, run_dir: Path) -> tuple[str, ...]:
-        arguments = [f"recipe=quickstart_{job}", f"run_dir={run_dir}"]
+        recipe = f"quickstart_{job}"
+        arguments = [f"recipe={recipe}", f"run_dir={run_dir}", *relocated_settings(recipe, root)]
         return tuple(processes.deepspeed_command("pretrain.train", arguments, ranks))
 
     def pretokenize(split: str) -> tuple[str, ...]:

@@ -304,7 +304,7 @@ def check_deepspeed(arguments: list[str]) -> None:
 
         load_job_config(rest, world_size=ranks)
     else:
-        from data_pipeline.pretokenize import parse_arguments
+        from data_pipeline.pretokenize import _parse_arguments
 
         assert module == "data_pipeline.pretokenize"
-        parse_arguments(rest)
+        _parse_arguments(rest)

@@ -161,6 +161,17 @@ def test_steps_form_a_chain(tmp_path):
         assert job.command[:5] == ("deepspeed", "--num_gpus", "2", "--module", "pretrain.train")
 
 
+def test_jobs_are_sent_to_another_folder(tmp_path):
+    from pretrain.config import config_as_yaml, load_job_config
+
+    for step in quickstart_steps(tmp_path, 2):
+        if "pretrain.train" in step.command:
+            settings = config_as_yaml(load_job_config(step.command[5:], world_size=2))
+            assert "runs/quickstart" not in settings and str(tmp_path) in settings
+    usual = {step.name: step.command for step in quickstart_steps(Path("runs/quickstart"), 2)}
+    assert usual["mllm"][5:] == ("recipe=quickstart_mllm", "run_dir=runs/quickstart/mllm")
+
+
 def wait_for(path: Path, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
