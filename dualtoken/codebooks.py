@@ -23,6 +23,7 @@ class QuantizerStats:
 
     usage: list[float]  # [D] share of the K codes that were chosen at least once
     perplexity: list[float]  # [D] exp of the entropy of the choices, between 1 and K
+    codebook_usage: float  # share of all codes that were chosen at any depth
     restarted: int  # codes replaced by latents in this update
 
 
@@ -213,7 +214,7 @@ class EMACodebooks(nn.Module):
         self.embed_sum.mul_(self.decay).add_(sums, alpha=1.0 - self.decay)
         restarted = self._restart(pool, filled) if self.restart_unused_codes else 0
         self._codes_from_averages()
-        stats = self._stats(counts, restarted)
+        stats = self._stats(counts, book_counts, restarted)
         self.num_updates += 1
         self.reset_window()
         return stats
@@ -236,11 +237,12 @@ class EMACodebooks(nn.Module):
         return restarted
 
     @staticmethod
-    def _stats(counts: Tensor, restarted: int) -> QuantizerStats:
+    def _stats(counts: Tensor, book_counts: Tensor, restarted: int) -> QuantizerStats:
         shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
         entropy = -torch.special.xlogy(shares, shares).sum(dim=1)
         usage = (counts > 0).float().mean(dim=1)
-        return QuantizerStats(usage.tolist(), entropy.exp().tolist(), restarted)
+        used = (book_counts > 0).float().mean()
+        return QuantizerStats(usage.tolist(), entropy.exp().tolist(), float(used), restarted)
 
     # -- search --------------------------------------------------------------------------------------------
 
