@@ -1,0 +1,205 @@
+"""Texts with image tags and their images -> inputs of the unified model, and codes -> pictures.
+
+``<image>`` in a text marks the place of an image. Images become codes through a visual tokenizer; who has
+codes already passes those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoProcessor, ProcessorMixin, SiglipImageProcessor
+from transformers.feature_extraction_utils import BatchFeature
+
+from .sequence import Document, ImagePart, SpecialTokens, TextPart, pack_documents, tokenize_document
+from .unified_model_config import DualTokenConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .visual_tokenizer import DualTokenVisualTokenizer
+
+IMAGE_TAG = "<image>"
+
+
+class DualTokenProcessor(ProcessorMixin):
+    """Prepares texts and images for `DualTokenForCausalLM` and the functions of `dualtoken.generation`.
+
+    Args:
+        image_processor: resizes and normalises pictures to [-1, 1].
+        tokenizer: the text tokenizer, with the special tokens.
+        positions_per_image: P.
+        num_quantizers: D.
+    """
+
+    def __init__(
+        self, image_processor: Any, tokenizer: Any, positions_per_image: int, num_quantizers: int
+    ) -> None:
+        super().__init__(image_processor, tokenizer)
+        self.positions_per_image = positions_per_image
+        self.num_quantizers = num_quantizers
+        self.special = SpecialTokens.from_tokenizer(tokenizer)
+
+    @classmethod
+    def for_config(cls, config: DualTokenConfig, text_tokenizer: Any) -> DualTokenProcessor:
+        """Build the processor of a model."""
+        image_processor = SiglipImageProcessor(
+            size={"height": config.image_size, "width": config.image_size},
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        )
+        return cls(image_processor, text_tokenizer, config.positions_per_image, config.num_quantizers)
+
+    @property
+    def text_tokenizer(self) -> Any:
+        """The text tokenizer."""
+        return self.tokenizer
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of the visual tokenizer's images."""
+        return self.image_processor.size["height"]
+
+    def __call__(  # type: ignore[override]
+        self,
+        images: Sequence[Any] | None = None,
+        text: str | Sequence[str] | None = None,
+        codes: Sequence[Any] | None = None,
+        visual_tokenizer: DualTokenVisualTokenizer | None = None,
+    ) -> BatchFeature:
+        """Pack texts and their images into the keyword arguments of the model, without targets.
+
+        Arguments as of `documents`.
+        """
+        if text is None:
+            raise ValueError(f"text is missing; for an image alone pass text={IMAGE_TAG!r}")
+        documents = self.documents(text, images, codes, visual_tokenizer)
+        rows = [tokenize_document(d, self.tokenizer, self.special, end=False) for d in documents]
+        inputs = pack_documents(rows).model_inputs()
+        return BatchFeature({name: value for name, value in inputs.items() if name != "labels"})
+
+    def documents(
+        self,
+        text: str | Sequence[str],
+        images: Sequence[Any] | None = None,
+        codes: Sequence[Any] | None = None,
+        visual_tokenizer: DualTokenVisualTokenizer | None = None,
+    ) -> list[Document]:
+        """Put images in the places of the tags: one document per text, to prompt generation with.
+
+        Args:
+            text: one or several texts, with an ``<image>`` tag for each image.
+            images: PIL images of any size and kind, or tensors [3, S, S] in [-1, 1]; all in the order of
+            the tags,
+                or one list per text.
+            codes: instead of images, their codes [P, Q, D], likewise.
+            visual_tokenizer: turns images into codes.
+
+        Raises:
+            ValueError: on images and codes at once, numbers of images and tags that differ, tensors or
+            codes of a
+                wrong shape, or images without a visual tokenizer.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        if images is not None and codes is not None:
+            raise ValueError("got both images and codes; pass one of the two")
+        tags = [t.count(IMAGE_TAG) for t in texts]
+        given = _in_order_of_tags(images if codes is None else codes, tags)
+        if images is not None:
+            given = self._encode(given, visual_tokenizer)
+        parts = iter([ImagePart(self._checked(c, i)) for i, c in enumerate(given)])
+        documents = []
+        for one in texts:
+            document = Document([])
+            for index, piece in enumerate(one.split(IMAGE_TAG)):
+                if index:
+                    document.parts.append(next(parts))
+                if piece:
+                    document.parts.append(TextPart(piece, loss=False))
+            documents.append(document)
+        return documents
+
+    def pictures(self, codes: torch.Tensor, visual_tokenizer: DualTokenVisualTokenizer) -> list[Image]:
+        """Decode codes [N, P, Q, D] to PIL images."""
+        from PIL import Image
+
+        decoded = visual_tokenizer.decode(codes.to(visual_tokenizer.device)).float().clamp(-1, 1)
+        pixels = ((decoded + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(picture) for picture in pixels]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what the processor returns."""
+        return ["input_ids", "position_ids", "cu_seqlens", "max_seqlen", "codes", "visual_loss_mask"]
+
+    def _encode(
+        self, images: list[Any], visual_tokenizer: DualTokenVisualTokenizer | None
+    ) -> list[torch.Tensor]:
+        if not images:
+            return []
+        if visual_tokenizer is None:
+            raise ValueError(
+                "images need visual_tokenizer=... to become codes; load it with "
+                "DualTokenVisualTokenizer.from_pretrained, or pass codes instead of images"
+            )
+        pixels = torch.stack([self._pixels(image, index) for index, image in enumerate(images)])
+        return list(visual_tokenizer.encode(pixels.to(visual_tokenizer.device)).cpu())
+
+    def _pixels(self, image: Any, index: int) -> torch.Tensor:
+        size = self.image_size
+        if isinstance(image, torch.Tensor):
+            if tuple(image.shape) != (3, size, size):
+                raise ValueError(
+                    f"image {index} is a tensor of shape {tuple(image.shape)}, expected "
+                    f"(3, {size}, {size}) in [-1, 1]; pass a PIL image to have it resized"
+                )
+            return image.float()
+        if not hasattr(image, "convert"):
+            raise ValueError(
+                f"image {index} is a {type(image).__name__}, expected a PIL image or a tensor; "
+                "open files with PIL.Image.open"
+            )
+        return self.image_processor(_on_white(image), return_tensors="pt")["pixel_values"][0]
+
+    def _checked(self, codes: Any, index: int) -> torch.Tensor:
+        codes = torch.as_tensor(codes)
+        expected = (self.positions_per_image, 2, self.num_quantizers)
+        if tuple(codes.shape) != expected:
+            raise ValueError(
+                f"codes of image {index} have shape {tuple(codes.shape)}, expected {expected} "
+                "(positions, codebooks, depths); they come from another visual tokenizer or image size"
+            )
+        return codes
+
+
+def _in_order_of_tags(given: Sequence[Any] | None, tags: list[int]) -> list[Any]:
+    """Flatten images or codes, given at once or per text, after checking that there is one for each tag."""
+    given = [] if given is None else list(given)
+    if any(isinstance(one, list | tuple) for one in given):
+        counts = [len(one) for one in given]
+        if counts != tags:
+            raise ValueError(
+                f"the texts have {tags} {IMAGE_TAG} tags but {counts} images; give one image for each tag"
+            )
+        return [one for group in given for one in group]
+    if len(given) != sum(tags):
+        raise ValueError(
+            f"the text has {sum(tags)} {IMAGE_TAG} tags but {len(given)} images; give one image for each tag"
+        )
+    return given
+
+
+def _on_white(image: Image) -> Image:
+    """RGB, with transparency shown as white, as the images of training were decoded."""
+    from PIL import Image
+
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+AutoProcessor.register(DualTokenConfig, DualTokenProcessor, exist_ok=True)
