@@ -39,6 +39,8 @@ class OptimizerConfig:
     warmup_steps: int = 0
     schedule: Literal["cosine", "constant"] = "cosine"
     min_lr_ratio: float = 0.0  # the cosine ends at lr * min_lr_ratio
+    # Pattern of parameter names -> factor on lr, such as {"llm.*": 0.01}; the first that fits counts.
+    lr_scales: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2:

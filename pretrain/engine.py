@@ -94,6 +94,7 @@ def start_runtime(config: JobConfig) -> Runtime:
         timeout=timedelta(minutes=30),
     )
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     seed_everything(config.seed)
     return Runtime(
         rank=rank,

@@ -13,22 +13,30 @@ from pretrain.config import ConfigError, OptimizerConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: with weight decay, and without it (one dimension: norms, biases).
+    """Trainable parameters by learning rate and weight decay (none for those of one dimension).
+
+    Frozen parameters are in no group and get no optimizer state.
 
     Raises:
-        ConfigError: nothing is trainable.
+        ConfigError: nothing is trainable, or a pattern of `lr_scales` fits no trainable parameter.
     """
-    # Under ZeRO-3 construction a parameter is an empty placeholder; its true shape is in ds_shape.
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trainable:
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    unused = set(config.lr_scales)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        pattern = next((pattern for pattern in config.lr_scales if fnmatch.fnmatchcase(name, pattern)), None)
+        unused.discard(pattern)
+        scale = 1.0 if pattern is None else config.lr_scales[pattern]
+        # Under ZeRO-3 construction a parameter is an empty placeholder; its true shape is in ds_shape.
+        decay = config.weight_decay if len(getattr(parameter, "ds_shape", parameter.shape)) > 1 else 0.0
+        empty = {"params": [], "weight_decay": decay, "lr_scale": scale}
+        groups.setdefault((scale, decay), empty)["params"].append(parameter)
+    if not groups:
         raise ConfigError(f"{type(model).__name__} has no trainable parameter: every part of it is frozen")
-    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
-    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    if unused:
+        raise ConfigError(f"lr_scales: no trainable parameter's name fits {', '.join(sorted(unused))}")
+    return list(groups.values())
 
 
 def freeze_parameters(model: nn.Module, patterns: list[str]) -> None:
@@ -76,14 +84,14 @@ class LearningRateSchedule:
         self.config = config
         self.total_steps = total_steps
         self.steps_taken = 0
-        self.weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
+        self.groups = [(group["lr_scale"], group["weight_decay"]) for group in optimizer.param_groups]
         self.apply()
 
     def apply(self) -> None:
         """Write this step's learning rate and the recipe's settings into the optimizer."""
         factor = learning_rate_factor(self.steps_taken, self.config, self.total_steps)
-        for group, weight_decay in zip(self.optimizer.param_groups, self.weight_decays, strict=True):
-            group["lr"] = self.config.lr * factor
+        for group, (scale, weight_decay) in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group["lr"] = self.config.lr * scale * factor
             group["betas"] = tuple(self.config.betas)
             group["eps"] = self.config.eps
             group["weight_decay"] = weight_decay

@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         _fail(error, code=2)
     except TrainingError as error:
         _fail(error, code=1)
+    except KeyboardInterrupt:
+        os._exit(130)
     leave(runtime)
 
 

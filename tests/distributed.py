@@ -73,7 +73,7 @@ class Ranks:
             if process.poll() is None:
                 process.send_signal(number)
 
-    def wait(self, timeout: float = 60) -> Finished:
+    def wait(self, timeout: float = 180) -> Finished:
         """Wait for all ranks; when one fails or time is up, the rest is killed, as launchers do."""
         deadline = time.monotonic() + timeout
         try:
@@ -98,7 +98,7 @@ def run_module(
     module: str,
     arguments: list[str],
     world_size: int = 2,
-    timeout: float = 60,
+    timeout: float = 180,
     env: dict[str, str] | None = None,
 ) -> Finished:
     """Run `python -m module arguments` on `world_size` ranks and wait."""
@@ -109,7 +109,7 @@ def run_function(
     function: Callable[..., Any],
     *arguments: Any,
     world_size: int = 2,
-    timeout: float = 60,
+    timeout: float = 180,
     process_group: bool = True,
 ) -> list[Any]:
     """Call a module-level function with picklable arguments on every rank; returns what each rank returned.

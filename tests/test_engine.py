@@ -9,7 +9,13 @@ from torch import nn
 
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.engine import Runtime, choose_precision, deepspeed_settings
-from pretrain.optim import LearningRateSchedule, build_adamw, learning_rate_factor, parameter_groups
+from pretrain.optim import (
+    LearningRateSchedule,
+    build_adamw,
+    freeze_parameters,
+    learning_rate_factor,
+    parameter_groups,
+)
 from tests.distributed import run_function
 
 
@@ -81,10 +87,19 @@ def test_precision(tmp_path, monkeypatch):
 
 def test_parameter_groups():
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Linear(2, 1))
-    model[2].requires_grad_(False)
+    freeze_parameters(model, ["2.*"])
+    with pytest.raises(ConfigError, match="'3.*' matches no parameter"):
+        freeze_parameters(model, ["3.*"])
     groups = parameter_groups(model, OptimizerConfig(weight_decay=0.1))
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert [len(group["params"]) for group in groups] == [1, 3]
+    scaled = parameter_groups(model, OptimizerConfig(weight_decay=0.1, lr_scales={"0.*": 0.5, "*": 2.0}))
+    # Matrix and bias of the first layer, then the norm.
+    settings = [(group["lr_scale"], group["weight_decay"]) for group in scaled]
+    assert settings == [(0.5, 0.1), (0.5, 0.0), (2.0, 0.0)]
+    assert [len(group["params"]) for group in scaled] == [1, 1, 2]
+    with pytest.raises(ConfigError, match=r"no trainable parameter's name fits 2\.\*"):
+        parameter_groups(model, OptimizerConfig(lr_scales={"2.*": 1.0}))
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="Sequential has no trainable parameter"):
         parameter_groups(model, OptimizerConfig())
@@ -107,14 +122,14 @@ def test_changed_settings_win_over_saved_ones():
     schedule = LearningRateSchedule(old, OptimizerConfig(lr=1.0, weight_decay=0.5), 10)
     for _ in range(5):
         schedule.step()
-    config = OptimizerConfig(lr=0.1, betas=[0.5, 0.6], weight_decay=0.2)
+    config = OptimizerConfig(lr=0.1, betas=[0.5, 0.6], weight_decay=0.2, lr_scales={"bias": 0.5})
     new = build_adamw(model, config)
     resumed = LearningRateSchedule(new, config, 10)
     resumed.load_state_dict(schedule.state_dict())
     new.load_state_dict(old.state_dict())
     assert new.param_groups[0]["lr"] == pytest.approx(0.5)
     resumed.apply()
-    assert resumed.get_lr() == pytest.approx([0.05, 0.05])
+    assert resumed.get_lr() == pytest.approx([0.05, 0.025])
     assert [group["betas"] for group in new.param_groups] == [(0.5, 0.6)] * 2
     assert [group["weight_decay"] for group in new.param_groups] == [0.2, 0.0]
 

@@ -98,9 +98,9 @@ def scenarios_on_one_rank(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
     folder = tmp_path_factory.mktemp("runs")
-    ended, of_rank_1 = run_function(scenarios_on_two_ranks, folder, process_group=False, timeout=120)
+    ended, of_rank_1 = run_function(scenarios_on_two_ranks, folder, process_group=False)
     assert ended == of_rank_1
-    run_function(scenarios_on_one_rank, folder, world_size=1, process_group=False, timeout=60)
+    run_function(scenarios_on_one_rank, folder, world_size=1, process_group=False)
     return folder, ended
 
 
