@@ -36,7 +36,7 @@ def train(kind):
 
 
 def train_both_and_fill_one_slot_twice():
-    """Return what :func:`train` returns for each quantizer, and the error of a candidate slot filled twice."""
+    """Return what `train` returns for each quantizer, and the error of a candidate slot filled twice."""
     results = {kind: train(kind) for kind in ("rvq", "mcq")}
     quantizer = ResidualVQ(CODES, WIDTH, DEPTH).train()
     quantizer.set_candidate_slot(0, 2)
