@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from eval.results import read_json, write_json
 
 MEASURES = ("reconstruction", "retrieval", "likelihood", "generation", "layers")
 JOBS = {"siglip": "SigLIP", "tokenizer": "Visual tokenizer", "mllm": "Unified model"}
+OF_A_DEPTH = re.compile(r"(.+?)(?:/depth)?_(\d+)")  # nll_pixel/depth_1, codebook_pixel/usage_1
 RECONSTRUCTIONS_SHOWN = 40
 WORST_SHOWN = 8
 
@@ -55,19 +57,18 @@ def loss_curves(records: list[dict]) -> list[Curve]:
     curves = []
     depths: dict[str, list[list[Point]]] = defaultdict(list)
     for key, splits in points.items():
-        group, _, depth = key.partition("/depth_")
         trained, validated = splits.get("train", []), splits.get("val", [])
-        if depth:
-            depths[group].append(trained or validated)
+        if by_depth := OF_A_DEPTH.fullmatch(key):
+            if key.startswith(("nll", "codebook")):
+                depths[by_depth[1]].append(trained or validated)
         elif key.startswith("loss") or validated:
             series = [Series("training", trained, "a"), Series("held-out", validated, "b", dots=True)]
             curves.append(_curve(key, series))
     for group, lines in depths.items():
-        if group.startswith("nll"):
-            drawn = [
-                Series(f"depth {number}", line, f"d{min(number, 4)}") for number, line in enumerate(lines, 1)
-            ]
-            curves.append(_curve(group, drawn))
+        drawn = [
+            Series(f"depth {number}", line, f"d{min(number, 4)}") for number, line in enumerate(lines, 1)
+        ]
+        curves.append(_curve(group, drawn))
     # Totals first, then in the order the job wrote them.
     return sorted(curves, key=lambda curve: curve.name not in {"loss", "loss/total"})
 

@@ -83,8 +83,9 @@ def run(command: Sequence[str], processes: int = 1, notice_session=None) -> Fini
     elif words[0] == "dualtoken":
         words[0:1] = [sys.executable, "-m", "launchers.cli"]
     elif words[0] == "deepspeed":
-        # The launcher's default port may be taken by another job on this machine.
-        words[0:1] = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
+        # The launcher's default port may be taken by another job; its own log helps nobody here.
+        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--quiet"]
+        words[0:1] = [*launcher, "--master_port", str(free_port())]
     started = time.monotonic()
     with _interruptible():
         # A session of its own, so that a leftover can be found even when this process was killed.
