@@ -128,8 +128,8 @@ def main() -> None:
 
     print(
         f"2 heads, {args.positions} positions, width {args.hidden}, {args.layers} layers, "
-        f"depth {args.depth}, K {args.codes}, chunks of {args.chunk}, {args.dtype}; one thread; torch {torch.__version__}, "
-        f"{processor()}, {time.strftime('%F')}"
+        f"depth {args.depth}, K {args.codes}, chunks of {args.chunk}, {args.dtype}; one thread; "
+        f"torch {torch.__version__}, {processor()}, {time.strftime('%F')}"
     )
     for name, result in results.items():
         print(
