@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,6 +72,7 @@ class Trainer:
         self.task = task
         self.checkpoints = runtime.run_dir / "checkpoints"
         self.log = MetricsLog(config, runtime.run_dir, runtime.is_main)
+        self.batches: Iterator[Any] | None = None
         self.stop_signal: str | None = None
         self.wall_seconds = 0.0  # of all earlier starts of this run
         self.skipped_in_a_row = 0
@@ -142,7 +143,6 @@ class Trainer:
         self.log.say(f"resumed from {checkpoint}" if checkpoint else f"started in {runtime.run_dir}")
 
     def _loop(self) -> bool:
-        self.batches = iter(self.task.train_loader)
         window = _Window()
         config, runtime = self.config, self.runtime
         while runtime.step < config.steps:
@@ -169,6 +169,14 @@ class Trainer:
         return True
 
     def _next_micro_batches(self) -> list[Any]:
+        if self.batches is None:
+            # A loader that starts draws seeds for its workers from torch's generator, which a resumed run
+            # would do once more than the undisturbed one.
+            before = random_state()
+            self.batches = iter(self.task.train_loader)
+            micro_batches = self._next_micro_batches()
+            restore_random_state(before)
+            return micro_batches
         try:
             return [next(self.batches) for _ in range(self.runtime.micro_steps)]
         except StopIteration:

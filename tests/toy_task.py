@@ -35,6 +35,7 @@ class ToyLoader:
         self.micro_batch = 0
 
     def __iter__(self):
+        torch.rand(1)  # torch's DataLoader draws a seed for its workers when it starts
         while True:
             first = (self.micro_batch * self.world_size + self.rank) * self.micro_batch_size
             self.micro_batch += 1
