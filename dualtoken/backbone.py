@@ -124,7 +124,6 @@ class FrozenTeacher(nn.Module):
     def __init__(self, vision_model: SiglipVisionModel, semantic_layer: int) -> None:
         super().__init__()
         self.vision_model = copy.deepcopy(vision_model)
-        self.vision_model.gradient_checkpointing_disable()
         self.semantic_layer = semantic_layer
         self.requires_grad_(False)
         super().train(False)

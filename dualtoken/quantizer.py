@@ -83,6 +83,7 @@ class ResidualVQ(EMACodebooks):
         codes = torch.empty(len(residual), depth, dtype=torch.int64, device=residual.device)
         quantized, residual_sum = torch.zeros_like(residual), torch.zeros_like(residual)
         loss = residual.new_zeros(())
+        share = 1.0 / (depth * max(residual.numel(), 1))  # an empty batch has loss 0, not NaN
         inputs: list[Tensor] = []
         with torch.no_grad():
             for d, search in enumerate(self._searches()):
@@ -93,7 +94,7 @@ class ResidualVQ(EMACodebooks):
                 residual = residual - vectors  # never in place: the window still needs this depth's input
                 quantized += vectors
                 residual_sum += residual
-                loss += residual.square().mean() / depth
+                loss += residual.square().sum() * share
             if learning:
                 self._accumulate(inputs, codes)
         quantized, loss = _StraightThrough.apply(
@@ -101,7 +102,7 @@ class ResidualVQ(EMACodebooks):
             quantized.view(latents.shape),
             residual_sum.view(latents.shape),
             loss,
-            2.0 / (depth * max(residual.numel(), 1)),
+            2.0 * share,
         )
         return QuantizerOutput(quantized, codes.view(*latents.shape[:-1], depth), loss)
 
@@ -174,11 +175,11 @@ class MultiCodebookVQ(EMACodebooks):
         with torch.no_grad():
             quantized = self._gather(codes).view(rows.shape)
             residual = rows - quantized
-            loss = residual.square().mean()
+            share = 1.0 / max(rows.numel(), 1)  # an empty batch has loss 0, not NaN
+            loss = residual.square().sum() * share
             if self.training and not self.frozen:
                 self._accumulate(list(rows.unbind(dim=1)), codes.view(-1, self.num_quantizers))
-        scale = 2.0 / max(rows.numel(), 1)
-        quantized, loss = _StraightThrough.apply(chunks, quantized, residual, loss, scale)
+        quantized, loss = _StraightThrough.apply(chunks, quantized, residual, loss, 2.0 * share)
         return QuantizerOutput(quantized.view(latents.shape), codes, loss)
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,31 @@ class DualTokenVisualTokenizer(PreTrainedModel):
             state = {name: value for name, value in state.items() if name.startswith("vision_model.")}
         model.backbone.load_state_dict(state, strict=True)
         return model
+
+    def save_pretrained(
+        self, save_directory: str | PathLike, is_main_process: bool = True, *args, **kwargs
+    ) -> None:
+        """Save config, weights (safetensors) and the settings of the image processor.
+
+        ``AutoModel`` and ``AutoImageProcessor`` load the folder, once this module is imported.
+        """
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            size = self.config.image_size
+            settings = {
+                "image_processor_type": "SiglipImageProcessor",
+                "do_convert_rgb": True,
+                "do_resize": True,
+                "size": {"height": size, "width": size},
+                "resample": 3,  # bicubic
+                "do_rescale": True,
+                "rescale_factor": 1 / 255,
+                "do_normalize": True,
+                "image_mean": [0.5, 0.5, 0.5],
+                "image_std": [0.5, 0.5, 0.5],
+            }
+            path = Path(save_directory) / "preprocessor_config.json"
+            path.write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(

@@ -197,7 +197,7 @@ def random_state(released, seed=0):
         fan_in = math.prod(shape[1:]) if len(shape) > 1 else 4
         state[name] = torch.randn(shape, generator=generator) / fan_in**0.5
         if "embedding.weight" in name:
-            state[name] = torch.randn(shape, generator=generator)  # positions that differ enough for many codes
+            state[name] = torch.randn(shape, generator=generator)  # so unlike that many codes are used
         if "norm" in name and name.endswith("weight"):
             state[name] += 1.0
         if name.endswith("zero_k_bias"):
