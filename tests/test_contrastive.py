@@ -67,6 +67,7 @@ def words(folder: Path, run: str, world_size: int, *more: str) -> list[str]:
         "wandb.mode=disabled",
         "log_every=1",
         "optimizer.lr=0.01",
+        "captions_per_picture=2",
         *more,
     ]
 
@@ -126,7 +127,7 @@ def on_two_ranks(folder: Path) -> dict:
     found: dict = {}
     for level in ("zero1", "zero2", "zero3"):
         found[level] = losses_on_given_batches(folder, 2, f"deepspeed={level}.json")
-    changing = ["augmentation.max_shift=2", "augmentation.flip=true"]
+    changing = ["augmentation.max_shift=2", "augmentation.flip=true", "patch_dropout=0.5"]
     for run, signal_at in (("whole", None), ("resumed", 3), ("resumed", None)):
         config, runtime, task = build(words(folder, run, 2, *changing))
         if signal_at is not None and runtime.rank == 1:
