@@ -100,6 +100,8 @@ class TextHead(nn.Linear):
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self.chunk_size = chunk_size
+        # Whether transformers still has to draw the weight is a mark on the module.
+        self._is_hf_initialized = getattr(linear, "_is_hf_initialized", False)
 
     def forward(  # type: ignore[override]
         self, hidden: torch.Tensor, targets: torch.Tensor | None = None

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from dualtoken.sequence import Document, PackedBatch, TextPart, pack_documents
 from dualtoken.unified_model import DualTokenForCausalLM, DualTokenOutput
 from tests.distributed import run_module
-from tests.unified_support import caption, generation, plain, tiny_config, tokenized
+from tests.unified_support import caption, generation, plain, tiny_config, tiny_model, tokenized
 
 STEPS, RATE, CONTEXT = 3, 1e-2, 96
 SCENARIOS = {
@@ -61,7 +63,6 @@ def freeze(model: DualTokenForCausalLM, parts: tuple[str, ...]) -> None:
 
 def worker(output: Path) -> None:
     import deepspeed
-    from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled
@@ -98,6 +99,13 @@ def worker(output: Path) -> None:
         end = full_state(model)
         torch.save({"start": start, "end": end, "losses": losses}, output / f"{name}_{rank}.pt")
         engine.destroy()
+    sharded = {
+        "pretrained": DualTokenForCausalLM.from_pretrained(output / "unified"),
+        "base": DualTokenForCausalLM.from_base(tiny_config(), str(output / "base")),
+    }
+    for name, model in sharded.items():
+        state = {**full_state(model), **dict(model.named_buffers())}
+        torch.save({k: v for k, v in state.items()}, output / f"{name}_{rank}.pt")
     assert alive is not None
     torch.distributed.barrier()
     sys.stdout.flush()
@@ -114,6 +122,10 @@ def full_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     output = tmp_path_factory.mktemp("zero3")
+    tiny_model(seed=3).save_pretrained(output / "unified")
+    small = tiny_config(initializer_range=0.1).text_config
+    small.vocab_size = 258
+    AutoModelForCausalLM.from_config(small).save_pretrained(output / "base")
     run_module("tests.test_unified_zero3", [str(output)], world_size=2, timeout=300).check()
     return output
 
@@ -149,6 +161,18 @@ def test_sharded_construction_draws_the_same_kind_of_weights(runs):
     torch.manual_seed(0)
     for name, parameter in DualTokenForCausalLM._from_config(tiny_config()).named_parameters():
         assert start[name].std().item() == pytest.approx(parameter.std().item(), rel=0.35, abs=1e-3), name
+
+
+def test_sharded_loading(runs):
+    """Saved models and decoders arrive whole; the embedding grows for the special tokens."""
+    state = torch.load(runs / "pretrained_0.pt")
+    for name, value in load_file(runs / "unified" / "model.safetensors").items():
+        assert torch.equal(state[name], value), name
+    state = torch.load(runs / "base_0.pt")
+    for name, value in load_file(runs / "base" / "model.safetensors").items():
+        assert torch.equal(state[f"llm.{name}"][: len(value)], value), name
+    assert state["llm.model.embed_tokens.weight"].shape == (320, 32)
+    assert 0 < state["pixel_head.classifier"].std() < 0.1
 
 
 if __name__ == "__main__":
