@@ -44,7 +44,7 @@ class EMACodebooks(nn.Module):
         decay: of the moving averages.
         restart_unused_codes: replace codes whose average count falls below ``restart_threshold``.
         restart_threshold: in vectors per optimizer step; a fresh code starts at 1.
-        seed: of the choice of candidates.
+        seed: of the first codes and of the choice of candidates.
         name: for error messages.
     """
 
@@ -88,8 +88,14 @@ class EMACodebooks(nn.Module):
         self.reset_codebook()
 
     def reset_codebook(self) -> None:
-        """Draw normal codes and forget all averages; the first update replaces unused codes by latents."""
-        nn.init.normal_(self.codebook)
+        """Draw normal codes and forget all averages; the first update replaces unused codes by latents.
+
+        The codes depend on the seed alone, not on the global generator, so that all ranks start from the same.
+        """
+        if not self.codebook.is_meta:
+            generator = torch.Generator().manual_seed(self.seed)
+            drawn = torch.randn(self.codebook.shape, generator=generator, dtype=torch.float32, device="cpu")
+            self.codebook.copy_(drawn)
         for buffer in (self.cluster_size, self.embed_sum, self.num_updates):
             buffer.zero_()
         self.reset_window()

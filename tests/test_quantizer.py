@@ -258,7 +258,8 @@ def test_residual_vq_learns_to_reconstruct():
 
 def test_training_is_deterministic_under_a_seed():
     def trained(seed):
-        quantizer = rvq(seed=seed)
+        torch.manual_seed(seed + 7)
+        quantizer = ResidualVQ(K, C, D, seed=seed).train()
         for step in range(3):
             torch.manual_seed(step)  # whatever the global generator does
             quantizer(latents(40, seed=step))

@@ -126,12 +126,12 @@ def test_every_parameter_but_the_text_tower_learns():
 
 
 def test_overfits_eight_images():
-    model, steps = build(decoder_channels=32, codebook_size=128), 100
+    model, steps = build(decoder_channels=32, codebook_size=256), 90
     batch = torch.nn.functional.interpolate(images(8, 4), size=16, mode="bilinear")
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), 1.5e-3, betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - step / steps) + 1e-5
+            group["lr"] = 1.5e-3 * (1 - step / steps) + 1e-5
         output = model(batch)
         error = (output.reconstruction - batch).square().mean()
         loss = error + 0.25 * (output.commitment_loss_pixel + output.commitment_loss_semantic)
