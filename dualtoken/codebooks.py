@@ -94,7 +94,8 @@ class EMACodebooks(nn.Module):
         """
         if not self.codebook.is_meta:
             generator = torch.Generator().manual_seed(self.seed)
-            drawn = torch.randn(self.codebook.shape, generator=generator, dtype=torch.float32, device="cpu")
+            shape = self.codebook.shape
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
             self.codebook.copy_(drawn)
         for buffer in (self.cluster_size, self.embed_sum, self.num_updates):
             buffer.zero_()
