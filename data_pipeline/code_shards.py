@@ -13,6 +13,7 @@ import io
 import json
 import os
 import tarfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import DatasetError
+from data_pipeline.tar_members import TarError, iterate_samples
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
@@ -125,13 +127,15 @@ def decode_sample(key: str, codes: bytes, record: bytes) -> CodeSample:
 
 @dataclass
 class ShardEntry:
-    """What `dataset.json` keeps of one shard; `samples` is what it holds, in = samples + rejected."""
+    """What `dataset.json` keeps of one shard; in = samples + rejected. Without samples there is no tar."""
 
     sha256: str
     samples: int
     images: int
     samples_in: int = 0
     rejected: int = 0
+    source: str = ""
+    """Name of the shard it was made from."""
 
 
 class ShardWriter:
@@ -145,7 +149,7 @@ class ShardWriter:
         self.path = Path(path)
         self.geometry = geometry
         self.entry: ShardEntry | None = None
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_name(self.path)
         self._samples = self._images = 0
 
     def __enter__(self) -> ShardWriter:
@@ -195,39 +199,18 @@ def iterate_shard(path: str | Path) -> Iterator[CodeSample]:
     Raises:
         DatasetError: The tar is truncated or damaged, or a sample lacks a member or cannot be read.
     """
-    path = Path(path)
-    pending: dict[str, bytes] = {}
-    current = ""
-
-    def finish() -> CodeSample:
-        missing = {CODES_PART, JSON_PART} - pending.keys()
-        if missing:
-            raise DatasetError(f"{path}: sample {current!r} lacks {', '.join(sorted(missing))}")
-        try:
-            return decode_sample(current, pending[CODES_PART], pending[JSON_PART])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DatasetError(f"{path}: sample {current!r} cannot be read: {error}") from error
-
+    key: str | None = None
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, part = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if key != current and pending:
-                    yield finish()
-                    pending = {}
-                current = key
-                content = tar.extractfile(member)
-                if content is not None:
-                    pending[part] = content.read()
-            after_last = path.stat().st_size - tar.offset
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DatasetError(f"{path}: truncated or damaged after sample {current!r}: {error}") from error
-    if after_last < 2 * tarfile.BLOCKSIZE:  # a tar ends with two empty blocks
-        raise DatasetError(f"{path}: truncated after sample {current!r}")
-    if pending:
-        yield finish()
+        with open(path, "rb") as file:
+            for key, parts in iterate_samples(file):
+                if missing := {CODES_PART, JSON_PART} - parts.keys():
+                    raise DatasetError(f"{path}: sample {key!r} lacks {', '.join(sorted(missing))}")
+                try:
+                    yield decode_sample(key, parts[CODES_PART], parts[JSON_PART])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DatasetError(f"{path}: sample {key!r} cannot be read: {error}") from error
+    except (TarError, OSError) as error:
+        raise DatasetError(f"{path}: {error} (after sample {key!r})") from error
 
 
 @dataclass
@@ -296,12 +279,17 @@ class DatasetManifest:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file under a temporary name, flush it to disk and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a hidden name beside `path` that no other process, on whatever machine, uses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def verify_dataset(folder: str | Path, fingerprint: str | None = None) -> DatasetManifest:
@@ -314,13 +302,16 @@ def verify_dataset(folder: str | Path, fingerprint: str | None = None) -> Datase
     manifest = DatasetManifest.load(folder)
     manifest.require(folder, manifest.geometry, fingerprint)
     on_disk = {path.name for path in folder.glob("*.tar")}
-    if difference := on_disk.symmetric_difference(manifest.shards):
+    listed = {name for name, entry in manifest.shards.items() if entry.samples}
+    if difference := on_disk ^ listed:
         name = sorted(difference)[0]
         state = "is not in dataset.json" if name in on_disk else "is missing"
         raise DatasetError(f"{folder / name}: {state}")
     keys: set[str] = set()
     for name, entry in manifest.shards.items():
         path = folder / name
+        if not entry.samples:
+            continue
         samples = images = 0
         for sample in iterate_shard(path):
             try:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from megatron.energon import (
     DefaultTaskEncoder,
@@ -18,9 +16,8 @@ from megatron.energon.metadataset.loader_interface import DatasetBlendMode, Load
 
 from data_pipeline.shard_index import check_index
 from data_pipeline.shard_reader import PreparedShards, RawSample
+from data_pipeline.shard_sources import image_parts, read_captions
 from data_pipeline.stream_loader import StreamLoader, is_training, require_samples, worker_config
-
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff"})
 
 
 @dataclass
@@ -56,31 +53,6 @@ class ImageTextBatch:
         return len(self.keys)
 
 
-def is_image_part(part: str) -> bool:
-    """Whether a part of a sample (`jpg`, `0.png`) is a picture."""
-    return part.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
-
-
-def read_captions(parts: dict[str, Any], default_language: str) -> dict[str, str]:
-    """Read the captions of an image-text sample: `txt`, or `caption` or `captions` of `json`.
-
-    Raises:
-        ValueError: The json cannot be read, or its captions are not text by language.
-    """
-    if "txt" in parts:
-        return {default_language: parts["txt"].decode("utf-8").strip()}
-    if "json" not in parts:
-        return {}
-    record = json.loads(parts["json"])
-    captions = record.get("captions") if isinstance(record, dict) else None
-    if captions is None:
-        caption = record.get("caption") if isinstance(record, dict) else None
-        captions = {} if caption is None else {default_language: caption}
-    if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
-        raise ValueError(f"captions are {captions!r}, expected an object of language: text")
-    return captions
-
-
 @edataclass
 class _ImageTextSample(Sample):
     """One picture with its captions."""
@@ -102,9 +74,7 @@ class _ImageTaskEncoder(DefaultTaskEncoder):
         captions = read_captions(sample.parts, self.config.default_language)
         if self.config.require_captions and not captions:
             raise ValueError("no caption; expected txt, or json with caption or captions")
-        names = sorted(
-            (name for name in sample.parts if is_image_part(name)), key=lambda name: (len(name), name)
-        )
+        names = image_parts(sample.parts)
         for index, name in enumerate(names):
             yield _ImageTextSample(
                 __key__=sample.__key__ if len(names) == 1 else f"{sample.__key__}.{index}",

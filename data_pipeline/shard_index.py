@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import os
 import struct
+import uuid
 from pathlib import Path
 
 import yaml
-from megatron.energon import CrudeWebdataset
+from megatron.energon import __version__ as energon_version
+from megatron.energon.bracecollapse import collapse
+from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.indexing import DuplicateSampleKeyError, SqliteIndexWriter
+from megatron.energon.flavors.webdataset.prepare import IndexSample, IndexSamplePart
 
+from data_pipeline.code_shards import temporary_name
 from data_pipeline.errors import DatasetError
-
-logger = logging.getLogger(__name__)
+from data_pipeline.tar_members import TarError, locate_samples
 
 META_FOLDER = ".nv-meta"
 _INFO_FILE = ".info.json"
@@ -37,7 +39,7 @@ def _indexed_bytes(tar: Path) -> int:
     """Return how many bytes of `tar` its index describes (the last of the 8-byte offsets)."""
     with open(_index_path(tar), "rb") as file:
         file.seek(-_OFFSET_BYTES, os.SEEK_END)
-        return struct.unpack("Q", file.read(_OFFSET_BYTES))[0]
+        return struct.unpack("<Q", file.read(_OFFSET_BYTES))[0]
 
 
 def _shard_counts(folder: Path) -> dict[str, int] | None:
@@ -61,15 +63,15 @@ def _is_current(folder: Path, shards: list[str]) -> bool:
     return True
 
 
-def prepare_dataset(folder: str | Path, num_workers: int | None = None, force: bool = False) -> int:
+def prepare_dataset(folder: str | Path, force: bool = False) -> int:
     """Index a folder of WebDataset tars for Megatron-Energon, all shards in the split `train`.
 
     The same as `energon prepare FOLDER --non-interactive --split-ratio 1,0,0 --sample-type CrudeWebdataset`,
-    quiet, and doing nothing where the index is up to date.
+    which does it in parallel for very many shards; this one starts no processes, so that none is left should
+    it be killed, and does nothing where the index is up to date.
 
     Args:
         folder: Holds the tars, at any depth.
-        num_workers: Processes that read tars; None for as many as there are cores or tars.
         force: Index again even where the index is up to date.
 
     Returns:
@@ -84,38 +86,86 @@ def prepare_dataset(folder: str | Path, num_workers: int | None = None, force: b
         raise DatasetError(f"{folder}: no .tar shard found; expected a folder of WebDataset tars")
     if not force and _is_current(folder, shards):
         return sum((_shard_counts(folder) or {}).values())
-    # Written last, so that its presence says that the index is complete.
-    (folder / META_FOLDER / _DATASET_FILE).unlink(missing_ok=True)
-    workers = num_workers or min(len(shards), os.cpu_count() or 1)
-    energon_logger = logging.getLogger("megatron.energon")
-    level, messages = energon_logger.level, io.StringIO()
-    energon_logger.setLevel(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(messages):
-            CrudeWebdataset.prepare_dataset(
-                folder,
-                shards,
-                split_parts_ratio=[("train", 1.0), ("val", 0.0), ("test", 0.0)],
-                shuffle_seed=None,
-                workers=workers,
-            )
-    except SystemExit:  # Energon's answer to a key that occurs twice, after printing which
-        duplicate = next((line for line in messages.getvalue().splitlines() if "duplicate key:" in line), "")
-        key = duplicate.rpartition("duplicate key:")[2].strip(' "') or "unknown"
-        raise DatasetError(
-            f"{folder}: key {key} occurs more than once; keys must be unique in a data set"
-        ) from None
-    except AssertionError as error:  # a shard that held no readable sample
-        raise DatasetError(f"{folder}: {error} Is a tar empty or damaged?") from None
-    finally:
-        energon_logger.setLevel(level)
-    for name in shards:
-        if not _index_path(folder / name).is_file():
-            raise DatasetError(f"{folder / name}: cannot be read to its end; the tar is truncated or damaged")
-    dataset_file = folder / META_FOLDER / _DATASET_FILE
+    meta = folder / META_FOLDER
+    meta.mkdir(exist_ok=True)
+    (meta / _DATASET_FILE).unlink(
+        missing_ok=True
+    )  # written last: its presence says that the index is complete
+    counts = _index_shards(folder, shards)
+    info = {"energon_version": energon_version, "shard_counts": counts}
+    split = {
+        "split_parts": {"train": collapse(shards, keep_order=True), "val": [], "test": []},
+        "exclude": [],
+    }
     definition = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
-    dataset_file.write_text(yaml.safe_dump(definition, sort_keys=False))
-    return sum((_shard_counts(folder) or {}).values())
+    (meta / "index.uuid").write_text(str(uuid.uuid4()))
+    (meta / _INFO_FILE).write_text(json.dumps(info, indent=2))
+    (meta / "split.yaml").write_text(yaml.safe_dump(split, sort_keys=False))
+    (meta / _DATASET_FILE).write_text(yaml.safe_dump(definition, sort_keys=False))
+    return sum(counts.values())
+
+
+def _index_shards(folder: Path, shards: list[str]) -> dict[str, int]:
+    """Write the offsets beside each tar and `index.sqlite`; return the samples of each shard."""
+    database = folder / META_FOLDER / "index.sqlite"
+    for leftover in database.parent.glob("index.sqlite*"):
+        leftover.unlink()
+    counts = {}
+    writer = SqliteIndexWriter(EPath(database))
+    try:
+        for number, name in enumerate(shards):
+            counts[name] = _index_shard(folder / name, number, writer)
+        writer.close()
+    except DuplicateSampleKeyError as error:
+        raise DatasetError(
+            f"{folder}: key {error.sample_key} occurs more than once; keys must be unique in a data set "
+            "(for pretokenize: --prefix-keys)"
+        ) from None
+    finally:
+        if writer.db is not None:
+            writer.db.close()
+    return counts
+
+
+def _index_shard(tar: Path, number: int, writer: SqliteIndexWriter) -> int:
+    """Index one shard: the offset of each sample and of the end, 8 bytes each, and rows for the data base."""
+    try:
+        with open(tar, "rb") as file:
+            places, end = locate_samples(file)
+    except TarError as error:
+        raise DatasetError(f"{tar}: {error}") from error
+    if not places:
+        raise DatasetError(f"{tar}: holds no sample; remove the shard")
+    offsets = [place.offset for place in places] + [end]
+    writer.append_samples(
+        [
+            IndexSample(
+                tar_file_id=number,
+                sample_key=place.key,
+                sample_index=index,
+                byte_offset=place.offset,
+                byte_size=offsets[index + 1] - place.offset,
+            )
+            for index, place in enumerate(places)
+        ]
+    )
+    writer.append_parts(
+        [
+            IndexSamplePart(
+                tar_file_id=number,
+                sample_index=index,
+                part_name=part,
+                content_byte_offset=offset,
+                content_byte_size=size,
+            )
+            for index, place in enumerate(places)
+            for part, offset, size in place.parts
+        ]
+    )
+    temporary = temporary_name(_index_path(tar))
+    temporary.write_bytes(struct.pack(f"<{len(offsets)}Q", *offsets))
+    os.replace(temporary, _index_path(tar))
+    return len(places)
 
 
 def check_index(folder: str | Path, check_shards: bool = True) -> int:

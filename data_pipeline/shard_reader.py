@@ -6,9 +6,9 @@ sample of a local shard is one `pread` and a look at its headers. Remote shards 
 
 from __future__ import annotations
 
+import io
 import logging
 import os
-import re
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -23,11 +23,10 @@ from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLo
 from megatron.energon.flavors.webdataset.structs import ShardInfo
 
 from data_pipeline.errors import DatasetError
+from data_pipeline.tar_members import TarError, iterate_samples
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 512
-_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _RETRY_SECONDS = (0.5, 2.0, 8.0)
 _PARALLEL_SLICES = 16
 
@@ -40,53 +39,6 @@ class RawSample(Sample):
     shard: str
     entry: int = 0
     """Index of the blend entry it was read for."""
-
-
-def parse_members(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of the regular files in a stretch of a tar.
-
-    Raises:
-        ValueError: The stretch ends inside a file or holds no headers.
-    """
-    at, long_name = 0, None
-    while at + _BLOCK <= len(data):
-        header = data[at : at + _BLOCK]
-        if header == bytes(_BLOCK):
-            return
-        size = _read_number(header[124:136])
-        kind = header[156:157]
-        content = data[at + _BLOCK : at + _BLOCK + size]
-        if len(content) < size or size < 0:
-            raise ValueError("the tar ends inside a file")
-        at += _BLOCK + (size + _BLOCK - 1) // _BLOCK * _BLOCK
-        if kind == b"x":
-            long_name = _pax_path(content) or long_name
-        elif kind == b"L":
-            long_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif kind in (b"0", b"\0"):
-            name = header[:100].partition(b"\0")[0]
-            if header[257:263] == b"ustar\0" and header[345:346] != b"\0":
-                name = header[345:500].partition(b"\0")[0] + b"/" + name
-            yield long_name or name.decode("utf-8", "surrogateescape"), content
-            long_name = None
-        elif kind != b"g":
-            long_name = None
-
-
-def _read_number(field: bytes) -> int:
-    if field[0] & 0x80:  # sizes of 8 GiB and more
-        return int.from_bytes(field[1:], "big")
-    return int(field.strip(b"\0 ") or b"0", 8)
-
-
-def _pax_path(content: bytes) -> str | None:
-    while content:
-        length = int(content[: content.index(b" ")])
-        key, _, value = content[content.index(b" ") + 1 : length - 1].partition(b"=")
-        if key == b"path":
-            return value.decode("utf-8")
-        content = content[length:]
-    return None
 
 
 class LocalShardReader:
@@ -125,14 +77,13 @@ class LocalShardReader:
         file, offsets = self._open_shard(shard)
         number = index - self._starts[shard]
         start, end = int(offsets[number]), int(offsets[number + 1])
-        key, parts = None, {}
-        for name, content in parse_members(os.pread(file.fileno(), end - start, start)):
-            match = _NAME.match(name)
-            if match and not name.startswith("__"):
-                key = key or match[1]
-                parts[match[2]] = content
-        if key is None:
-            raise ValueError("there is no file where the index has a sample")
+        data = os.pread(file.fileno(), end - start, start)
+        if len(data) < end - start:
+            raise TarError("truncated: the shard is shorter than its index says")
+        samples = list(iterate_samples(io.BytesIO(data), fragment=True))
+        if len(samples) != 1:
+            raise TarError(f"{len(samples)} samples where the index has one; prepare the data set again")
+        key, parts = samples[0]
         return {"key": key, "parts": parts, "shard": self._paths[shard], "restore_key": ("Webdataset", index)}
 
     def _open_shard(self, shard: int) -> tuple[Any, np.ndarray]:

@@ -16,7 +16,8 @@ from megatron.energon.flavors.webdataset.structs import ShardInfo
 from data_pipeline import shard_reader
 from data_pipeline.errors import DatasetError
 from data_pipeline.shard_index import prepare_dataset
-from data_pipeline.shard_reader import LocalShardReader, parse_members
+from data_pipeline.shard_reader import LocalShardReader
+from data_pipeline.tar_members import TarError, iterate_members, iterate_samples, locate_samples
 from data_pipeline.text_encoding import TextEncoder
 from dualtoken.sequence import SPECIAL
 from tests.test_document_streams import build_tokenizer
@@ -48,7 +49,9 @@ def test_members_are_those_of_tarfile(members: list[tuple[str, bytes]], kind: in
     buffer.seek(0)
     with tarfile.open(fileobj=buffer) as tar:
         expected = [(m.name, tar.extractfile(m).read()) for m in tar if m.isfile()]
-    assert list(parse_members(buffer.getvalue())) == expected
+    buffer.seek(0)
+    found = [(member.name, buffer.read(member.size)) for member in iterate_members(buffer)]
+    assert found == expected
 
 
 def test_a_stretch_that_ends_early_is_noticed() -> None:
@@ -57,8 +60,17 @@ def test_a_stretch_that_ends_early_is_noticed() -> None:
         info = tarfile.TarInfo("a.txt")
         info.size = 600
         tar.addfile(info, io.BytesIO(b"x" * 600))
-    with pytest.raises(ValueError, match="ends inside a file"):
-        list(parse_members(buffer.getvalue()[:1000]))
+        tar.addfile(info, io.BytesIO(b"x" * 600))
+    whole = buffer.getvalue()
+    for cut in (100, 512, 700, 1600, 1700, 2100):
+        messages = "truncated: it ends (inside a file|without the empty block)"
+        with pytest.raises(TarError, match=messages):
+            list(iterate_samples(io.BytesIO(whole[:cut])))
+        with pytest.raises(TarError, match=messages):
+            locate_samples(io.BytesIO(whole[:cut]))
+    with pytest.raises(TarError, match="no tar header at byte 0"):
+        list(iterate_samples(io.BytesIO(b"not a tar" * 100)))
+    assert [key for key, _ in iterate_samples(io.BytesIO(whole[:3072]), fragment=True)] == ["a"]
 
 
 @pytest.fixture

@@ -1,0 +1,343 @@
+"""Offline tokenization: image-text shards to dual-code shards, in parallel, resumable, nothing lost.
+
+Any number of workers run this on one output folder (under `deepspeed --module data_pipeline.pretokenize`,
+`torchrun`, Slurm arrays, or alone). Each claims input shards one by one and writes one output shard for each;
+the last to finish writes `rejected.jsonl`, the Energon index and `dataset.json`. A run that was killed is
+finished by running the same command again, and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.code_shards import (
+    MANIFEST,
+    CodeSample,
+    DatasetManifest,
+    ShardEntry,
+    ShardWriter,
+    temporary_name,
+    write_atomically,
+)
+from data_pipeline.errors import DatasetError
+from data_pipeline.shard_claims import Claims
+from data_pipeline.shard_sources import expand_inputs
+from data_pipeline.shard_tokenizer import Rejection, Settings, ShardTokenizer
+
+logger = logging.getLogger(__name__)
+
+WORK_FOLDER = ".pretokenize"
+REJECTED = "rejected.jsonl"
+_FINISH = "finish"
+_REPORT_SECONDS = 10.0
+_WAIT_SECONDS = 0.2
+
+
+@dataclass
+class _ShardResult:
+    """What was made of one input shard, kept until the data set is finished."""
+
+    entry: ShardEntry
+    rejected: list[Rejection] = field(default_factory=list)
+
+
+def pretokenize(
+    inputs: Sequence[str],
+    visual_tokenizer: Any,
+    decoder: Callable[[Sequence[bytes]], Any],
+    output: str | Path,
+    settings: Settings | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    claim_timeout: float = 300.0,
+    report: Callable[[str], None] = logger.info,
+) -> DatasetManifest:
+    """Turn image-text shards into a dual-code data set, together with the other workers on `output`.
+
+    Args:
+        inputs: Folders, globs, brace patterns or addresses of input shards.
+        visual_tokenizer: A `DualTokenVisualTokenizer`, on its device.
+        decoder: From `build_image_decoder`, for the tokenizer's image size and device.
+        output: Folder of the data set.
+        settings: What else changes the output.
+        rank: Of this worker; it only spreads where workers start.
+        world_size: Number of workers.
+        claim_timeout: Seconds after which a worker of another machine that gives no sign is taken for dead.
+        report: Takes a line about the progress now and then.
+
+    Returns:
+        The manifest of the finished data set, the same for every worker.
+
+    Raises:
+        DatasetError: No input, no usable sample, or the folder holds something else.
+    """
+    tokenizer = ShardTokenizer(visual_tokenizer, decoder, settings or Settings())
+    shards = expand_inputs(inputs)
+    for shard in shards:
+        if "://" not in shard and Path(shard).resolve().is_relative_to(Path(output).resolve()):
+            raise DatasetError(f"{shard}: is in the output folder; choose a folder apart from the input")
+    run = _Run(plan_outputs(shards), tokenizer, Path(output), world_size, report)
+    if run.is_finished():
+        return run.finished_before()
+    run.agree_on_plan()
+    claims = Claims(run.work / "claims", claim_timeout)
+    try:
+        names = list(run.plan)
+        start = len(names) * rank // world_size
+        while not run.is_finished():
+            missing = [name for name in names[start:] + names[:start] if not run.has_result(name)]
+            claimed = next((name for name in missing or [_FINISH] if claims.acquire(name)), None)
+            if claimed is None:
+                time.sleep(_WAIT_SECONDS)  # the others are at it; should one die, its claim becomes void
+            elif claimed == _FINISH:
+                run.finish()
+            elif not run.has_result(claimed):
+                run.tokenize_shard(claimed, claims)
+            claims.release()
+    except FileNotFoundError:
+        if not run.is_finished():  # else another worker has just removed the work folder
+            raise
+    finally:
+        claims.close()
+    return DatasetManifest.load(run.output)
+
+
+class _Run:
+    """One worker's view of a run."""
+
+    def __init__(
+        self,
+        plan: dict[str, str],
+        tokenizer: ShardTokenizer,
+        output: Path,
+        world_size: int,
+        report: Callable[[str], None],
+    ) -> None:
+        self.plan, self.tokenizer, self.world_size, self.report = plan, tokenizer, world_size, report
+        self.output, self.work = output, output / WORK_FOLDER
+        decoder = tokenizer.decoder
+        self.description = {
+            "fingerprint": tokenizer.visual_tokenizer.fingerprint(),
+            **asdict(tokenizer.geometry),
+            "image_size": tokenizer.visual_tokenizer.config.image_size,
+            "decoder": f"{getattr(decoder, 'name', '')} {getattr(decoder, 'fit', '')}".strip(),
+            **asdict(tokenizer.settings),
+            "shards": list(plan),
+        }
+        self.shards = self.images = 0
+        self.seconds = self._reported = 0.0
+
+    def is_finished(self) -> bool:
+        """Whether the data set is complete: its manifest is written last."""
+        return (self.output / MANIFEST).is_file()
+
+    def manifest(self) -> DatasetManifest:
+        """Return the manifest without shards."""
+        known = ("fingerprint", "codebook_size", "num_quantizers", "positions", "image_size")
+        return DatasetManifest(**{name: self.description[name] for name in known})
+
+    def finished_before(self) -> DatasetManifest:
+        """Return the manifest of a data set that is already there; DatasetError if it is another one."""
+        found = DatasetManifest.load(self.output)
+        found.require(self.output, self.tokenizer.geometry, self.description["fingerprint"])
+        if list(found.shards) != list(self.plan):
+            raise DatasetError(
+                f"{self.output}: holds a data set of other input shards; choose another folder"
+            )
+        self.report(f"{self.output} is finished: {found.samples_out} samples of {found.samples_in}")
+        return found
+
+    def agree_on_plan(self) -> None:
+        """Write down what is to be done, or check that the run under way in the folder is this one."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        path = self.work / "plan.json"
+        own = temporary_name(path)
+        write_atomically(own, json.dumps(self.description, indent=2))
+        with contextlib.suppress(FileExistsError):
+            os.link(own, path)  # the first worker's plan stands
+        own.unlink()
+        found = json.loads(path.read_text())
+        for name, expected in self.description.items():
+            if found.get(name) != expected:
+                got = "other shards" if name == "shards" else f"{name} {found.get(name)}, not {expected}"
+                raise DatasetError(
+                    f"{self.output}: holds an unfinished run with {got}; "
+                    "use the same settings or another folder"
+                )
+
+    def _result_path(self, name: str) -> Path:
+        return self.work / f"{name}.json"
+
+    def has_result(self, name: str) -> bool:
+        """Whether a shard is done."""
+        return self._result_path(name).is_file()
+
+    def tokenize_shard(self, name: str, claims: Claims) -> None:
+        """Make one output shard and its result; given up if the claim is lost on the way."""
+        started = time.monotonic()
+        path = self.output / name
+        rejected: list[Rejection] = []
+        with ShardWriter(path, self.tokenizer.geometry) as writer:
+            prefix = f"{path.stem}/" if self.tokenizer.settings.prefix_keys else ""
+            for item in self.tokenizer(self.plan[name], prefix):
+                if isinstance(item, CodeSample):
+                    writer.write(item)
+                    self.images += len(item.codes)
+                else:
+                    rejected.append(item)
+                now = time.monotonic()
+                if now - self._reported > _REPORT_SECONDS:
+                    self._reported = now
+                    rate = self.images / (self.seconds + now - started)
+                    self.report(f"{name}: {self.images} images by this worker, {rate:.1f} images/s")
+        entry = writer.entry
+        assert entry is not None
+        if not entry.samples:
+            path.unlink()
+            entry.sha256 = ""
+        entry.rejected, entry.samples_in = len(rejected), entry.samples + len(rejected)
+        entry.source = Path(self.plan[name]).name
+        self.seconds += time.monotonic() - started
+        self.shards += 1
+        if claims.still_held():
+            write_atomically(self._result_path(name), json.dumps(asdict(_ShardResult(entry, rejected))))
+            self._report_shard(name, entry)
+
+    def _report_shard(self, name: str, entry: ShardEntry) -> None:
+        done = sum(self.has_result(other) for other in self.plan)
+        left = len(self.plan) - done
+        eta = left * self.seconds / self.shards / self.world_size
+        ending = f", about {eta:.0f} s left" if left else ""
+        self.report(
+            f"{name}: {entry.samples} samples, {entry.rejected} rejected; {done} of {len(self.plan)} shards, "
+            f"{self.images / max(self.seconds, 1e-9):.1f} images/s{ending}"
+        )
+
+    def finish(self) -> None:
+        """Write `rejected.jsonl`, the index and `dataset.json`, then remove what was needed on the way."""
+        from data_pipeline.shard_index import prepare_dataset
+
+        for leftover in self.output.glob(".*.tmp"):  # of workers that were killed
+            leftover.unlink(missing_ok=True)
+        manifest, lines = self.manifest(), []
+        for name in self.plan:
+            result = json.loads(self._result_path(name).read_text())
+            manifest.add(name, ShardEntry(**result["entry"]))
+            lines += [json.dumps(line, ensure_ascii=False) + "\n" for line in result["rejected"]]
+        write_atomically(self.output / REJECTED, "".join(lines))
+        if not manifest.samples_out:
+            raise DatasetError(f"{self.output}: no sample could be used; see {REJECTED}")
+        prepare_dataset(self.output)
+        manifest.save(self.output)
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.report(
+            f"{self.output}: {manifest.samples_in} samples in, {manifest.samples_out} out, "
+            f"{manifest.rejected} rejected, {manifest.images} images in {len(manifest.shards)} shards"
+        )
+
+
+def plan_outputs(shards: Sequence[str]) -> dict[str, str]:
+    """Return name of the output shard -> input shard; names that repeat get the number of their shard."""
+    names = [Path(shard).name.partition(".")[0] for shard in shards]
+    return {
+        f"{name if names.count(name) == 1 else f'{index:06d}-{name}'}.tar": shard
+        for index, (name, shard) in enumerate(zip(names, shards))
+    }
+
+
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.pretokenize",
+        description="Turn shards of images with text into shards of codes with text.",
+    )
+    parser.add_argument(
+        "--inputs", nargs="+", required=True, help="folders, globs, brace patterns or addresses"
+    )
+    parser.add_argument("--visual-tokenizer", required=True, help="folder of the visual tokenizer")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the data set to be made")
+    parser.add_argument(
+        "--batch-size", type=int, default=Settings.batch_size, help="images encoded at a time"
+    )
+    parser.add_argument("--backend", default="auto", help="image decoding: auto, dali, torchvision or pil")
+    parser.add_argument(
+        "--fit", default="resize", help="resize (the whole image) or crop (its central square)"
+    )
+    parser.add_argument("--decoding-threads", type=int, default=1)
+    parser.add_argument("--default-language", default=Settings.default_language, help="of KEY.txt captions")
+    parser.add_argument("--prefix-keys", action="store_true", help="put the shard's name before keys")
+    parser.add_argument(
+        "--claim-timeout", type=float, default=300.0, help="seconds until a silent worker is dead"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> None:
+    import torch
+
+    from data_pipeline.image_decoding import build_image_decoder
+    from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+
+    array = "SLURM_ARRAY_TASK_ID" in os.environ and "RANK" not in os.environ
+    rank, world_size = (
+        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}" if array else fallback, default))
+        for name, fallback, default in (("ID", "RANK", "0"), ("COUNT", "WORLD_SIZE", "1"))
+    )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", options.local_rank)))
+    if not Path(options.visual_tokenizer).is_dir():
+        raise DatasetError(
+            f"{options.visual_tokenizer}: no such folder; expected an exported visual tokenizer"
+        )
+    visual_tokenizer = DualTokenVisualTokenizer.from_pretrained(options.visual_tokenizer).to(device).eval()
+    decoder = build_image_decoder(
+        visual_tokenizer.config.image_size,
+        options.backend,
+        device,
+        options.fit,
+        num_threads=options.decoding_threads,
+    )
+    report(f"worker {rank} of {world_size}: {decoder.describe()}")
+    pretokenize(
+        options.inputs,
+        visual_tokenizer,
+        decoder,
+        options.output,
+        Settings(options.batch_size, options.default_language, options.prefix_keys),
+        rank=rank % world_size,
+        world_size=world_size,
+        claim_timeout=options.claim_timeout,
+        report=report,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; a user's mistake is one line on standard error and exit code 2."""
+
+    def report(line: str) -> None:
+        sys.stdout.write(f"pretokenize: {line}\n")
+        sys.stdout.flush()
+
+    try:
+        _run_command(_parse_arguments(arguments), report)
+    except (ValueError, OSError, ImportError) as error:
+        sys.stderr.write(f"pretokenize: error: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Claims on shards, as files in a shared folder: no shard is done twice, and a dead worker's by another.
+
+A claim is a file made by a hard link, which succeeds for one worker only, also on network file systems. Its
+owner touches it while it works. A claim is void once its owner is gone from this machine, or, where that
+cannot be seen because it ran on another, once it was not touched for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+_TOUCHES_PER_TIMEOUT = 10
+
+
+def _process_start(pid: int) -> str | None:
+    """Return when a process of this machine started (in clock ticks), or None if it is gone."""
+    try:
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else numbers[18]  # killed, but not yet waited for by its parent
+
+
+def _identity() -> dict[str, Any]:
+    """Describe this process so that another one can tell whether it is still there."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        boot, namespace = "", 0
+    pid = os.getpid()
+    place = [socket.gethostname(), boot, namespace]
+    return {"place": place, "pid": pid, "start": _process_start(pid), "id": uuid.uuid4().hex}
+
+
+class Claims:
+    """The claims of one worker in a folder; it holds at most one at a time."""
+
+    def __init__(self, folder: Path, timeout: float = 300.0) -> None:
+        """Use `folder`; claims of other machines are void when not touched for `timeout` seconds."""
+        self.folder = folder
+        self.timeout = timeout
+        folder.mkdir(parents=True, exist_ok=True)
+        self._me = _identity()
+        self._held: Path | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._touch, daemon=True, name="claim")
+        self._thread.start()
+
+    def acquire(self, name: str) -> bool:
+        """Claim `name`; False if another worker holds it."""
+        path = self.folder / f"{name}.claim"
+        own = self.folder / f".{name}.{self._me['id']}"
+        own.write_text(json.dumps(self._me))
+        try:
+            if not self._link(own, path) and not (self._clear_if_void(path, own) and self._link(own, path)):
+                return False
+        finally:
+            own.unlink()
+        self._held = path
+        return True
+
+    def still_held(self) -> bool:
+        """Whether the claim is still ours: a worker that slept for long may have been taken for dead."""
+        return self._held is not None and self._read(self._held) == self._me
+
+    def release(self) -> None:
+        """Give the claim back."""
+        if self._held is not None and self.still_held():
+            self._held.unlink(missing_ok=True)
+        self._held = None
+
+    def close(self) -> None:
+        """Give the claim back and stop touching."""
+        self.release()
+        self._stop.set()
+        self._thread.join()
+
+    @staticmethod
+    def _link(own: Path, path: Path) -> bool:
+        try:
+            os.link(own, path)
+        except FileExistsError:
+            return False
+        return True
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any] | None:
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _clear_if_void(self, path: Path, own: Path) -> bool:
+        """Take a void claim out of the way; False if it is not void."""
+        try:
+            untouched = own.stat().st_mtime - path.stat().st_mtime  # both by the file system's clock
+        except FileNotFoundError:
+            return True
+        owner = self._read(path)
+        if owner and owner["place"] == self._me["place"] and owner["start"] is not None:
+            void = _process_start(owner["pid"]) != owner["start"]
+        else:
+            void = untouched > self.timeout
+        if not void:
+            return False
+        moved = self.folder / f".void.{uuid.uuid4().hex}"
+        try:
+            os.rename(path, moved)
+        except FileNotFoundError:
+            return True
+        if self._read(moved) != owner:  # somebody was faster and this is already their claim
+            self._link(moved, path)
+        moved.unlink()
+        return True
+
+    def _touch(self) -> None:
+        while not self._stop.wait(self.timeout / _TOUCHES_PER_TIMEOUT):
+            held = self._held
+            if held is not None:
+                with contextlib.suppress(OSError):  # taken over; still_held() will tell
+                    os.utime(held)

@@ -1,0 +1,153 @@
+"""Image-text shards as they come in: which ones, their samples in order, and what a sample says.
+
+A sample is `KEY.jpg` (png, webp ...) or `KEY.0.jpg`, `KEY.1.jpg` with `KEY.txt` (a caption) or `KEY.json`:
+`{"caption": ...}`, `{"captions": {"en": ...}}`, or a document, `{"parts": [{"text": ...}, {"image": 0}]}`.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from data_pipeline.code_shards import check_parts
+from data_pipeline.errors import DatasetError
+from data_pipeline.tar_members import TarError, iterate_samples
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff"})
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be used; the message is the reason."""
+
+
+@dataclass
+class SourceSample:
+    """An image-text sample: encoded images, ordered parts that name them, captions by language of a pair."""
+
+    key: str
+    images: list[bytes]
+    parts: list[dict[str, Any]]
+    captions: dict[str, str] | None = None
+
+
+def is_image_part(part: str) -> bool:
+    """Whether a part of a sample (`jpg`, `0.png`) is an image."""
+    return part.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def image_parts(parts: dict[str, bytes]) -> list[str]:
+    """Return the names of the images of a sample in their order."""
+    return sorted(filter(is_image_part, parts), key=lambda name: (len(name), name))
+
+
+def read_captions(parts: dict[str, bytes], default_language: str) -> dict[str, str]:
+    """Read the captions of an image-text sample: `txt`, or `caption` or `captions` of `json`; {} without any.
+
+    Raises:
+        BadSampleError: They cannot be read, or are not text by language.
+    """
+    try:
+        if "txt" in parts:
+            return {default_language: parts["txt"].decode("utf-8").strip()}
+        record = json.loads(parts["json"]) if "json" in parts else None
+    except ValueError as error:
+        raise BadSampleError(f"caption cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        return {}
+    captions = record.get("captions")
+    if captions is None:
+        captions = {default_language: record["caption"]} if "caption" in record else {}
+    if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
+        raise BadSampleError(f"captions are {captions!r:.80}, expected an object of language: text")
+    return captions
+
+
+def read_sample(key: str, parts: dict[str, bytes], default_language: str = "en") -> SourceSample:
+    """Read an image-text pair or an interleaved document.
+
+    Raises:
+        BadSampleError: It has no image, no text, or cannot be read.
+    """
+    images = [parts[name] for name in image_parts(parts)]
+    if not images:
+        raise BadSampleError(f"no image among its parts {sorted(parts)}")
+    document = _read_parts(parts)
+    if document is not None:
+        try:
+            check_parts(document, len(images))
+        except ValueError as error:
+            raise BadSampleError(str(error)) from error
+        return SourceSample(key, images, document)
+    captions = {lang: text for lang, text in read_captions(parts, default_language).items() if text.strip()}
+    if not captions:
+        raise BadSampleError("no caption")
+    if len(images) > 1:
+        raise BadSampleError(f"{len(images)} images with a caption; expected one, or json with parts")
+    pair: list[dict[str, Any]] = [{"image": 0, "loss": False}, {"text": next(iter(captions.values()))}]
+    return SourceSample(key, images, pair, captions)
+
+
+def _read_parts(parts: dict[str, bytes]) -> list[dict[str, Any]] | None:
+    try:
+        record = json.loads(parts.get("json", b"null"))
+    except ValueError as error:
+        raise BadSampleError(f"json cannot be read: {error}") from error
+    return record.get("parts") if isinstance(record, dict) else None
+
+
+def read_shard(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Read a shard, local or remote, gzipped or not, as pairs of key and parts in the order of the tar.
+
+    Raises:
+        TarError: The shard is missing, truncated or damaged; the samples before have been given.
+    """
+    try:
+        stream = _open(url)
+    except OSError as error:
+        raise TarError(str(error)) from error
+    with closing(stream):
+        yield from iterate_samples(stream)
+
+
+def _open(url: str) -> IO[bytes]:
+    if "://" in url or url.startswith("pipe:"):
+        from webdataset import gopen
+
+        stream = gopen(url)
+    else:
+        stream = open(url, "rb")
+    return gzip.open(stream) if url.endswith((".tgz", ".tar.gz")) else stream  # type: ignore[return-value]
+
+
+def expand_inputs(inputs: Sequence[str]) -> list[str]:
+    """Return the shards that folders, globs, brace patterns and addresses stand for, each once, in order.
+
+    Raises:
+        DatasetError: An input stands for no shard.
+    """
+    from braceexpand import braceexpand
+
+    found: dict[str, None] = {}
+    for pattern in inputs:
+        here: list[str] = []
+        for item in braceexpand(pattern):
+            if "://" in item or item.startswith("pipe:"):
+                here.append(item)
+            elif Path(item).is_dir():
+                here += sorted(
+                    str(path) for path in Path(item).rglob("*.tar") if not path.name.startswith(".")
+                )
+            else:
+                here += sorted(glob.glob(item, recursive=True))
+        if not here:
+            raise DatasetError(
+                f"{pattern}: no shard found; expected a folder, glob or brace pattern of .tar files"
+            )
+        found.update(dict.fromkeys(here))
+    return list(found)

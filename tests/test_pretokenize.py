@@ -1,0 +1,346 @@
+"""Pretokenization: every sample in the output or rejected, same bytes after any kill, no shard done twice."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import threading
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.code_shards import DatasetManifest, iterate_shard, verify_dataset
+from data_pipeline.errors import DatasetError
+from data_pipeline.image_decoding import build_image_decoder
+from data_pipeline.pretokenize import main, pretokenize
+from data_pipeline.shard_claims import Claims
+from data_pipeline.shard_sources import expand_inputs
+from data_pipeline.shard_tokenizer import Settings
+from tests.test_streams import write_tar
+
+SIZE = 16
+
+
+class StandInTokenizer:
+    """Codes that are a hash of each quarter of the image: exact, quick, different for different images."""
+
+    config = SimpleNamespace(positions=4, num_quantizers=3, codebook_size=50, image_size=SIZE)
+
+    def __init__(self, delay: float = 0.0) -> None:
+        self.delay = delay
+        self.images = 0
+
+    def fingerprint(self) -> str:
+        return "a" * 64
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.delay)
+        self.images += len(images)
+        quarters = (
+            images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(len(images), 4, -1)
+        )
+        digests = [[hashlib.sha256(q.numpy().tobytes()).digest()[:6] for q in image] for image in quarters]
+        return torch.tensor([[list(d) for d in image] for image in digests]).reshape(-1, 4, 2, 3) % 50
+
+
+def picture(index: int, kind: str = "PNG") -> bytes:
+    noise = np.random.default_rng(index).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG that says it has 30,000 x 30,000 pixels."""
+    return picture(0)[:16] + (30000).to_bytes(4, "big") * 2 + picture(0)[24:]
+
+
+BROKEN = [
+    lambda: picture(1, "JPEG")[:300],
+    lambda: b"GIF89a" + bytes(40),
+    lambda: b"",
+    lambda: b"<!DOCTYPE html><html>404</html>",
+    bomb,
+]
+
+
+def write_inputs(folder: Path, shards: int = 4, samples: int = 12) -> dict[str, str]:
+    """Write shards in which some samples are broken; return key -> reason expected, "" for good ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    expected = {}
+    for shard in range(shards):
+        members = []
+        for index in range(shard * samples, (shard + 1) * samples):
+            key, broken = f"k{index:04d}", index % 9 == 4
+            image = BROKEN[index // 9 % len(BROKEN)]() if broken else picture(index)
+            members.append((f"{key}.png", image))
+            if index % 10 == 7:
+                expected[key] = "no caption"
+            else:
+                captions = {"en": f"thing {index}", "de": f"Ding {index}"}
+                members.append((f"{key}.json", json.dumps({"captions": captions}).encode()))
+                expected[key] = "an image error" if broken else ""
+        write_tar(folder / f"in-{shard:03d}.tar", members)
+    return expected
+
+
+def run(inputs: Path, output: Path, **options: object) -> DatasetManifest:
+    delay = options.pop("delay", 0.0)
+    settings = options.pop("settings", Settings(batch_size=5))
+    decoder = build_image_decoder(SIZE, "pil")
+    return pretokenize([str(inputs)], StandInTokenizer(delay), decoder, output, settings, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Everything but Energon's index, which holds a random id."""
+    assert not list(folder.glob(".*.tmp")) and not (folder / ".pretokenize").exists()
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".idx"
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], dict[str, bytes]]:
+    folder = tmp_path_factory.mktemp("pretokenize")
+    expected = write_inputs(folder / "in")
+    run(folder / "in", folder / "out")
+    return folder / "in", expected, contents(folder / "out")
+
+
+def check_complete(output: Path, expected: dict[str, str]) -> None:
+    manifest = verify_dataset(output, "a" * 64)
+    samples = [sample for name in manifest.shards for sample in iterate_shard(output / name)]
+    assert [sample.key for sample in samples] == [key for key, reason in expected.items() if not reason]
+    lines = [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == [key for key, reason in expected.items() if reason]
+    assert all(line["reason"] for line in lines)
+    assert all(
+        line["reason"] == expected[line["key"]] or expected[line["key"]] != "no caption" for line in lines
+    )
+    assert manifest.samples_in == len(expected) == manifest.samples_out + manifest.rejected
+
+
+def test_each_sample_is_out_or_rejected(tmp_path: Path) -> None:
+    expected = write_inputs(tmp_path / "in")
+    manifest = run(tmp_path / "in", tmp_path / "out")
+    check_complete(tmp_path / "out", expected)
+    assert list(manifest.shards) == [f"in-{shard:03d}.tar" for shard in range(4)]
+    sample = next(iterate_shard(tmp_path / "out" / "in-001.tar"))
+    assert sample.captions == {"en": "thing 12", "de": "Ding 12"}
+    assert sample.parts == [{"image": 0, "loss": False}, {"text": "thing 12"}]
+    images = build_image_decoder(SIZE, "pil")([picture(12)]).images
+    assert np.array_equal(sample.codes, StandInTokenizer().encode(images).numpy())
+
+
+def test_a_finished_run_is_left_alone_and_another_refused(tmp_path: Path) -> None:
+    write_inputs(tmp_path / "in", shards=2)
+    run(tmp_path / "in", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    lines: list[str] = []
+    run(tmp_path / "in", tmp_path / "out", report=lines.append)
+    assert contents(tmp_path / "out") == before
+    assert lines == [f"{tmp_path / 'out'} is finished: 19 samples of 24"]
+    write_inputs(tmp_path / "in", shards=3)
+    with pytest.raises(DatasetError, match="holds a data set of other input shards"):
+        run(tmp_path / "in", tmp_path / "out")
+
+
+def test_an_unfinished_run_goes_on_with_the_same_settings_only(tmp_path: Path) -> None:
+    write_inputs(tmp_path / "in", shards=2)
+    write_tar(tmp_path / "in" / "z.tar", [])
+    (tmp_path / "in" / "z.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(DatasetError, match=r"z\.tar: cannot be read"):
+        run(tmp_path / "in", tmp_path / "out")
+    write_tar(tmp_path / "in" / "z.tar", [("z.png", picture(1)), ("z.txt", b"repaired")])
+    with pytest.raises(DatasetError, match="unfinished run with batch_size 5, not 6"):
+        run(tmp_path / "in", tmp_path / "out", settings=Settings(batch_size=6))
+    assert run(tmp_path / "in", tmp_path / "out").samples_in == 25
+
+
+def test_workers_share_the_shards(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, undisturbed: tuple
+) -> None:
+    inputs, _, expected = undisturbed
+    tokenizers = [StandInTokenizer(delay=0.02) for _ in range(3)]
+    decoder = build_image_decoder(SIZE, "pil")
+
+    def work(rank: int) -> None:
+        options = {"rank": rank, "world_size": 3}
+        pretokenize([str(inputs)], tokenizers[rank], decoder, tmp_path, Settings(batch_size=5), **options)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert contents(tmp_path) == expected
+    alone = StandInTokenizer()
+    pretokenize([str(inputs)], alone, decoder, tmp_path_factory.mktemp("alone"), Settings(batch_size=5))
+    assert sum(tokenizer.images for tokenizer in tokenizers) == alone.images  # no shard was done twice
+
+
+def fork_worker(inputs: Path, output: Path, **options: object) -> int:
+    """Start a worker in a forked process, which is quick to start; return its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        run(inputs, output, **options)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(tmp_path: Path, undisturbed: tuple) -> None:
+    inputs, keys, expected = undisturbed
+    killed = fork_worker(inputs, tmp_path, delay=0.15, rank=0, world_size=2)
+    while not list(tmp_path.glob(".pretokenize/claims/*.claim")):
+        time.sleep(0.002)
+    # Another worker, in this process, is at work when the first is killed at a random moment.
+    timer = threading.Timer(random.uniform(0.0, 1.0), os.kill, [killed, signal.SIGKILL])
+    timer.start()
+    run(inputs, tmp_path, delay=0.1, rank=1, world_size=2)
+    timer.join()
+    os.waitpid(killed, 0)
+    assert contents(tmp_path) == expected
+    check_complete(tmp_path, keys)
+
+
+def test_killed_again_and_again(tmp_path: Path, undisturbed: tuple) -> None:
+    """Workers are killed at random until one gets through."""
+    inputs, keys, expected = undisturbed
+    kills = 0
+    while True:
+        child = fork_worker(inputs, tmp_path, delay=0.01)
+        deadline = time.monotonic() + random.uniform(0.01, 0.25)
+        finished, status = os.waitpid(child, os.WNOHANG)
+        while not finished and (time.monotonic() < deadline or kills >= 12):
+            time.sleep(0.002)
+            finished, status = os.waitpid(child, os.WNOHANG)
+        if finished:
+            assert status == 0
+            break
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+    assert kills
+    run(inputs, tmp_path)  # one killed just after the last file leaves its work folder
+    assert contents(tmp_path) == expected
+    check_complete(tmp_path, keys)
+
+
+def test_interleaved_documents_and_odd_shards(tmp_path: Path) -> None:
+    parts = [{"text": "before"}, {"image": 1, "loss": True}, {"text": "between"}, {"image": 0}]
+    record = json.dumps({"parts": parts}).encode()
+    wrong = json.dumps({"parts": parts[:2]}).encode()
+    members = [
+        *[("a.0.png", picture(1)), ("a.1.jpg", picture(2, "JPEG")), ("a.json", record)],
+        *[("b.0.png", picture(1)), ("b.1.png", b"broken"), ("b.json", record)],
+        *[("c.0.png", picture(1)), ("c.1.png", picture(2)), ("c.json", wrong)],
+        *[("d.txt", b"no image"), ("e.png", picture(3)), ("e.json", b"{")],
+        *[("f.png", picture(3)), ("f.txt", b"  "), ("g.png", picture(4)), ("g.txt", "größer".encode())],
+        *[("a.png", picture(5)), ("a.txt", b"again")],
+    ]
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "x.tar", members)
+    write_tar(
+        tmp_path / "y.tar", [("p.png", picture(6)), ("p.txt", b"p"), ("q.png", picture(7)), ("q.txt", b"q")]
+    )
+    whole = (tmp_path / "y.tar").read_bytes()
+    (tmp_path / "in" / "y.tar").write_bytes(whole[: whole.index(b"q.png") + 100])
+    manifest = run(tmp_path / "in", tmp_path / "out", settings=Settings(batch_size=2))
+    verify_dataset(tmp_path / "out")
+    first, second = iterate_shard(tmp_path / "out" / "x.tar")
+    assert (first.key, first.parts, first.captions) == ("a", parts, None) and len(first.codes) == 2
+    assert (second.key, second.captions) == ("g", {"en": "größer"})
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    reasons = {f"{line['shard']} {line['key']}": line["reason"] for line in lines}
+    assert reasons.keys() == {*(f"x.tar {key}" for key in "bcdefa"), "y.tar None"}
+    assert [sample.key for sample in iterate_shard(tmp_path / "out" / "y.tar")] == ["p"]
+    assert reasons["x.tar b"].startswith("image 1: ")
+    assert "name the images [1]" in reasons["x.tar c"]
+    assert "no image" in reasons["x.tar d"]
+    assert "json cannot be read" in reasons["x.tar e"]
+    assert reasons["x.tar f"] == "no caption"
+    assert "more than once" in reasons["x.tar a"]
+    assert "cannot be read further: truncated" in reasons["y.tar None"]
+    assert (
+        manifest.samples_in == manifest.samples_out + manifest.rejected == len(reasons) + manifest.samples_out
+    )
+
+
+def test_a_shard_without_a_usable_sample(tmp_path: Path) -> None:
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    write_tar(inputs / "bad.tar", [("a.png", b"broken"), ("a.txt", b"a")])
+    with pytest.raises(DatasetError, match="no sample could be used; see rejected.jsonl"):
+        run(inputs, tmp_path / "out1")
+    write_tar(inputs / "good.tar", [("b.png", picture(1)), ("b.txt", b"b")])
+    manifest = run(inputs, tmp_path / "out2")
+    assert (manifest.samples_in, manifest.samples_out, manifest.rejected) == (2, 1, 1)
+    assert not (tmp_path / "out2" / "bad.tar").exists()
+    verify_dataset(tmp_path / "out2")
+    with pytest.raises(DatasetError, match="is in the output folder"):
+        run(inputs, inputs)
+
+
+def test_keys_that_repeat_from_shard_to_shard(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / "in" / name).mkdir(parents=True)
+        write_tar(tmp_path / "in" / name / "s.tar", [("k.png", picture(ord(name))), ("k.txt", b"k")])
+    with pytest.raises(DatasetError, match="key k occurs more than once.*--prefix-keys"):
+        run(tmp_path / "in", tmp_path / "out1")
+    manifest = run(tmp_path / "in", tmp_path / "out2", settings=Settings(prefix_keys=True))
+    assert list(manifest.shards) == ["000000-s.tar", "000001-s.tar"]
+    keys = [sample.key for name in manifest.shards for sample in iterate_shard(tmp_path / "out2" / name)]
+    assert keys == ["000000-s/k", "000001-s/k"]
+
+
+def test_inputs(tmp_path: Path) -> None:
+    for name in ("a-00.tar", "a-01.tar", "b.tar"):
+        write_tar(tmp_path / name, [])
+    names = [
+        Path(shard).name for shard in expand_inputs([f"{tmp_path}/a-{{00..01}}.tar", f"{tmp_path}/*.tar"])
+    ]
+    assert names == ["a-00.tar", "a-01.tar", "b.tar"]
+    assert expand_inputs(["https://host/a-{0..1}.tar"]) == ["https://host/a-0.tar", "https://host/a-1.tar"]
+    with pytest.raises(DatasetError, match="no shard found"):
+        expand_inputs([f"{tmp_path}/c*.tar"])
+
+
+def test_claims(tmp_path: Path) -> None:
+    first, second = Claims(tmp_path, timeout=0.5), Claims(tmp_path, timeout=0.5)
+    assert first.acquire("s") and first.still_held()
+    assert not second.acquire("s") and second.acquire("t")
+    time.sleep(0.8)
+    assert not second.acquire("s")  # it was touched meanwhile
+    path = tmp_path / "s.claim"
+    elsewhere = {"place": ["another host", "boot", 1], "pid": 1, "start": "1", "id": "x"}
+    first.close()
+    path.write_text(json.dumps(elsewhere))
+    assert not second.acquire("s")
+    os.utime(path, (0, 0))
+    assert second.acquire("s") and second.still_held()
+    path.write_text(json.dumps(elsewhere))
+    assert not second.still_held()
+    second.close()
+    assert path.exists()  # not ours to remove
+    names = [p.name for p in tmp_path.iterdir()]
+    assert Counter(name.startswith(".") for name in names)[True] == 0
+
+
+def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = ["--output", str(tmp_path / "out")]
+    assert main(["--inputs", str(tmp_path), "--visual-tokenizer", str(tmp_path / "nowhere"), *output]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "no such folder" in lines[0]
