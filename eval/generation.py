@@ -15,6 +15,7 @@ from dualtoken.unified_model import DualTokenForCausalLM
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
 from eval.inputs import (
     EvaluationPaths,
+    draw_prompts,
     load_codes,
     load_pictures,
     load_unified_model,
@@ -40,16 +41,6 @@ def decode_codes(tokenizer: DualTokenVisualTokenizer, codes: Tensor) -> Tensor:
     return torch.cat(
         [tokenizer.decode(part.to(tokenizer.device)).float().cpu() for part in codes.split(BATCH)]
     )
-
-
-def draw_prompts(samples: Sequence[CodeSample]) -> list[dict]:
-    """One prompt for each sample, the languages taking turns."""
-    prompts = []
-    for index, sample in enumerate(samples):
-        languages = list(sample.captions)
-        language = languages[index % len(languages)]
-        prompts.append({"key": sample.key, "language": language, "prompt": sample.captions[language]})
-    return prompts
 
 
 def write_captions(

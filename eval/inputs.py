@@ -1,7 +1,7 @@
 """What the measures read: where a run's results lie, pictures and codes from shards, exported models."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -168,6 +168,16 @@ def load_codes(folder: Path, count: int | None = None, seed: int = 0) -> list[Co
     if not chosen:
         raise ValueError(f"{folder} holds no image with captions, which this measure needs")
     return chosen
+
+
+def draw_prompts(samples: Sequence[CodeSample]) -> list[dict]:
+    """One prompt for each sample, the languages taking turns."""
+    prompts = []
+    for index, sample in enumerate(samples):
+        languages = list(sample.captions)
+        language = languages[index % len(languages)]
+        prompts.append({"key": sample.key, "language": language, "prompt": sample.captions[language]})
+    return prompts
 
 
 def load_unified_model(folder: Path) -> tuple[DualTokenForCausalLM, PreTrainedTokenizerBase]:

@@ -14,10 +14,10 @@ from data_pipeline.views import caption_document, generation_document
 from dualtoken.likelihood import document_nll
 from dualtoken.sequence import Document, TextPart, tokenize_document
 from dualtoken.unified_model import CODEBOOKS, DualTokenForCausalLM
-from eval.inputs import EvaluationPaths, load_codes, load_unified_model, require_same_codes
+from eval.inputs import EvaluationPaths, draw_prompts, load_codes, load_unified_model, require_same_codes
 from eval.results import write_json
 
-DOCUMENTS = 160  # of each split, at most
+DOCUMENTS = {"held_out": 160, "seen": 64}  # at most
 COUNTED_DOCUMENTS = 20_000  # training documents from which code frequencies are taken, at most
 
 
@@ -80,9 +80,8 @@ def measure_codes(
 ) -> list[dict]:
     """Likelihood of each codebook and depth, given the prompt, without it, and by frequency."""
     prompted = [
-        generation_document(sample.codes[0], caption)
-        for sample in samples
-        for caption in (sample.captions or {}).values()
+        generation_document(sample.codes[0], prompt["prompt"])
+        for sample, prompt in zip(samples, draw_prompts(samples))
     ]
     bare = [generation_document(sample.codes[0], "") for sample in samples]
     with_prompt = score(model, text_tokenizer, prompted).per_code()
@@ -142,7 +141,7 @@ def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict
     splits = {}
     for split, folder in paths.codes().items():
         require_same_codes(model, DatasetManifest.load(folder).fingerprint, folder)
-        samples = load_codes(folder, min(count or DOCUMENTS, DOCUMENTS), seed)
+        samples = load_codes(folder, min(count or DOCUMENTS[split], DOCUMENTS[split]), seed)
         splits[split] = {
             "documents": len(samples),
             "visual": measure_codes(model, text_tokenizer, samples, training),

@@ -124,12 +124,13 @@ def pretokenize(
 
     Example: [bold]dualtoken pretokenize data/images --output data/codes[/]
     """
-    from launchers.processes import default_ranks
-    from launchers.quickstart import pretokenize_command
+    from launchers.processes import deepspeed_command, default_ranks
+    from launchers.quickstart import pretokenize_arguments
 
     ranks = ranks or default_ranks()
     folders = inputs or [RUN / "sample_data" / "images" / "train"]
-    _run(list(pretokenize_command(folders, visual_tokenizer, output, ranks)), ranks)
+    arguments = pretokenize_arguments(folders, visual_tokenizer, output)
+    _run(deepspeed_command("data_pipeline.pretokenize", arguments, ranks), ranks)
 
 
 @app.command(rich_help_panel="Use")
@@ -212,15 +213,20 @@ def evaluate(
     import time
 
     from eval.inputs import EvaluationPaths
+    from eval.results import write_json
 
     paths = EvaluationPaths.from_run(
         run, siglip=siglip, visual_tokenizer=visual_tokenizer, model=model, output=output
     )
+    seconds = {}
     for measure in measures or list(Measure):
         started = time.monotonic()
         say(f"{measure}: measuring ...")
         importlib.import_module(f"eval.{measure}").run(paths, count, seed)
-        say(f"{measure}: {paths.output / f'{measure}.json'} ({time.monotonic() - started:.0f} s)")
+        seconds[measure] = time.monotonic() - started
+        say(f"{measure}: {paths.output / f'{measure}.json'} ({seconds[measure]:.0f} s)")
+    if set(seconds) == set(Measure):
+        write_json(paths.output / "done.json", {"seconds": seconds, "count": count, "seed": seed})
 
 
 @app.command(rich_help_panel="Measure")

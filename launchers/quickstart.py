@@ -76,16 +76,13 @@ class ChainRecord:
         temporary.rename(path)
 
 
-def pretokenize_command(
-    inputs: Sequence[Path], visual_tokenizer: Path, output: Path, ranks: int
-) -> tuple[str, ...]:
-    """The command that turns folders of image-text shards into dual-code shards."""
-    arguments = [
+def pretokenize_arguments(inputs: Sequence[Path], visual_tokenizer: Path, output: Path) -> list[str]:
+    """Arguments of `data_pipeline.pretokenize`."""
+    return [
         *("--inputs", *map(str, inputs)),
         *("--visual-tokenizer", str(visual_tokenizer)),
         *("--output", str(output)),
     ]
-    return tuple(processes.deepspeed_command("data_pipeline.pretokenize", arguments, ranks))
 
 
 def relocated_settings(recipe: str, root: Path) -> list[str]:
@@ -122,11 +119,8 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
         arguments = [f"recipe={recipe}", f"run_dir={run_dir}", *relocated_settings(recipe, root)]
         return tuple(processes.deepspeed_command("pretrain.train", arguments, ranks))
 
-    def pretokenize(split: str) -> tuple[str, ...]:
-        return pretokenize_command([data / "images" / split], tokenizer / "export", codes / split, ranks)
-
-    def evaluate(measure: str) -> tuple[str, ...]:
-        return ("dualtoken", "evaluate", measure, "--run", str(root))
+    def pretokenize(split: str) -> list[str]:
+        return pretokenize_arguments([data / "images" / split], tokenizer / "export", codes / split)
 
     return [
         Step(
@@ -154,7 +148,7 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
         Step(
             "pretokenize-train",
             "the training pictures as codes",
-            pretokenize("train"),
+            tuple(processes.deepspeed_command("data_pipeline.pretokenize", pretokenize("train"), ranks)),
             codes / "train" / "dataset.json",
             ("sample-data", "tokenizer"),
             ranks,
@@ -162,10 +156,10 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
         Step(
             "pretokenize-val",
             "the held-out pictures as codes",
-            pretokenize("val"),
+            # One shard: no work for a second rank.
+            ("python", "-m", "data_pipeline.pretokenize", *pretokenize("val")),
             codes / "val" / "dataset.json",
             ("sample-data", "tokenizer"),
-            ranks,
         ),
         Step(
             "mllm",
@@ -176,46 +170,18 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
             ranks,
         ),
         Step(
-            "reconstruction",
-            "held-out pictures through the tokenizer, PSNR and SSIM",
-            evaluate("reconstruction"),
-            results / "reconstruction.json",
-            ("sample-data", "tokenizer", "pretokenize-train", "pretokenize-val"),
-        ),
-        Step(
-            "retrieval",
-            "finding a picture by its name and a name by its picture",
-            evaluate("retrieval"),
-            results / "retrieval.json",
-            ("sample-data", "siglip", "tokenizer"),
-        ),
-        Step(
-            "likelihood",
-            "how well the unified model predicts codes and captions",
-            evaluate("likelihood"),
-            results / "likelihood.json",
-            ("pretokenize-train", "pretokenize-val", "mllm"),
-        ),
-        Step(
-            "generation",
-            "pictures for prompts and captions for pictures",
-            evaluate("generation"),
-            results / "generation.json",
-            ("pretokenize-train", "pretokenize-val", "mllm"),
-        ),
-        Step(
-            "layers",
-            "how alike the layers of the SigLIP are",
-            evaluate("layers"),
-            results / "layers.json",
-            ("sample-data", "siglip", "tokenizer"),
+            "evaluate",
+            "reconstruction, retrieval, likelihood, generated pictures and captions, similarity of layers",
+            ("dualtoken", "evaluate", "--run", str(root)),
+            results / "done.json",
+            ("siglip", "mllm"),
         ),
         Step(
             "report",
             "the report",
             ("dualtoken", "report", "--run", str(root)),
             root / "report.json",
-            ("reconstruction", "retrieval", "likelihood", "generation", "layers"),
+            ("evaluate",),
         ),
     ]
 

@@ -273,6 +273,8 @@ def test_commands_in_the_documents_parse():
                 assert re.search(rf"^{target}:", makefile, re.MULTILINE), words
             case ["dualtoken", *arguments]:
                 check_dualtoken(arguments)
+            case ["python", "-m", module, *arguments]:
+                check_module(module, arguments)
             case ["deepspeed", *arguments]:
                 check_deepspeed(arguments)
             case ["pip", "install", *_]:
@@ -299,12 +301,16 @@ def check_deepspeed(arguments: list[str]) -> None:
         ranks, arguments = int(arguments[1]), arguments[2:]
     option, module, *rest = arguments
     assert option == "--module"
+    check_module(module, rest, ranks)
+
+
+def check_module(module: str, arguments: list[str], ranks: int = 1) -> None:
     if module == "pretrain.train":
         from pretrain.config import load_job_config
 
-        load_job_config(rest, world_size=ranks)
+        load_job_config(arguments, world_size=ranks)
     else:
         from data_pipeline.pretokenize import _parse_arguments
 
         assert module == "data_pipeline.pretokenize"
-        _parse_arguments(rest)
+        _parse_arguments(arguments)
