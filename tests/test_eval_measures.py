@@ -18,7 +18,7 @@ from dualtoken.sequence import add_special_tokens
 from dualtoken.unified_model import DualTokenConfig, DualTokenForCausalLM
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer_config import preset_config
-from eval import generation, inputs, likelihood, reconstruction, retrieval
+from eval import generation, inputs, layers, likelihood, reconstruction, retrieval
 from eval.inputs import EvaluationPaths
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "orange"]
@@ -254,6 +254,15 @@ def test_generation(paths):
         assert part["recall"]["1.0"]["queries"] == 3
         assert all(set(row["written"]) == {"en", "de"} for row in result["captions"][split])
         assert result["caption_exact"][split]["en"]["pictures"] == 3
+
+
+def test_layers(paths):
+    result = layers.run(paths)
+    assert result["layers"] == [1, 2, 3, 4] and result["pictures"] == 5
+    matrix = torch.tensor(result["matrix"])
+    torch.testing.assert_close(matrix.diagonal(), torch.ones(4))
+    assert (result["reconstruction_layer"], result["semantic_layer"]) == (1, 3)
+    assert (paths.output / "layers.png").is_file()
 
 
 def test_generated_pictures_are_scored_by_what_they_show(paths, monkeypatch):
