@@ -201,7 +201,9 @@ class DualTokenForCausalLM(PreTrainedModel):
             cu_seqlens: [n + 1] int32, borders of the documents; None for a single one.
             max_seqlen: length of the longest document.
             codes: [V, Q, D] of the image-pad positions in order; None without images.
-            labels: [1, T], -100 where there is no text target; None without any.
+            labels: [1, T], -100 where there is no text target; None without any. The first token of a
+            document
+                is never a target.
             visual_loss_mask: [V] bool, which visual positions are targets; None for none.
 
         Raises:
@@ -234,6 +236,8 @@ class DualTokenForCausalLM(PreTrainedModel):
             visual_loss_mask = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
         if labels is None:
             labels = torch.full_like(input_ids, IGNORE_INDEX)
+        # A document's first token has nothing before it to be predicted from.
+        labels = labels.index_fill(1, cu_seqlens[:-1].long(), IGNORE_INDEX)
         text = self._text_loss(hidden, labels[0])
         visual = self._visual_loss(hidden, codes, vectors, visual_positions, visual_loss_mask)
         return DualTokenOutput(**text, **visual)

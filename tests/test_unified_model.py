@@ -218,6 +218,15 @@ def test_the_order_of_documents_does_not_matter():
     torch.testing.assert_close(forward.visual_position_nll, torch.cat(pieces))
 
 
+def test_first_tokens_are_never_targets():
+    model = tiny_model(sharpen=8.0)
+    batch = pack_documents(tokenized(plain("abc"), plain("def"))).model_inputs()
+    expected = model(**batch)
+    everywhere = model(**{**batch, "labels": batch["input_ids"]})
+    assert everywhere.text_count == expected.text_count == batch["input_ids"].shape[1] - 2
+    torch.testing.assert_close(everywhere.text_nll, expected.text_nll)
+
+
 def test_gradient_checkpointing_changes_nothing():
     model = tiny_model(sharpen=8.0).train()
     batch = pack_documents(documents(), 150).model_inputs()
