@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK = 64  # codes per block of the two-level minimum
+_BLOCK = 64  # codes per block of the two-level minimum; half of it below 4096 codes, by timing
 _FP64_CODES = 2048  # codes converted to fp64 at once
 _ROUNDING = 2.0**-24  # unit roundoff of fp32
 
@@ -52,7 +52,7 @@ class NearestCodeSearch:
         size, width = codebook.shape
         self.codebook = codebook
         self.tile_rows = tile_rows or (256 if on_cpu else 4096)
-        self.block = min(_BLOCK, size)
+        self.block = min(_BLOCK if size >= 4096 else _BLOCK // 2, size)
         tile_codes = tile_codes or (2048 if on_cpu else 65536)
         self.tile_codes = max(1, tile_codes // self.block) * self.block
         self.padding = 0 if on_cpu else -(width + 1) % 8  # GPUs want aligned rows
