@@ -32,7 +32,7 @@ class ImageInput:
         self.rejected_keys: set[str] = set()  # one line per broken picture, not one per epoch
 
     def __call__(self, batch: ImageTextBatch) -> tuple[Tensor, list[int]]:
-        """Return the readable pictures ``[N, 3, H, W]`` in [-1, 1] and their places in the batch."""
+        """Return the readable pictures ``[N, 3, H, W]`` in [-1, 1] and their places; N may be 0."""
         decoded = self.decoder(batch.image_bytes)
         for rejected in decoded.rejected:
             self._record(batch.keys[rejected.index], rejected.reason)

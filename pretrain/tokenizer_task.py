@@ -130,6 +130,11 @@ class TokenizerTask:
         pictures = torch.zeros((), device=self.runtime.device)
         for index, batch in enumerate(micro_batches):
             images, _ = self.read_images(batch)
+            if len(images) == 0:
+                raise ValueError(
+                    f"a micro-batch has no readable picture ({', '.join(batch.keys[:3])} ...), which a "
+                    "step needs on every rank; see rejected.jsonl in the run folder and clean the shards"
+                )
             pictures += len(images)
             self.tokenizer.set_candidate_slot(
                 index * self.runtime.world_size + self.runtime.rank,
@@ -239,10 +244,14 @@ class TokenizerTask:
             split="val",
         )
         averages = Averages(self.runtime.device)
+        for name in ("loss/mse", "psnr_db", "pooled_cosine"):
+            averages.add(name, 0.0, 0)  # a rank may have no picture at all
         for index, batch in enumerate(loader):
             if self.config.validate_batches and index >= self.config.validate_batches:
                 break
             images, _ = self.read_images(batch)
+            if len(images) == 0:  # the last, short batch may hold nothing but broken pictures
+                continue
             output, teacher = self.tokenizer(images), self.teacher(images)
             # Pictures are in [-1, 1]; figures are for [0, 1], clamped.
             difference = (output.reconstruction.float().clamp(-1, 1) - images) / 2
