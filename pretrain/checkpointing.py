@@ -85,7 +85,7 @@ def save_checkpoint(
             "step": runtime.step,
             "world_size": runtime.world_size,
             "written": time.time(),
-            "engines": list(engines),
+            "engines": {name: _layout(engine) for name, engine in engines.items()},
             "files": {str(path.relative_to(temporary)): path.stat().st_size for path in files},
         }
         _write_text(temporary / STATE_FILE, json.dumps(state, indent=1))
@@ -151,10 +151,11 @@ def load_checkpoint(
     state = read_state(path)
     if state is None:
         raise ConfigError(f"{path} is not a checkpoint: it has no {STATE_FILE}")
-    if state["job"] != job or state["engines"] != list(engines):
+    layouts = {name: _layout(engine) for name, engine in engines.items()}
+    if state["job"] != job or state["engines"] != layouts:
         raise ConfigError(
-            f"{path} was written by job {state['job']} with engines {', '.join(state['engines']) or 'none'}; "
-            f"expected job {job} with engines {', '.join(engines) or 'none'}"
+            f"{path} was written by job {state['job']} with engines {_in_words(state['engines'])}; "
+            f"expected job {job} with {_in_words(layouts)}"
         )
     if state["world_size"] != runtime.world_size:
         raise ConfigError(
@@ -171,6 +172,16 @@ def load_checkpoint(
     runtime.step = state["step"]
     # Written by this program into this run's folder; it holds loader states, which are objects.
     return torch.load(path / _rank_file(runtime.rank), map_location="cpu", weights_only=False)
+
+
+def _layout(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """What an engine's checkpoint files depend on, besides the model and the number of ranks."""
+    return {"zero": engine.zero_optimization_stage(), "bf16": engine.bfloat16_enabled()}
+
+
+def _in_words(layouts: Mapping[str, dict[str, Any]]) -> str:
+    words = [f"{k} (ZeRO-{v['zero']}, {'bf16' if v['bf16'] else 'fp32'})" for k, v in layouts.items()]
+    return ", ".join(words) or "none"
 
 
 def _rank_file(rank: int) -> str:

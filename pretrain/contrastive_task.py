@@ -70,6 +70,7 @@ class ContrastiveJobConfig(JobConfig):
     embedding_std: float | None = None  # of new patch, position and token embeddings; default transformers'
     captions_per_picture: int = 1  # languages drawn for a picture in a step, each a term of the loss
     patch_dropout: float = 0.0  # share of a picture's patches that a training step leaves out
+    unmasked_steps: int = 0  # the last so many steps see all patches
     images: ImageInputConfig = field(default_factory=ImageInputConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     data: ImageStreamConfig = MISSING
@@ -91,23 +92,22 @@ class ContrastiveModel(nn.Module):
     Leaving out patches makes a step cheaper by as much (arXiv 2212.00794).
     """
 
-    def __init__(self, siglip: SiglipModel, rank: int, world_size: int, patch_dropout: float = 0.0) -> None:
+    def __init__(self, siglip: SiglipModel, rank: int, world_size: int) -> None:
         super().__init__()
         self.siglip = siglip
         self.loss = SigLipLoss(rank=rank, world_size=world_size)
-        positions = siglip.vision_model.embeddings.num_positions
-        self.kept_patches = max(1, round(positions * (1 - patch_dropout)))
         for parameter in (siglip.logit_scale, siglip.logit_bias):
             deepspeed.zero.register_external_parameter(self, parameter)
 
-    def forward(self, images: Tensor, input_ids: Tensor) -> Tensor:
+    def forward(self, images: Tensor, input_ids: Tensor, patch_dropout: float = 0.0) -> Tensor:
         """Mean over C captions of the loss of B pictures against the captions of all ranks' pictures.
 
         Args:
             images: [B, 3, H, W]; B is the same on every rank.
             input_ids: [B, C, T].
+            patch_dropout: share of the patches to leave out.
         """
-        hidden = self.drop_patches(self.siglip.vision_model.embeddings(images))
+        hidden = drop_patches(self.siglip.vision_model.embeddings(images), patch_dropout)
         pictures = F.normalize(pool(self.siglip.vision_model, hidden, layer=0).float(), dim=-1)  # [B, D]
         captions = self.siglip.text_model(input_ids=input_ids.flatten(0, 1)).pooler_output
         captions = F.normalize(captions.float(), dim=-1).unflatten(0, input_ids.shape[:2])  # [B, C, D]
@@ -115,14 +115,6 @@ class ContrastiveModel(nn.Module):
         # Contiguous, since the loss sends the captions to the other ranks.
         losses = [self.loss(pictures, texts.contiguous(), scale, bias) for texts in captions.unbind(1)]
         return torch.stack(losses).mean()
-
-    def drop_patches(self, hidden: Tensor) -> Tensor:
-        """Another random choice of patches for each picture: [B, P, D] to [B, kept, D]."""
-        batch, positions, width = hidden.shape
-        if self.kept_patches == positions:
-            return hidden
-        kept = torch.rand(batch, positions).topk(self.kept_patches, dim=1).indices.to(hidden.device)
-        return hidden.gather(1, kept[..., None].expand(-1, -1, width))
 
 
 class ContrastiveTask:
@@ -144,7 +136,7 @@ class ContrastiveTask:
         self.train_loader = image_loader(
             config.data, config.micro_batch_size, runtime.rank, runtime.world_size, config.seed
         )
-        model = ContrastiveModel(siglip, runtime.rank, runtime.world_size, config.patch_dropout)
+        model = ContrastiveModel(siglip, runtime.rank, runtime.world_size)
         self.engines = {"siglip": build_engine(model, config, runtime)}
 
     @property
@@ -163,7 +155,9 @@ class ContrastiveTask:
         (batch,) = micro_batches
         images, captions = self.pairs(batch)
         input_ids = torch.stack([self.tokenize(texts) for texts in captions], dim=1)
-        loss = self.engines["siglip"](self.augment(images).to(self.runtime.dtype), input_ids)
+        masked = self.runtime.step < self.config.steps - self.config.unmasked_steps
+        dropout = self.config.patch_dropout if masked else 0.0
+        loss = self.engines["siglip"](self.augment(images).to(self.runtime.dtype), input_ids, dropout)
         backward_and_step(self.engines["siglip"], loss)
         averages = Averages(self.runtime.device)
         averages.add("loss/contrastive", loss)
@@ -279,6 +273,16 @@ class ContrastiveTask:
         self.text_tokenizer.save_pretrained(directory)
         size = {"height": self.image_size, "width": self.image_size}
         SiglipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(directory)
+
+
+def drop_patches(hidden: Tensor, share: float) -> Tensor:
+    """Another random choice of patches for each picture: [B, P, D] to [B, (1 - share) P, D]."""
+    batch, positions, width = hidden.shape
+    kept = max(1, round(positions * (1 - share)))
+    if kept == positions:
+        return hidden
+    chosen = torch.rand(batch, positions).topk(kept, dim=1).indices.to(hidden.device)
+    return hidden.gather(1, chosen[..., None].expand(-1, -1, width))
 
 
 def recall_at_1(similarity: Tensor, captions: list[str]) -> tuple[float, float]:

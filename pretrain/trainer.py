@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
+from data_pipeline.errors import DatasetError
 from pretrain.checkpointing import (
     find_checkpoint,
     load_checkpoint,
@@ -127,7 +128,10 @@ class Trainer:
         self.runtime.barrier()
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.runtime, self.task.engines, self.config.job)
-            self.task.train_loader.restore_state(state["loader"])
+            try:
+                self.task.train_loader.restore_state(state["loader"])
+            except ValueError as error:
+                raise ConfigError(f"{checkpoint} does not fit the data settings: {error}") from error
             self.task.load_state_dict(state["task"])
             self.wall_seconds = state["wall_seconds"]
             restore_random_state(state["random"])
@@ -184,6 +188,8 @@ class Trainer:
                 f"the training data ended after step {self.runtime.step} of {self.config.steps}: "
                 "the loader of a training job has to be endless"
             ) from None
+        except DatasetError as error:
+            raise TrainingError(f"after step {self.runtime.step}: {error}") from error
 
     def _over_ranks(self, waited: float) -> tuple[bool, float]:
         """Whether any rank was asked to stop, and the longest wait for data of any rank."""

@@ -34,7 +34,10 @@ class Finished:
 
 
 class Ranks:
-    """`python -m MODULE ARGUMENTS` once per rank, with the environment that torchrun would set."""
+    """`python -m MODULE ARGUMENTS` once per rank, with the environment that torchrun would set.
+
+    Used in a `with` statement, no process survives the block.
+    """
 
     def __init__(
         self, module: str, arguments: list[str], world_size: int = 2, env: dict[str, str] | None = None
@@ -62,6 +65,14 @@ class Ranks:
             for rank, log in enumerate(self.logs)
         ]
 
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.send(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
     def output_of(self, rank: int) -> str:
         """What the rank has written so far."""
         with open(f"/proc/self/fd/{self.logs[rank].fileno()}", encoding="utf-8", errors="replace") as file:
@@ -73,7 +84,7 @@ class Ranks:
             if process.poll() is None:
                 process.send_signal(number)
 
-    def wait(self, timeout: float = 180) -> Finished:
+    def wait(self, timeout: float = 300) -> Finished:
         """Wait for all ranks; when one fails or time is up, the rest is killed, as launchers do."""
         deadline = time.monotonic() + timeout
         try:
@@ -98,18 +109,19 @@ def run_module(
     module: str,
     arguments: list[str],
     world_size: int = 2,
-    timeout: float = 180,
+    timeout: float = 300,
     env: dict[str, str] | None = None,
 ) -> Finished:
     """Run `python -m module arguments` on `world_size` ranks and wait."""
-    return Ranks(module, arguments, world_size, env).wait(timeout)
+    with Ranks(module, arguments, world_size, env) as ranks:
+        return ranks.wait(timeout)
 
 
 def run_function(
     function: Callable[..., Any],
     *arguments: Any,
     world_size: int = 2,
-    timeout: float = 180,
+    timeout: float = 300,
     process_group: bool = True,
 ) -> list[Any]:
     """Call a module-level function with picklable arguments on every rank; returns what each rank returned.

@@ -4,6 +4,7 @@ import os
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,8 +105,9 @@ def test_checkpoint_of_another_run(tmp_path):
     saved = save(tmp_path, 1)
     with pytest.raises(ConfigError, match="was written by job toy .*; expected job mllm"):
         load_checkpoint(saved, runtime_at(0), {}, "mllm")
-    with pytest.raises(ConfigError, match="expected job toy with engines generator"):
-        load_checkpoint(saved, runtime_at(0), {"generator": None}, "toy")
+    engine = SimpleNamespace(zero_optimization_stage=lambda: 2, bfloat16_enabled=lambda: False)
+    with pytest.raises(ConfigError, match=r"engines none; expected job toy with generator \(ZeRO-2, fp32\)"):
+        load_checkpoint(saved, runtime_at(0), {"generator": engine}, "toy")
     message = r"written by 1 rank\(s\) and this run has 2: .*ds_to_universal"
     with pytest.raises(ConfigError, match=message):
         load_checkpoint(saved, runtime_at(0, world_size=2), {}, "toy")

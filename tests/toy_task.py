@@ -1,5 +1,6 @@
 """A regression small enough for tests, with everything a real task has: two engines, loader state, noise."""
 
+import copy
 import os
 import signal
 import time
@@ -19,7 +20,6 @@ class ToyJobConfig(JobConfig):
     job: str = "tests.toy_task:ToyJobConfig:ToyTask"
     width: int = 16
     two_engines: bool = False
-    reduction: str = "mean"
     noise: bool = False
     nan_at_step: int = -1  # a loss that is not finite on the last rank
     sleep_per_step: float = 0.0
@@ -75,11 +75,12 @@ class ToyModel(nn.Module):
 class ToyTask:
     def __init__(self, config: ToyJobConfig, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
-        self.engines = {"model": build_engine(ToyModel(config.width), config, runtime)}
+        models = [ToyModel(config.width)]
+        models.append(copy.deepcopy(models[0]))
+        self.engines = {"model": build_engine(models[0], config, runtime)}
         if config.two_engines:
-            self.engines["second"] = build_engine(
-                ToyModel(config.width), config, runtime, config.second_optimizer, "zero1.json"
-            )
+            second = build_engine(models[1], config, runtime, config.second_optimizer, "zero1.json")
+            self.engines["second"] = second
         self.train_loader = ToyLoader(config.micro_batch_size, runtime.rank, runtime.world_size)
         self.steps_counted = 0
 
@@ -102,7 +103,7 @@ class ToyTask:
                 losses = self.loss(engine, batch)
                 if self.runtime.step == self.config.nan_at_step and is_last_rank:
                     losses = losses * torch.nan
-                if self.config.reduction == "sum":
+                if name == "second":  # the same gradient, put in another way
                     backward_and_step(engine, losses.sum() / total, "sum")
                 else:
                     backward_and_step(engine, losses.mean())
@@ -116,7 +117,8 @@ class ToyTask:
         batch = torch.stack([ToyLoader.sample(-1 - i) for i in range(8)])
         losses = self.loss(self.engines["model"], batch)
         averages.add("loss/model", losses.sum(), len(losses))
-        return averages.reduce()
+        averages.add("never_counted", 0.0, 0)
+        return {**averages.reduce(), "picture": torch.full((4, 6, 3), 200, dtype=torch.uint8)}
 
     def state_dict(self) -> dict:
         return {"steps_counted": self.steps_counted}
