@@ -90,7 +90,7 @@ class EMACodebooks(nn.Module):
     def reset_codebook(self) -> None:
         """Draw normal codes and forget all averages; the first update replaces unused codes by latents.
 
-        The codes depend on the seed alone, not on the global generator, so that all ranks start from the same.
+        They depend on the seed alone, not on the global generator, so that all ranks start from the same.
         """
         if not self.codebook.is_meta:
             generator = torch.Generator().manual_seed(self.seed)
