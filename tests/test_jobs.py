@@ -31,10 +31,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
-    """Losses by step, of the training steps of a run."""
+    """Losses by step, of the training steps of a run, without the total that holds the adaptive GAN weight."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
-        record["step"]: {k: v for k, v in record.items() if k.startswith(("loss", "nll"))}
+        record["step"]: {
+            k: v
+            for k, v in record.items()
+            if k.startswith(("loss", "nll")) and k != "loss/total"
+        }
         for record in records
         if record["split"] == "train"
     }
