@@ -8,13 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-SECONDS_BETWEEN_SAMPLES = 1.0
+SECONDS_BETWEEN_SAMPLES = 1.5
 SECONDS_TO_END = 60  # a trainer finishes its step and writes a checkpoint in this time
 
 
@@ -63,7 +63,9 @@ def environment(processes: int) -> dict[str, str]:
     return env
 
 
-def run(command: Sequence[str], processes: int = 1, notice_session=None) -> Finished:
+def run(
+    command: Sequence[str], processes: int = 1, notice_session: Callable[[int], None] | None = None
+) -> Finished:
     """Run a command to its end, output and progress shown as it comes.
 
     `python`, `dualtoken` and `deepspeed` are those of this environment. SIGINT and SIGTERM are passed on to
@@ -170,17 +172,27 @@ class _MemorySampler(threading.Thread):
         self.join()
 
     def run(self) -> None:
+        most_resident = 0
         while True:
-            self.peak = max(self.peak, tree_memory(self._root))
+            # Proportional sizes cost the kernel a walk over all pages: only where resident sizes have grown.
+            resident = tree_memory(self._root, lambda process: process.memory_info().rss)
+            if resident > most_resident:
+                most_resident = 1.02 * resident
+                self.peak = max(self.peak, tree_memory(self._root, proportional_size))
             if self._stop_event.wait(SECONDS_BETWEEN_SAMPLES):
                 return
 
 
-def tree_memory(root: psutil.Process) -> int:
-    """Bytes of a process and its descendants: their proportional set sizes, so shared pages count once."""
+def tree_memory(root: psutil.Process, size: Callable[[psutil.Process], int]) -> int:
+    """Sum of a size in bytes over a process and its descendants."""
     total = 0
     with contextlib.suppress(psutil.Error):
         for process in [root, *root.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
-                total += process.memory_full_info().pss
+                total += size(process)
     return total
+
+
+def proportional_size(process: psutil.Process) -> int:
+    """Bytes of a process, each shared page divided by how many share it."""
+    return process.memory_full_info().pss
