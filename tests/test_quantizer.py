@@ -299,7 +299,7 @@ def test_a_skipped_step_and_a_frozen_codebook_leave_no_trace():
 
 
 def test_two_ranks_equal_one_rank_with_twice_the_micro_batches():
-    (first, error), (second, _) = run_function(train_both_and_fill_one_slot_twice, world_size=2)
+    (first, error), (second, _) = run_function(train_both_and_fill_one_slot_twice, timeout=180)
     assert "latent codebook: several ranks filled the same candidate slot" in error
     for kind in ("rvq", "mcq"):
         (one, stats, collectives), (two, other_stats, _), (alone, alone_stats, none) = (
