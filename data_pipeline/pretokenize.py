@@ -285,6 +285,12 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> None:
+    if not Path(options.visual_tokenizer).is_dir():
+        raise DatasetError(
+            f"{options.visual_tokenizer}: no such folder; expected an exported visual tokenizer"
+        )
+    expand_inputs(options.inputs)  # a mistake is told before anything is loaded
+
     import torch
 
     from data_pipeline.image_decoding import build_image_decoder
@@ -298,10 +304,6 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", options.local_rank)))
-    if not Path(options.visual_tokenizer).is_dir():
-        raise DatasetError(
-            f"{options.visual_tokenizer}: no such folder; expected an exported visual tokenizer"
-        )
     visual_tokenizer = DualTokenVisualTokenizer.from_pretrained(options.visual_tokenizer).to(device).eval()
     decoder = build_image_decoder(
         visual_tokenizer.config.image_size,

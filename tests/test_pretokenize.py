@@ -344,3 +344,6 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytes
     assert main(["--inputs", str(tmp_path), "--visual-tokenizer", str(tmp_path / "nowhere"), *output]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "no such folder" in lines[0]
+    assert main(["--inputs", str(tmp_path), "--visual-tokenizer", str(tmp_path), *output]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "no shard found" in lines[0]

@@ -152,7 +152,7 @@ def test_bad_sample_stops_or_is_skipped(tmp_path: Path, caplog: pytest.LogCaptur
     for num_workers in (0, 1):
         settings = config(tmp_path, on_bad_sample="stop", num_workers=num_workers)
         loader = image_loader(settings, 1, split="val")
-        with pytest.raises(DatasetError, match=r"shard\.tar: sample 'b': Expecting property") as caught:
+        with pytest.raises(DatasetError, match=r"shard\.tar: sample 'b': caption cannot be read") as caught:
             list(loader)
         loader.close()
         assert "\n" not in str(caught.value)

@@ -1,0 +1,182 @@
+"""Streams of codes against reading codes plainly and against reading and decoding the pictures; packing.
+
+Run: python -m benchmarks.streams [--positions 729 --num-quantizers 8] [--samples 2000]
+All rates are samples per second of CPU time of this one process.
+"""
+
+import argparse
+import io
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from data_pipeline.code_shards import CodeGeometry, CodeSample, DatasetManifest, ShardWriter
+from data_pipeline.image_decoding import build_image_decoder
+from data_pipeline.packing import best_fit
+from data_pipeline.streams import (
+    BlendEntry,
+    DocumentStreamConfig,
+    ImageStreamConfig,
+    document_loader,
+    image_loader,
+    prepare_dataset,
+)
+from dualtoken.sequence import add_special_tokens
+
+SHARDS = 4
+CAPTION = (
+    "a small wooden boat with a red sail on a calm lake in front of snow-covered mountains, seen from above"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes: more tokens than a real one, the same work around it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    add_special_tokens(fast)
+    return fast
+
+
+def write_codes(folder: Path, geometry: CodeGeometry, samples: int) -> None:
+    """Write random codes with captions as a prepared data set."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    manifest = DatasetManifest(
+        "0" * 64, geometry.codebook_size, geometry.num_quantizers, geometry.positions, 0
+    )
+    for shard in range(SHARDS):
+        with ShardWriter(folder / f"{shard:06d}.tar", geometry) as writer:
+            for index in range(shard, samples, SHARDS):
+                codes = rng.integers(0, geometry.codebook_size, (1, *geometry.shape)).astype(np.uint16)
+                captions = {"en": f"{CAPTION} {index}"}
+                writer.write(
+                    CodeSample(f"{index:08d}", codes, [{"image": 0}, {"text": captions["en"]}], captions)
+                )
+        manifest.add(f"{shard:06d}.tar", writer.entry)
+    manifest.save(folder)
+    prepare_dataset(folder)
+
+
+def write_pictures(folder: Path, side: int, samples: int) -> None:
+    """Write smooth JPEG pictures with captions as a prepared data set."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    with webdataset.TarWriter(str(folder / "000000.tar"), encoder=False) as writer:
+        for index in range(samples):
+            small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+            buffer = io.BytesIO()
+            small.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+            writer.write({"__key__": f"{index:08d}", "jpg": buffer.getvalue(), "txt": CAPTION.encode()})
+    prepare_dataset(folder)
+
+
+def plain_codes(folder: Path) -> Iterator[np.ndarray]:
+    """Read codes as one would without this project: WebDataset, numpy, json; for ever."""
+    while True:
+        dataset = webdataset.WebDataset(str(folder / f"{{000000..{SHARDS - 1:06d}}}.tar"), shardshuffle=False)
+        for sample in dataset:
+            json.loads(sample["json"])
+            yield np.load(io.BytesIO(sample["codes.npy"])).astype(np.int64)
+
+
+def rate(step: Callable[[], int], seconds: float) -> float:
+    """Samples per second of CPU time; `step` returns how many samples it took."""
+    step()
+    count, start = 0, time.process_time()
+    while time.process_time() - start < seconds:
+        count += step()
+    return count / (time.process_time() - start)
+
+
+def measure(options: argparse.Namespace, folder: Path) -> None:
+    """Print all figures."""
+    geometry = CodeGeometry(options.positions, options.num_quantizers, options.codebook_size)
+    write_codes(folder / "codes", geometry, options.samples)
+    write_pictures(folder / "pictures", options.picture_side, min(options.samples, 200))
+    size = sum(path.stat().st_size for path in (folder / "codes").glob("*.tar")) / options.samples
+    print(f"bytes per image on disk: {size:,.0f}, of which codes {2 * np.prod(geometry.shape):,}")
+
+    entry = BlendEntry(str(folder / "codes"), "generate")
+    context = max(1024, 5 * (options.positions + 150))
+    config = DocumentStreamConfig([entry], context_length=context, shuffle_buffer_size=options.buffer)
+    tokenizer = byte_tokenizer()
+    start = time.perf_counter()
+    stream = document_loader(config, tokenizer, geometry)
+    next(stream)
+    print(f"first pack of {context} tokens after {time.perf_counter() - start:.2f} s")
+
+    def pack() -> int:
+        return len(next(stream).keys)
+
+    streamed = rate(pack, options.seconds)
+    print(f"document stream, tokenized and packed: {streamed:,.0f} documents/s")
+    print(f"padding: {stream.statistics.padding_share:.2%}")
+    start = time.perf_counter()
+    state = stream.save_state()
+    saved = time.perf_counter() - start
+    stream.restore_state(state)
+    next(stream)
+    print(f"save {saved:.3f} s, restore to the next pack {time.perf_counter() - start - saved:.2f} s")
+
+    plain = plain_codes(folder / "codes")
+    read = rate(lambda: len(next(plain)[:1]), options.seconds)
+    print(f"WebDataset + numpy, codes alone: {read:,.0f} samples/s")
+
+    pictures = ImageStreamConfig(str(folder / "pictures"), shuffle_buffer_size=50)
+    batches = image_loader(pictures, 16)
+    read = rate(lambda: len(next(batches)), options.seconds)
+    print(f"image stream, not decoded: {read:,.0f} pictures/s")
+    decoder = build_image_decoder(options.image_size)
+    decoded = rate(lambda: len(decoder(next(batches).image_bytes).kept), options.seconds)
+    print(f"image stream, decoded to {options.image_size} px: {decoded:,.0f} pictures/s")
+    print(f"codes over decoded pictures: {streamed / decoded:.1f}x")
+
+
+def measure_packing() -> None:
+    """Print how full contexts of 4096 are: half pairs, a quarter interleaved documents, a quarter text."""
+    rng = np.random.default_rng(0)
+    kinds = rng.random(20_000)
+    pairs = 740 + rng.integers(10, 60, kinds.size)
+    interleaved = rng.integers(1, 5, kinds.size) * 731 + rng.integers(50, 600, kinds.size)
+    text = np.clip(rng.lognormal(6, 1, kinds.size), 20, 4000).astype(int)
+    lengths = np.where(kinds < 0.5, pairs, np.where(kinds < 0.75, interleaved, text))
+    start = time.process_time()
+    bins = best_fit(lengths.tolist(), 4096)
+    seconds = time.process_time() - start
+    packed = lengths.sum() / (4096 * len(bins))
+    longest = lengths.sum() / (8 * lengths.reshape(-1, 8).max(axis=1)).sum()
+    print(f"packing: {packed:.2%} of 4096 used, {seconds / len(lengths) * 1e6:.0f} us a document; ", end="")
+    print(f"padding to the longest of 8: {longest:.2%} used; {packed / longest:.2f}x")
+
+
+def main() -> None:
+    """Parse the options and measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--positions", type=int, default=64)
+    parser.add_argument("--num-quantizers", type=int, default=4)
+    parser.add_argument("--codebook-size", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--buffer", type=int, default=1000, help="samples in the shuffle buffer")
+    parser.add_argument("--picture-side", type=int, default=512, help="of the JPEG pictures, in pixels")
+    parser.add_argument("--image-size", type=int, default=384, help="to which they are decoded")
+    parser.add_argument("--seconds", type=float, default=3.0, help="CPU time per figure")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(options, Path(folder))
+    measure_packing()
+
+
+if __name__ == "__main__":
+    main()
