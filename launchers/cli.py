@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Pretrain and use vision-language models with dual visual vocabularies.\n\n"
     "Start with [bold]dualtoken quickstart[/]: on a laptop it trains everything small, on sample drawings, "
-    "and writes a report in about 15 minutes. The other commands then work on its results in "
+    "and writes a report in 15 to 30 minutes. The other commands then work on its results in "
     "runs/quickstart; options point them elsewhere.",
 )
 
