@@ -5,7 +5,6 @@ Shapes: B images, P positions, Q = 2 branches (0 pixel, 1 semantic), D depths, K
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from dualtoken.backbone import Backbone, hidden_states_after, load_backbone, pool
+from dualtoken.fingerprint import fingerprint_of_codes
 from dualtoken.pixel_decoder import PixelDecoder, ResidualBlock
 from dualtoken.projection import AttentionProjection, ProjectionAttention
 from dualtoken.quantizer import EMACodebooks, MultiCodebookVQ, QuantizerStats, ResidualVQ
@@ -271,36 +271,11 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         """The decoder's last convolution, at whose kernel the adaptive GAN weight compares gradients."""
         return self.decoder.conv_out
 
-    # -- identity
-    # -------------------------------------------------------------------------------------------------
+    # -- identity ------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
         """Return the sha256 over everything that can change a code: settings and weights on the way there."""
-        config = self.config.to_dict()
-        names = [
-            "reconstruction_layer", "semantic_layer", "shortcut_layer", "shortcut_weight", "merged_codebook",
-            "quantizer", "codebook_size", "codebook_dim", "num_quantizers", "latent_norm",
-        ]  # fmt: skip
-        vision = [
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
-            "patch_size", "hidden_act", "layer_norm_eps",
-        ]  # fmt: skip
-        settings = {name: config[name] for name in names}
-        settings["vision"] = {name: config["vision_config"][name] for name in vision}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            if self._changes_codes(name):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    def _changes_codes(self, name: str) -> bool:
-        prefix = "backbone.vision_model."
-        if name.startswith(prefix + "encoder.layers."):
-            config = self.config
-            deepest = max(config.reconstruction_layer, config.semantic_layer, config.shortcut_layer or 0)
-            return int(name.split(".")[4]) < deepest
-        return name.startswith((prefix + "embeddings.", "prequant_")) or name.endswith(".codebook")
+        return fingerprint_of_codes(self)
 
     def parameters_per_part(self) -> dict[str, int]:
         """Return the number of parameters (and codebook entries) of each part; works on the meta device."""
@@ -368,21 +343,8 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         """
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
-            size = self.config.image_size
-            settings = {
-                "image_processor_type": "SiglipImageProcessor",
-                "do_convert_rgb": True,
-                "do_resize": True,
-                "size": {"height": size, "width": size},
-                "resample": 3,  # bicubic
-                "do_rescale": True,
-                "rescale_factor": 1 / 255,
-                "do_normalize": True,
-                "image_mean": [0.5, 0.5, 0.5],
-                "image_std": [0.5, 0.5, 0.5],
-            }
             path = Path(save_directory) / "preprocessor_config.json"
-            path.write_text(json.dumps(settings, indent=2) + "\n")
+            path.write_text(json.dumps(self.config.image_processor_settings(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(

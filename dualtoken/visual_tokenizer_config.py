@@ -160,6 +160,21 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
                 kept[name] = {field: full[name][field] for field in ("model_type", *kind.__annotations__)}
         return kept
 
+    def image_processor_settings(self) -> dict[str, Any]:
+        """Return the ``preprocessor_config.json`` of this tokenizer: bicubic resizing, values to [-1, 1]."""
+        return {
+            "image_processor_type": "SiglipImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"height": self.image_size, "width": self.image_size},
+            "resample": 3,  # bicubic
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+
     def backbone_config(self) -> SiglipConfig:
         """Return the config of a SigLIP model with these towers, to train or load one that fits.
 
