@@ -19,7 +19,7 @@ class TextEncoder:
     def __init__(self, text_tokenizer: Any) -> None:
         """Wrap a transformers tokenizer; one without a `tokenizers` backend is called as it is."""
         self.text_tokenizer = text_tokenizer
-        self._backend = getattr(text_tokenizer, "backend_tokenizer", None)
+        self._backend: Any = getattr(text_tokenizer, "backend_tokenizer", None)
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._encode)
 
     def __call__(

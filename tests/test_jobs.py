@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
-    """Losses by step, of the training steps of a run, without the total that holds the adaptive GAN weight."""
+    """Losses by training step, without the total, which holds the adaptive GAN weight."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         record["step"]: {

@@ -12,6 +12,7 @@ from pretrain.losses import (
     semantic_distillation_loss,
 )
 
+
 def test_last_layer_gradient_equals_autograd_through_the_layer():
     torch.manual_seed(0)
     conv_out = nn.Conv2d(8, 3, 3, padding=1)
