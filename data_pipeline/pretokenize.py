@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ class _Run:
             "shards": list(plan),
         }
         self.shards = self.images = 0
-        self.seconds = self._reported = 0.0
+        self.seconds, self._reported = 0.0, time.monotonic()
 
     def is_finished(self) -> bool:
         """Whether the data set is complete: its manifest is written last."""
@@ -277,6 +277,9 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decoding-threads", type=int, default=1)
     parser.add_argument("--default-language", default=Settings.default_language, help="of KEY.txt captions")
     parser.add_argument("--prefix-keys", action="store_true", help="put the shard's name before keys")
+    parser.add_argument("--chat-template", default=Settings.chat_template, help="qwen, vicuna or plain")
+    parser.add_argument("--images-first", action="store_true", help="move the images of a turn to its start")
+    parser.add_argument("--generate-images", action="store_true", help="learn the images of documents too")
     parser.add_argument(
         "--claim-timeout", type=float, default=300.0, help="seconds until a silent worker is dead"
     )
@@ -318,7 +321,7 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
         visual_tokenizer,
         decoder,
         options.output,
-        Settings(options.batch_size, options.default_language, options.prefix_keys),
+        Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)}),
         rank=rank % world_size,
         world_size=world_size,
         claim_timeout=options.claim_timeout,

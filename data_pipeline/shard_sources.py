@@ -1,7 +1,8 @@
 """Image-text shards as they come in: which ones, their samples in order, and what a sample says.
 
 A sample is `KEY.jpg` (png, webp ...) or `KEY.0.jpg`, `KEY.1.jpg` with `KEY.txt` (a caption) or `KEY.json`:
-`{"caption": ...}`, `{"captions": {"en": ...}}`, or a document, `{"parts": [{"text": ...}, {"image": 0}]}`.
+`{"caption": ...}`, `{"captions": {"en": ...}}`, `{"conversations": [...]}` (LLaVA), or an interleaved
+document, `{"parts": [{"text": ...}, {"image": 0}]}` or as in OBELICS and MMC4.
 """
 
 from __future__ import annotations
@@ -15,11 +16,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from data_pipeline.code_shards import check_parts
+from data_pipeline.conversations import TEMPLATES, ConversationError, conversation_parts, interleaved_parts
 from data_pipeline.errors import DatasetError
 from data_pipeline.tar_members import TarError, iterate_samples
 
+_DOCUMENT_FIELDS = {"parts", "texts", "text_list"}
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff"})
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """How input samples are understood."""
+
+    default_language: str = "en"
+    """Language of a caption that does not say it."""
+    prefix_keys: bool = False
+    """Put the shard's name before keys, for inputs whose keys repeat from shard to shard."""
+    chat_template: str = "qwen"
+    """What stands around the turns of a conversation: `qwen`, `vicuna` or `plain`."""
+    images_first: bool = False
+    """Move the images of a turn to its start, as LLaVA-1.5 does."""
+    generate_images: bool = False
+    """Learn to generate the images of interleaved documents too."""
+
+    def __post_init__(self) -> None:
+        if self.chat_template not in TEMPLATES:
+            raise ValueError(
+                f"chat_template is {self.chat_template!r}, expected one of {', '.join(TEMPLATES)}"
+            )
 
 
 class BadSampleError(ValueError):
@@ -68,37 +92,45 @@ def read_captions(parts: dict[str, bytes], default_language: str) -> dict[str, s
     return captions
 
 
-def read_sample(key: str, parts: dict[str, bytes], default_language: str = "en") -> SourceSample:
-    """Read an image-text pair or an interleaved document.
+def read_sample(key: str, parts: dict[str, bytes], settings: SourceSettings | None = None) -> SourceSample:
+    """Read an image-text pair, a conversation or an interleaved document.
 
     Raises:
-        BadSampleError: It has no image, no text, or cannot be read.
+        BadSampleError: It does not fit its format, or cannot be read.
     """
+    settings = settings or SourceSettings()
     images = [parts[name] for name in image_parts(parts)]
+    document = _read_document(parts, len(images), settings)
+    if document is not None:
+        return SourceSample(key, images, document)
     if not images:
         raise BadSampleError(f"no image among its parts {sorted(parts)}")
-    document = _read_parts(parts)
-    if document is not None:
-        try:
-            check_parts(document, len(images))
-        except ValueError as error:
-            raise BadSampleError(str(error)) from error
-        return SourceSample(key, images, document)
-    captions = {lang: text for lang, text in read_captions(parts, default_language).items() if text.strip()}
+    captions = read_captions(parts, settings.default_language)
+    captions = {language: text for language, text in captions.items() if text.strip()}
     if not captions:
         raise BadSampleError("no caption")
     if len(images) > 1:
-        raise BadSampleError(f"{len(images)} images with a caption; expected one, or json with parts")
+        raise BadSampleError(f"{len(images)} images with a caption; expected one, or json of a document")
     pair: list[dict[str, Any]] = [{"image": 0, "loss": False}, {"text": next(iter(captions.values()))}]
     return SourceSample(key, images, pair, captions)
 
 
-def _read_parts(parts: dict[str, bytes]) -> list[dict[str, Any]] | None:
+def _read_document(
+    parts: dict[str, bytes], images: int, settings: SourceSettings
+) -> list[dict[str, Any]] | None:
+    """Return the parts of a conversation or interleaved document, None where the json is neither."""
     try:
         record = json.loads(parts.get("json", b"null"))
-    except ValueError as error:
+        if isinstance(record, dict) and "conversations" in record:
+            turns, template = record["conversations"], settings.chat_template
+            return conversation_parts(turns, images, template, images_first=settings.images_first)
+        if isinstance(record, list) or _DOCUMENT_FIELDS & (record or {}).keys():
+            return interleaved_parts(record, images, settings.generate_images)
+    except ConversationError as error:
+        raise BadSampleError(str(error)) from error
+    except (ValueError, AttributeError) as error:
         raise BadSampleError(f"json cannot be read: {error}") from error
-    return record.get("parts") if isinstance(record, dict) else None
+    return None
 
 
 def read_shard(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -14,6 +14,7 @@ from data_pipeline.errors import DatasetError
 from data_pipeline.shard_sources import (
     BadSampleError,
     SourceSample,
+    SourceSettings,
     read_sample,
     read_shard,
 )
@@ -21,17 +22,14 @@ from data_pipeline.tar_members import TarError
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(SourceSettings):
     """What the bytes of the output depend on, besides the visual tokenizer and the input."""
 
     batch_size: int = 64
     """Images encoded at a time; another batch size can change a code where two are equally near."""
-    default_language: str = "en"
-    """Language of a caption that does not say it."""
-    prefix_keys: bool = False
-    """Put the shard's name before keys, for inputs whose keys repeat from shard to shard."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, expected 1 or more")
 
@@ -93,7 +91,7 @@ class ShardTokenizer:
             if key in seen:
                 raise BadSampleError("the key occurs more than once in the shard")
             seen.add(key)
-            return read_sample(prefix + key, parts, self.settings.default_language)
+            return read_sample(prefix + key, parts, self.settings)
         except BadSampleError as error:
             return str(error)
 
@@ -117,7 +115,8 @@ class ShardTokenizer:
             taken += len(sample.images)
             good = [image for image in own if not isinstance(image, str)]
             if len(good) == len(own):
-                yield CodeSample(sample.key, np.stack(good), sample.parts, sample.captions)
+                stacked = np.stack(good) if good else np.zeros((0, *self.geometry.shape), np.uint16)
+                yield CodeSample(sample.key, stacked, sample.parts, sample.captions)
                 continue
             number, reason = next((n, image) for n, image in enumerate(own) if isinstance(image, str))
             yield Rejection(shard, key, f"image {number}: {reason}" if len(own) > 1 else reason)

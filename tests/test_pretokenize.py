@@ -242,12 +242,15 @@ def test_killed_again_and_again(tmp_path: Path, undisturbed: tuple) -> None:
 def test_interleaved_documents_and_odd_shards(tmp_path: Path) -> None:
     parts = [{"text": "before"}, {"image": 1, "loss": True}, {"text": "between"}, {"image": 0}]
     record = json.dumps({"parts": parts}).encode()
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a boat"}]
+    talk = json.dumps({"conversations": turns}).encode()
     wrong = json.dumps({"parts": parts[:2]}).encode()
     members = [
         *[("a.0.png", picture(1)), ("a.1.jpg", picture(2, "JPEG")), ("a.json", record)],
         *[("b.0.png", picture(1)), ("b.1.png", b"broken"), ("b.json", record)],
         *[("c.0.png", picture(1)), ("c.1.png", picture(2)), ("c.json", wrong)],
-        *[("d.txt", b"no image"), ("e.png", picture(3)), ("e.json", b"{")],
+        *[("d.json", json.dumps({"parts": [{"text": "no image"}]}).encode()), ("h.txt", b"no image")],
+        *[("e.png", picture(3)), ("e.json", b"{"), ("t.jpg", picture(8, "JPEG")), ("t.json", talk)],
         *[("f.png", picture(3)), ("f.txt", b"  "), ("g.png", picture(4)), ("g.txt", "größer".encode())],
         *[("a.png", picture(5)), ("a.txt", b"again")],
     ]
@@ -260,16 +263,20 @@ def test_interleaved_documents_and_odd_shards(tmp_path: Path) -> None:
     (tmp_path / "in" / "y.tar").write_bytes(whole[: whole.index(b"q.png") + 100])
     manifest = run(tmp_path / "in", tmp_path / "out", settings=Settings(batch_size=2))
     verify_dataset(tmp_path / "out")
-    first, second = iterate_shard(tmp_path / "out" / "x.tar")
-    assert (first.key, first.parts, first.captions) == ("a", parts, None) and len(first.codes) == 2
-    assert (second.key, second.captions) == ("g", {"en": "größer"})
+    first, text, chat, pair = iterate_shard(tmp_path / "out" / "x.tar")
+    learned = [{"loss": "text" in part, **part} for part in parts]
+    assert (first.key, first.parts, first.captions) == ("a", learned, None) and len(first.codes) == 2
+    assert (text.key, text.parts, len(text.codes)) == ("d", [{"text": "no image", "loss": True}], 0)
+    assert chat.key == "t" and len(chat.codes) == 1 and {"image": 0, "loss": False} in chat.parts
+    assert {"text": "a boat", "loss": True} in chat.parts
+    assert (pair.key, pair.captions) == ("g", {"en": "größer"})
     lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     reasons = {f"{line['shard']} {line['key']}": line["reason"] for line in lines}
-    assert reasons.keys() == {*(f"x.tar {key}" for key in "bcdefa"), "y.tar None"}
+    assert reasons.keys() == {*(f"x.tar {key}" for key in "bchefa"), "y.tar None"}
     assert [sample.key for sample in iterate_shard(tmp_path / "out" / "y.tar")] == ["p"]
     assert reasons["x.tar b"].startswith("image 1: ")
-    assert "name the images [1]" in reasons["x.tar c"]
-    assert "no image" in reasons["x.tar d"]
+    assert "names the images [1], but there are 2" in reasons["x.tar c"]
+    assert "no image" in reasons["x.tar h"]
     assert "json cannot be read" in reasons["x.tar e"]
     assert reasons["x.tar f"] == "no caption"
     assert "more than once" in reasons["x.tar a"]
