@@ -227,6 +227,32 @@ def test_empty_requests_are_named(model):
         generate_text(model, TOKENIZER, [])
 
 
+def test_an_overfitted_model_says_and_draws_what_it_was_shown():
+    words = ["red", "a cat", "moon"]
+    codes = [random_codes(torch.Generator().manual_seed(100 + i)) for i in range(len(words))]
+    question = TextPart("Say: ", loss=False)
+    shown = [
+        Document([TextPart(w, loss=False), ImagePart(c, loss=True)])
+        for w, c in zip(words, codes, strict=True)
+    ]
+    shown += [Document([ImagePart(c), question, TextPart(w)]) for w, c in zip(words, codes, strict=True)]
+    batch = pack_documents(tokenized(*shown)).model_inputs()
+    model = tiny_model(seed=1).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(90):
+        output = model(**batch)
+        loss = output.text_nll / output.text_count + output.visual_nll.sum() / output.visual_count
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    drawn = generate_images(model, TOKENIZER, words, temperature=0)
+    assert torch.equal(drawn, torch.stack(codes))
+    sampled = generate_images(model, TOKENIZER, words, guidance_scale=2.0, top_p=0.9, seed=0)
+    assert torch.equal(sampled, torch.stack(codes))
+    prompts = [Document([ImagePart(c), question]) for c in codes]
+    assert generate_text(model, TOKENIZER, prompts) == words
+
+
 # Sampling
 
 
