@@ -19,9 +19,17 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_pipeline.code_shards import CodeGeometry, CodeSample, DatasetManifest, ShardWriter
+from data_pipeline.code_shards import (
+    CodeGeometry,
+    CodeSample,
+    DatasetManifest,
+    ShardWriter,
+    decode_sample,
+)
 from data_pipeline.image_decoding import build_image_decoder
 from data_pipeline.packing import best_fit
+from data_pipeline.shard_reader import LocalShardReader, PreparedShards
+from data_pipeline.stream_loader import worker_config
 from data_pipeline.streams import (
     BlendEntry,
     DocumentStreamConfig,
@@ -90,6 +98,16 @@ def plain_codes(folder: Path) -> Iterator[np.ndarray]:
             yield np.load(io.BytesIO(sample["codes.npy"])).astype(np.int64)
 
 
+def own_codes(folder: Path) -> Iterator[np.ndarray]:
+    """Read codes as the streams do, before anything is shuffled, tokenized or packed; for ever."""
+    shards = PreparedShards(str(folder), worker_config(0, 1, 0, 0), training=False, slice_length=1).shards
+    reader = LocalShardReader(shards)
+    while True:
+        for index in range(sum(shard.count for shard in shards)):
+            sample = reader[index]
+            yield decode_sample(sample["key"], sample["parts"]["codes.npy"], sample["parts"]["json"]).codes
+
+
 def rate(step: Callable[[], int], seconds: float) -> float:
     """Samples per second of CPU time; `step` returns how many samples it took."""
     step()
@@ -129,9 +147,13 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     next(stream)
     print(f"save {saved:.3f} s, restore to the next pack {time.perf_counter() - start - saved:.2f} s")
 
-    plain = plain_codes(folder / "codes")
-    read = rate(lambda: len(next(plain)[:1]), options.seconds)
-    print(f"WebDataset + numpy, codes alone: {read:,.0f} samples/s")
+    plain, own = plain_codes(folder / "codes"), own_codes(folder / "codes")
+    plainly = rate(lambda: len(next(plain)[:1]), options.seconds)
+    read = rate(lambda: len(next(own)[:1]), options.seconds)
+    print(
+        f"reading codes alone: {read:,.0f} samples/s, WebDataset + numpy: {plainly:,.0f} samples/s, ", end=""
+    )
+    print(f"{read / plainly:.1f}x")
 
     pictures = ImageStreamConfig(str(folder / "pictures"), shuffle_buffer_size=50)
     batches = image_loader(pictures, 16)
