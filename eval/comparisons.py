@@ -1,8 +1,11 @@
 """Each figure beside its baselines, with a verdict in words."""
 
+import math
 from dataclasses import asdict, dataclass, field
 
 from data_pipeline.languages import LANGUAGE_NAMES
+
+SIGNIFICANT = 0.05  # a share counts as better than chance if luck gives it more rarely than this
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,13 @@ class Baseline:
     bound: bool = False
 
 
+def luck(hits: int, trials: int, chance: float) -> float:
+    """Probability of at least that many hits when each has the same chance (binomial)."""
+    return sum(
+        math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(hits, trials + 1)
+    )
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A figure of a run with what it is to be read against."""
@@ -23,9 +33,12 @@ class Comparison:
     unit: str
     baselines: list[Baseline] = field(default_factory=list)
     higher_is_better: bool = True
+    trials: int | None = None  # of a share: how many cases it is taken over
 
     def beats(self, baseline: Baseline) -> bool:
-        """Whether the figure is strictly better than a baseline."""
+        """Whether the figure is better than a baseline; a share, beyond what luck alone would give."""
+        if self.trials is not None and not baseline.bound:
+            return luck(round(self.value * self.trials), self.trials, baseline.value) < SIGNIFICANT
         if self.higher_is_better:
             return self.value > baseline.value
         return self.value < baseline.value
@@ -108,7 +121,8 @@ def compare_retrieval(result: dict) -> list[Comparison]:
                     Baseline("the continuous teacher", found["continuous"][direction], bound=True),
                 ]
                 title = f"R@1, {arrow} ({language_name(language)}), {quantized['pictures']} {words}"
-                rows.append(Comparison(title, quantized[direction], "share", baselines))
+                pictures = quantized["pictures"]
+                rows.append(Comparison(title, quantized[direction], "share", baselines, trials=pictures))
     return rows
 
 
@@ -145,7 +159,15 @@ def compare_generation(result: dict) -> list[Comparison]:
     for split, words in (("seen", "concepts seen in training"), ("held_out", "held-out concepts")):
         for scale, found in result["pictures"][split]["recall"].items():
             title = f"R@1 at guidance {float(scale):g}, {found['queries']} {words}"
-            rows.append(Comparison(title, found["recall"], "share", [Baseline("chance", found["chance"])]))
+            rows.append(
+                Comparison(
+                    title,
+                    found["recall"],
+                    "share",
+                    [Baseline("chance", found["chance"])],
+                    trials=found["queries"],
+                )
+            )
     return rows
 
 

@@ -29,7 +29,7 @@ from eval.results import write_json
 from eval.retrieval import image_features
 
 GUIDANCE_SCALES = (1.0, 3.0, 5.0)
-PROMPTS = 48  # of each split
+PROMPTS = 32  # of each split
 PROMPTS_SHOWN = 12
 CAPTIONS_SHOWN = 18
 CAPTION_TOKENS = 24

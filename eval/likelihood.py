@@ -17,7 +17,7 @@ from dualtoken.unified_model import CODEBOOKS, DualTokenForCausalLM
 from eval.inputs import EvaluationPaths, draw_prompts, load_codes, load_unified_model, require_same_codes
 from eval.results import write_json
 
-DOCUMENTS = {"held_out": 160, "seen": 64}  # at most
+DOCUMENTS = {"held_out": 96, "seen": 32}  # at most
 COUNTED_DOCUMENTS = 20_000  # training documents from which code frequencies are taken, at most
 
 

@@ -209,24 +209,13 @@ def evaluate(
 
     Example: [bold]dualtoken evaluate reconstruction --run runs/mine[/]
     """
-    import importlib
-    import time
-
     from eval.inputs import EvaluationPaths
-    from eval.results import write_json
+    from launchers.evaluate import evaluate as take_measures
 
     paths = EvaluationPaths.from_run(
         run, siglip=siglip, visual_tokenizer=visual_tokenizer, model=model, output=output
     )
-    seconds = {}
-    for measure in measures or list(Measure):
-        started = time.monotonic()
-        say(f"{measure}: measuring ...")
-        importlib.import_module(f"eval.{measure}").run(paths, count, seed)
-        seconds[measure] = time.monotonic() - started
-        say(f"{measure}: {paths.output / f'{measure}.json'} ({seconds[measure]:.0f} s)")
-    if set(seconds) == set(Measure):
-        write_json(paths.output / "done.json", {"seconds": seconds, "count": count, "seed": seed})
+    take_measures([measure.value for measure in measures or []], paths, count, seed, say)
 
 
 @app.command(rich_help_panel="Measure")

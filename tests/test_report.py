@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from eval.charts import Series, heatmap, line_chart, short, thin_out, ticks
-from eval.comparisons import Baseline, Comparison, compare_all
+from eval.comparisons import Baseline, Comparison, compare_all, luck
 from eval.report import build_report, evenly, loss_curves, read_metrics
 from launchers.quickstart import ChainRecord, StepRecord
 
@@ -30,8 +30,8 @@ def results():
     """Results of every measure, all of them better than their baselines."""
     retrieval = {
         language: {
-            "quantized": {"text_to_image": 0.5, "image_to_text": 0.5, "chance": 0.1, "pictures": 10},
-            "continuous": {"text_to_image": 0.8, "image_to_text": 0.4, "chance": 0.1, "pictures": 10},
+            "quantized": {"text_to_image": 0.5, "image_to_text": 0.5, "chance": 0.1, "pictures": 50},
+            "continuous": {"text_to_image": 0.8, "image_to_text": 0.4, "chance": 0.1, "pictures": 50},
         }
         for language in CAPTIONS
     }
@@ -51,7 +51,7 @@ def results():
     generated = {
         "prompts": [{**prompt, **shown}, prompt],
         "recall": {
-            scale: {"recall": 0.5, "chance": 0.1, "queries": 10, "candidates": 10} for scale in ("1.0", "3.0")
+            scale: {"recall": 0.5, "chance": 0.1, "queries": 50, "candidates": 50} for scale in ("1.0", "3.0")
         },
     }
     written = [{"key": "k", "captions": CAPTIONS, "written": dict(CAPTIONS), "picture": "p.png"}]
@@ -195,8 +195,18 @@ def test_verdicts():
     assert level.failures() == ["R@1: 10.0 % does not beat chance (10.0 %)."]
     above = Comparison("R@1", 0.9, "share", [chance, teacher])
     assert above.verdict() == "beats its baseline; as good as the teacher or better"
+    two = Comparison("R@1", 2 / 100, "share", [Baseline("chance", 0.01)], trials=100)
+    assert two.verdict() == "does not beat chance"  # luck gives two hits in a quarter of all cases
+    ten = Comparison("R@1", 10 / 100, "share", [Baseline("chance", 0.01)], trials=100)
+    assert ten.verdict() == "beats its baseline"
     less = Comparison("NLL", 3.0, "nats", [Baseline("log K", 2.0)], higher_is_better=False)
     assert less.verdict() == "does not beat log K"
+
+
+def test_luck():
+    assert luck(0, 10, 0.3) == pytest.approx(1)
+    assert luck(10, 10, 0.5) == pytest.approx(0.5**10)
+    assert luck(1, 2, 0.5) == pytest.approx(0.75)
 
 
 def test_every_measure_is_compared():

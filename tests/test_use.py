@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-from launchers import cli
+from launchers import cli, evaluate
 from tests.tiny_run import make_tiny_run, picture
 
 
@@ -78,13 +78,20 @@ def test_mistakes_are_one_line(dualtoken, command, arguments, message):
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_evaluate_everything(dualtoken, run, tmp_path):
+def test_evaluate_everything(dualtoken, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "available_cores", lambda: 1)  # in this process: no second start of torch
     output = tmp_path / "results"
     code, lines, _ = dualtoken("evaluate", "--run", str(run), "--output", str(output), "--count", "2")
     assert code == 0
     done = json.loads((output / "done.json").read_text())
     assert set(done["seconds"]) == {measure.value for measure in cli.Measure}
-    assert len(lines) == 2 * len(cli.Measure)
+    assert lines[0].startswith("measuring generation, likelihood") and len(lines) == 1 + len(cli.Measure)
     (output / "done.json").unlink()
     dualtoken("evaluate", "layers", "--run", str(run), "--output", str(output))
     assert not (output / "done.json").exists()  # not everything has been measured
+
+
+def test_what_is_wrong_in_a_worker_is_one_line(dualtoken, run, tmp_path):
+    code, _, err = dualtoken("evaluate", "layers", "reconstruction", "--run", str(tmp_path / "nowhere"))
+    assert code == 2
+    assert err.startswith("error: no ") and err.count("\n") == 1
