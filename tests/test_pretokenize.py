@@ -346,6 +346,26 @@ def test_claims(tmp_path: Path) -> None:
     assert Counter(name.startswith(".") for name in names)[True] == 0
 
 
+def test_the_command_with_a_real_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+    from dualtoken.visual_tokenizer_config import preset_config
+
+    torch.manual_seed(0)
+    tokenizer = DualTokenVisualTokenizer(preset_config("tiny")).eval()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    expected = write_inputs(tmp_path / "in", shards=1, samples=5)
+    arguments = ["--inputs", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--local_rank=0"]
+    assert main([*arguments, "--visual-tokenizer", str(tmp_path / "tokenizer"), "--batch-size", "3"]) == 0
+    verify_dataset(tmp_path / "out", tokenizer.fingerprint())
+    samples = list(iterate_shard(tmp_path / "out" / "in-000.tar"))
+    assert [sample.key for sample in samples] == [key for key, reason in expected.items() if not reason]
+    decoder = build_image_decoder(tokenizer.config.image_size)
+    for sample in samples:
+        codes = tokenizer.encode(decoder([picture(int(sample.key[1:]))]).images)
+        assert (sample.codes == codes.numpy()).mean() > 0.98  # alone or in a batch: up to ties
+    assert "5 samples in, 4 out, 1 rejected" in capsys.readouterr().out
+
+
 def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = ["--output", str(tmp_path / "out")]
     assert main(["--inputs", str(tmp_path), "--visual-tokenizer", str(tmp_path / "nowhere"), *output]) == 2

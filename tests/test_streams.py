@@ -10,7 +10,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.structs import ShardInfo
 
+from data_pipeline.shard_reader import PreparedShards
+from data_pipeline.stream_loader import worker_config
 from data_pipeline.streams import (
     DatasetError,
     ImageStreamConfig,
@@ -92,23 +96,26 @@ sys.stdout.write(repr([next(loader).keys for _ in range(12)]))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_state_restored_in_a_new_process_gives_the_same_batches(images: Path, num_workers: int) -> None:
+def test_restored_state_gives_the_same_batches(images: Path, num_workers: int) -> None:
     settings = config(images, num_workers=num_workers)
     loader = image_loader(settings, 3, 1, 2)
     keys(loader, 7)
     state = loader.save_state()
     expected = keys(loader, 12)
+    loader.restore_state(state)
+    assert keys(loader, 12) == expected
     loader.close()
-    root = Path(__file__).parent.parent
-    result = subprocess.run(
-        [sys.executable, "-c", RESUME],
-        input=pickle.dumps((settings, state)),
-        capture_output=True,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        check=True,
-    )
-    assert result.stdout.decode() == repr(expected)
+    if num_workers:
+        root = Path(__file__).parent.parent
+        result = subprocess.run(
+            [sys.executable, "-c", RESUME],
+            input=pickle.dumps((settings, state)),
+            capture_output=True,
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            check=True,
+        )
+        assert result.stdout.decode() == repr(expected)
 
 
 def test_two_workers_read_what_two_ranks_read(images: Path) -> None:
@@ -120,6 +127,23 @@ def test_two_workers_read_what_two_ranks_read(images: Path) -> None:
         assert [next(ranks[step % 2]).keys for step in range(12)] == expected
         for loader in ranks:
             loader.close()
+
+
+@pytest.mark.parametrize("world_size", [128, pytest.param(1024, marks=pytest.mark.slow)])
+def test_many_ranks_divide_many_shards(world_size: int) -> None:
+    shards = [
+        ShardInfo(name=f"{index}.tar", path=EPath("/nowhere"), count=500 + index * 7919 % 1000)
+        for index in range(10_000)
+    ]
+    sizes, end = [], 0
+    for rank in range(world_size):
+        workers = worker_config(rank, world_size, num_workers=4, seed=0)
+        for offsets in PreparedShards.shard_workers(shards, workers, max_samples_per_sequence=100):
+            assert offsets[0] == end  # nothing left out, nothing twice
+            end = offsets[-1]
+            sizes.append(offsets[-1] - offsets[0])
+    assert len(sizes) == 4 * world_size and end == sum(shard.count for shard in shards)
+    assert max(sizes) < 1.01 * min(sizes)
 
 
 def test_state_of_another_setting_is_refused(images: Path) -> None:
