@@ -53,8 +53,8 @@ class _Frame:
 
     def svg(self, label: str) -> str:
         return (
-            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{html.escape(label)}">'
-            f"{''.join(self.parts)}</svg>"
+            f'<svg viewBox="0 0 {self.width} {self.height}" style="max-width:{1.5 * self.width:.0f}px" '
+            f'role="img" aria-label="{html.escape(label)}">{"".join(self.parts)}</svg>'
         )
 
 
@@ -118,7 +118,7 @@ def line_chart(
             f'<line x1="{frame.left}" x2="{width - frame.right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
         )
         frame.text(frame.left - 6, y + 3.5, short(value), "end")
-    for value in x_values if x_values is not None else ticks(min(x_all), max(x_all)):
+    for value in x_values if x_values is not None else ticks(min(x_all), max(x_all), 5):
         anchor = "end" if frame.x(value) > width - frame.right - 12 else "middle"
         frame.text(min(frame.x(value), width - 2), height - 6, short(value), anchor)
     if level:

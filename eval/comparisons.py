@@ -127,7 +127,10 @@ def compare_retrieval(result: dict) -> list[Comparison]:
 
 
 def compare_visual_likelihood(result: dict) -> list[Comparison]:
-    """Negative log-likelihood of every codebook and depth against log K and the codes' frequencies."""
+    """Negative log-likelihood of every codebook and depth against log K and the codes' frequencies.
+
+    For seen pictures, at the first depth, also against the same without the prompt: whether prompts count.
+    """
     rows = []
     for row in result["splits"]["held_out"]["visual"]:
         baselines = [
@@ -136,6 +139,11 @@ def compare_visual_likelihood(result: dict) -> list[Comparison]:
         ]
         title = f"Codes, {row['codebook']} depth {row['depth']}, held-out"
         rows.append(Comparison(title, row["nll"], "nats", baselines, higher_is_better=False))
+    for row in result["splits"]["seen"]["visual"]:
+        if row["depth"] == 1:
+            baselines = [Baseline("the same without the prompt", row["without_prompt"])]
+            title = f"Codes, {row['codebook']} depth 1, seen"
+            rows.append(Comparison(title, row["nll"], "nats", baselines, higher_is_better=False))
     return rows
 
 

@@ -61,7 +61,7 @@ def loss_curves(records: list[dict]) -> list[Curve]:
         if by_depth := OF_A_DEPTH.fullmatch(key):
             if key.startswith(("nll", "codebook")):
                 depths[by_depth[1]].append(trained or validated)
-        elif key.startswith("loss") or validated:
+        elif (key.startswith("loss") or validated) and max(len(trained), len(validated)) > 1:
             series = [Series("training", trained, "a"), Series("held-out", validated, "b", dots=True)]
             curves.append(_curve(key, series))
     for group, lines in depths.items():

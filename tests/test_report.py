@@ -100,7 +100,9 @@ def write_run(folder, measured):
     for job in ("siglip", "tokenizer", "mllm"):
         (folder / job).mkdir()
         lines = [{"step": s, "split": "train", "time": 1.0, "loss/total": 3.0 - s / 10} for s in (1, 2, 3)]
-        lines.append({"step": 3, "split": "val", "time": 1.0, "psnr_db": 20.0, "loss/total": None})
+        lines += [
+            {"step": s, "split": "val", "time": 1.0, "psnr_db": 20.0, "loss/total": None} for s in (2, 3)
+        ]
         text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "spl'
         (folder / job / "metrics.jsonl").write_text(text)
         (folder / job / "done.json").write_text(json.dumps({"job": job, "steps": 3, "wall_seconds": 1.0}))
@@ -213,14 +215,14 @@ def test_every_measure_is_compared():
     groups = compare_all(results())
     assert list(groups) == ["reconstruction", "retrieval", "likelihood", "generation"]
     depths = [row for row in groups["likelihood"] if row.measure.startswith("Codes")]
-    assert len(depths) == 4
+    assert len(depths) == 4 + 2  # every one held out, the first depths of seen pictures
     assert depths[0].baselines[0].value == pytest.approx(math.log(8))
 
 
 def test_curves_leave_out_what_is_no_loss(tmp_path):
     run = write_run(tmp_path / "run", {})
     records = read_metrics(run / "siglip" / "metrics.jsonl")
-    assert len(records) == 4  # the line a kill cut off is not one
+    assert len(records) == 5  # the line a kill cut off is not one
     curves = loss_curves(records)
     assert [curve.name for curve in curves] == ["loss/total", "psnr_db"]
     assert (curves[0].first, curves[0].last) == (2.9, 2.7)
