@@ -10,6 +10,7 @@ from data_pipeline.languages import LANGUAGE_NAMES
 
 _JOINER, _VARIATION = 0x200D, 0xFE0F
 _WOMAN, _MAN, _PERSON, _CHILD, _RIGHTWARDS = 0x1F469, 0x1F468, 0x1F9D1, 0x1F9D2, 0x27A1
+_MIDDLE_FINGER = 0x1F595
 _FEMALE, _MALE = 0x2640, 0x2642
 _HAIR = range(0x1F9B0, 0x1F9B4)
 
@@ -132,6 +133,8 @@ def reason_to_drop(stem: str) -> str | None:
         return "bare shapes"
     if len(codes) == 1 and codes[0] in _HAIR:
         return "components"
+    if codes[0] == _MIDDLE_FINGER:
+        return "rude gestures"
     return None
 
 

@@ -90,7 +90,7 @@ def choose(items: Iterable[T], count: int | None, seed: int = 0) -> list[T]:
 
 
 def load_pictures(folder: Path, image_size: int, count: int | None = None, seed: int = 0) -> Pictures:
-    """Read pictures from image-text shards, resized on the short side and cropped in the middle.
+    """Read pictures from image-text shards, resized to a square as in training and pretokenization.
 
     Args:
         folder: prepared image-text shards.
@@ -110,7 +110,7 @@ def load_pictures(folder: Path, image_size: int, count: int | None = None, seed:
     chosen = choose(samples(), count, seed)
     if not chosen:
         raise ValueError(f"no pictures in {folder}; expected image-text shards")
-    decode = build_image_decoder(image_size, fit="crop")
+    decode = build_image_decoder(image_size)
     images = []
     for start in range(0, len(chosen), READ_BATCH):
         part = chosen[start : start + READ_BATCH]

@@ -11,7 +11,7 @@ from launchers.errors import UserError
 
 
 def read_pictures(paths: Sequence[Path], image_size: int) -> torch.Tensor:
-    """Decode picture files to [N, 3, S, S] in [-1, 1], short side resized and cropped in the middle.
+    """Decode picture files to [N, 3, S, S] in [-1, 1], resized to a square as in training.
 
     Raises:
         UserError: a file is missing or no readable picture; the message names it.
@@ -19,7 +19,7 @@ def read_pictures(paths: Sequence[Path], image_size: int) -> torch.Tensor:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"no such file: {missing[0]}")
-    decode = build_image_decoder(image_size, fit="crop")
+    decode = build_image_decoder(image_size)
     decoded = decode([path.read_bytes() for path in paths])
     if decoded.rejected:
         bad = decoded.rejected[0]

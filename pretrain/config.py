@@ -30,9 +30,28 @@ class ConfigError(ValueError):
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule for one engine; steps are optimizer steps."""
+    """AdamW or Muon and the learning-rate schedule for one engine; steps are optimizer steps.
 
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalizes the update of every
+    matrix and kernel; vectors and `muon_exclude` stay with AdamW. It has its own rate: the spectral norm of
+    an update.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+    # Patterns of names of matrices that map from or to symbols or pixels: they stay with AdamW.
+    muon_exclude: list[str] = field(
+        default_factory=lambda: [
+            "*embedding*",
+            "*embed_tokens*",
+            "*probe*",
+            "*lm_head*",
+            "*classifier*",
+            "*conv_out*",
+        ]
+    )
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.0  # not applied to parameters of one dimension (norms, biases)
@@ -49,6 +68,11 @@ class OptimizerConfig:
             raise ConfigError(
                 f"lr {self.lr}, warmup_steps {self.warmup_steps} and min_lr_ratio {self.min_lr_ratio}: "
                 "expected lr >= 0, warmup_steps >= 0 and min_lr_ratio between 0 and 1"
+            )
+        if self.muon_lr < 0 or not 0 <= self.muon_momentum < 1:
+            raise ConfigError(
+                f"muon_lr {self.muon_lr} and muon_momentum {self.muon_momentum}: expected muon_lr >= 0 and "
+                "muon_momentum in [0, 1)"
             )
 
 
@@ -91,6 +115,11 @@ class JobConfig:
         for name in ("validate_every", "validate_batches", "checkpoint_every", "gradient_clipping", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more")
+        if self.optimizer.name == "muon" and self.gradient_clipping:
+            raise ConfigError(
+                f"gradient_clipping={self.gradient_clipping} with optimizer.name=muon: the updates of Muon have a "
+                "fixed size, which clipping would spoil; set gradient_clipping=0"
+            )
 
     def micro_steps(self, world_size: int) -> int:
         """Micro-batches per rank in one optimizer step.

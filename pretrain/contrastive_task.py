@@ -33,7 +33,7 @@ class VisionTowerConfig:
     patch_size: int = 8
     hidden_size: int = 128
     intermediate_size: int = 512
-    num_hidden_layers: int = 5
+    num_hidden_layers: int = 4
     num_attention_heads: int = 4
 
 

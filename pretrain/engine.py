@@ -28,7 +28,7 @@ import deepspeed
 from deepspeed import DeepSpeedEngine
 
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
-from pretrain.optim import LearningRateSchedule, build_adamw
+from pretrain.optim import LearningRateSchedule, build_optimizer
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
@@ -162,13 +162,16 @@ def _computes_in_bf16(device: torch.device) -> bool:
     return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
 
 
-def deepspeed_settings(config: JobConfig, runtime: Runtime, path: str | None = None) -> dict[str, Any]:
+def deepspeed_settings(
+    config: JobConfig, runtime: Runtime, path: str | None = None, optimizer: OptimizerConfig | None = None
+) -> dict[str, Any]:
     """The DeepSpeed configuration: the JSON file with every "auto" filled from recipe and hardware.
 
     Args:
         config: Job settings; `config.deepspeed` names the file.
         runtime: Ranks and precision.
         path: Another file than the recipe's, for a second engine.
+        optimizer: Other optimizer settings than `config.optimizer`, for a second engine.
 
     Raises:
         ConfigError: the file is missing or not JSON, it sets what the recipe owns, or an "auto" is left over.
@@ -188,6 +191,11 @@ def deepspeed_settings(config: JobConfig, runtime: Runtime, path: str | None = N
                 f'write "auto" in {name}, the recipe owns it'
             )
         settings[key] = value
+    if "reduce_scatter" in settings.get("zero_optimization", {}):
+        # ZeRO-3 with Muon needs the gradients of whole matrices.
+        uses_muon = (optimizer or config.optimizer).name == "muon"
+        if settings["zero_optimization"]["reduce_scatter"] == "auto":
+            settings["zero_optimization"]["reduce_scatter"] = not uses_muon
     use_bf16 = runtime.dtype == torch.bfloat16
     bf16 = settings.setdefault("bf16", {})
     if bf16.get("enabled", "auto") not in ("auto", use_bf16):
@@ -241,7 +249,7 @@ def build_engine(
     optimizer: OptimizerConfig | None = None,
     deepspeed_file: str | None = None,
 ) -> DeepSpeedEngine:
-    """Wrap a model in DeepSpeed with AdamW and the recipe's schedule.
+    """Wrap a model in DeepSpeed with the recipe's optimizer and schedule.
 
     Args:
         model: Module whose trainable parameters are optimized; frozen ones are kept as they are.
@@ -256,12 +264,12 @@ def build_engine(
     from pydantic import ValidationError
 
     optimizer = optimizer or config.optimizer
-    settings = deepspeed_settings(config, runtime, deepspeed_file)
+    settings = deepspeed_settings(config, runtime, deepspeed_file, optimizer)
     try:
         engine, *_ = deepspeed.initialize(
             model=model,
             # Called once DeepSpeed has cast and placed the parameters.
-            optimizer=lambda _parameters: build_adamw(model, optimizer),
+            optimizer=lambda _parameters: build_optimizer(model, optimizer),
             lr_scheduler=lambda base: LearningRateSchedule(base, optimizer, config.steps),
             config=copy.deepcopy(settings),
             dist_init_required=False,
@@ -334,10 +342,13 @@ def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return state
 
 
-def gradient_norm(engine: DeepSpeedEngine) -> float:
-    """Global gradient norm of the last optimizer step, before clipping."""
+def gradient_norm(engine: DeepSpeedEngine) -> float | None:
+    """Global norm of what the last optimizer step was made from, before clipping; None before the first.
+
+    With Muon the updates stand in for the gradients of the matrices.
+    """
     norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else float(norm)
+    return None if norm is None else float(norm)
 
 
 def _read_deepspeed_file(name: str) -> dict[str, Any]:

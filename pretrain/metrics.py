@@ -140,7 +140,7 @@ class MetricsLog:
         self._file.close()
 
     def _line(self, step: int, split: str, numbers: dict[str, float]) -> str:
-        words = [f"{key} {_short(value)}" for key, value in numbers.items()]
+        words = [f"{key} {_short(value)}" for key, value in numbers.items() if not _is_detail(key)]
         return f"{split:5s} {step:>{len(str(self.config.steps))}}/{self.config.steps}  " + "  ".join(words)
 
     def _save_picture(self, step: int, key: str, picture: Tensor) -> Path:
@@ -200,6 +200,11 @@ def _start_wandb(config: JobConfig, run_dir: Path) -> Any:
         config=OmegaConf.to_container(OmegaConf.create(config_as_yaml(config))),
         settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
     )
+
+
+def _is_detail(key: str) -> bool:
+    """Whether a figure is one of many of its kind (by depth, codebook, ...): left out of the printed line."""
+    return key.startswith(("codebook_", "nll_", "accuracy_"))
 
 
 def _is_picture(value: Any) -> bool:

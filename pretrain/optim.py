@@ -1,4 +1,4 @@
-"""Parameter groups of AdamW and the learning-rate schedule, a pure function of the step."""
+"""Parameter groups of AdamW and Muon, and the learning-rate schedule, a pure function of the step."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.config import ConfigError, OptimizerConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by learning rate and weight decay (none for those of one dimension).
+    """Trainable parameters by optimizer, learning rate and weight decay (none for those of one dimension).
 
     Frozen parameters are in no group and get no optimizer state.
 
     Raises:
         ConfigError: nothing is trainable, or a pattern of `lr_scales` fits no trainable parameter.
     """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[bool, float, float], dict[str, Any]] = {}
     unused = set(config.lr_scales)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -29,9 +29,12 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         unused.discard(pattern)
         scale = 1.0 if pattern is None else config.lr_scales[pattern]
         # Under ZeRO-3 construction a parameter is an empty placeholder; its true shape is in ds_shape.
-        decay = config.weight_decay if len(getattr(parameter, "ds_shape", parameter.shape)) > 1 else 0.0
-        empty = {"params": [], "weight_decay": decay, "lr_scale": scale}
-        groups.setdefault((scale, decay), empty)["params"].append(parameter)
+        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        decay = config.weight_decay if is_matrix else 0.0
+        excluded = any(fnmatch.fnmatchcase(name, pattern) for pattern in config.muon_exclude)
+        parameter.use_muon = config.name == "muon" and is_matrix and not excluded  # DeepSpeed reads this
+        empty = {"params": [], "weight_decay": decay, "lr_scale": scale, "use_muon": parameter.use_muon}
+        groups.setdefault((parameter.use_muon, scale, decay), empty)["params"].append(parameter)
     if not groups:
         raise ConfigError(f"{type(model).__name__} has no trainable parameter: every part of it is frozen")
     if unused:
@@ -54,10 +57,42 @@ def freeze_parameters(model: nn.Module, patterns: list[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; fused, because ZeRO hands it one flat tensor per group."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW, or Muon for matrices and AdamW for the rest, over the trainable parameters.
+
+    AdamW is fused, because ZeRO hands it one flat tensor per group. Muon is DeepSpeed's, whose ZeRO levels
+    orthogonalize whole matrices although each rank keeps a part of them.
+    """
     groups = parameter_groups(model, config)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+    settings = {"betas": tuple(config.betas), "eps": config.eps, "fused": True}
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, **settings)
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    _let_muon_take_kernels()
+    return MuonWithAuxAdam(groups, torch.optim.AdamW, settings)
+
+
+def _let_muon_take_kernels() -> None:
+    """Make DeepSpeed's Muon see a kernel `[out, in, h, w]` as the matrix `[out, in * h * w]`.
+
+    DeepSpeed 0.19.8 flattens it halfway only: its last line broadcasts the two-dimensional update against
+    the four-dimensional gradient.
+    """
+    from deepspeed.runtime.zero.muon import original_muon
+
+    update_of_matrix = original_muon.muon_update
+    if getattr(update_of_matrix, "takes_kernels", False):
+        return
+
+    def muon_update(grad: Tensor, momentum: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if grad.ndim != 4:
+            return update_of_matrix(grad, momentum, *args, **kwargs)
+        update = update_of_matrix(grad.flatten(1), momentum.view(len(grad), -1), *args, **kwargs)
+        return update.reshape(grad.shape)
+
+    muon_update.takes_kernels = True
+    original_muon.muon_update = muon_update
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:
@@ -84,17 +119,23 @@ class LearningRateSchedule:
         self.config = config
         self.total_steps = total_steps
         self.steps_taken = 0
-        self.groups = [(group["lr_scale"], group["weight_decay"]) for group in optimizer.param_groups]
+        names = ("use_muon", "lr_scale", "weight_decay")
+        self.groups = [tuple(group[name] for name in names) for group in optimizer.param_groups]
         self.apply()
 
     def apply(self) -> None:
         """Write this step's learning rate and the recipe's settings into the optimizer."""
         factor = learning_rate_factor(self.steps_taken, self.config, self.total_steps)
-        for group, (scale, weight_decay) in zip(self.optimizer.param_groups, self.groups, strict=True):
-            group["lr"] = self.config.lr * scale * factor
-            group["betas"] = tuple(self.config.betas)
-            group["eps"] = self.config.eps
+        groups = zip(self.optimizer.param_groups, self.groups, strict=True)
+        for group, (use_muon, scale, weight_decay) in groups:
             group["weight_decay"] = weight_decay
+            if use_muon:
+                group["lr"] = self.config.muon_lr * scale * factor
+                group["momentum"] = self.config.muon_momentum
+            else:
+                group["lr"] = self.config.lr * scale * factor
+                group["betas"] = tuple(self.config.betas)
+                group["eps"] = self.config.eps
 
     def step(self) -> None:
         """Go on by one optimizer step; DeepSpeed does not call it for a step that it skipped."""

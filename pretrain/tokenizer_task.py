@@ -51,6 +51,7 @@ class TokenizerLossConfig:
 
     mse: float = 5.0
     perceptual: float = 1.0
+    perceptual_start_step: int = 0
     gan: float = 0.75
     commitment: float = 5.0
     semantic_tokens: float = 5.0
@@ -193,7 +194,7 @@ class TokenizerTask:
         mse = F.mse_loss(picture, images.float())
         loss = weights.mse * mse
         metrics = {"loss/mse": mse}
-        if self.perceptual is not None:
+        if self.perceptual is not None and self.runtime.step >= weights.perceptual_start_step:
             metrics["loss/perceptual"] = self.perceptual(picture, images.float())
             loss = loss + weights.perceptual * metrics["loss/perceptual"]
         (gradient,) = torch.autograd.grad(loss, picture)
@@ -292,7 +293,7 @@ def build_visual_tokenizer(config: TokenizerModelConfig) -> DualTokenVisualToken
 
 def codebook_figures(branch: str, stats: QuantizerStats) -> dict[str, float]:
     """Name a codebook's statistics of one step for the log, by branch and depth."""
-    figures: dict[str, float] = {}
+    figures: dict[str, float] = {f"codebook_{branch}/usage": stats.codebook_usage}
     for depth, (usage, perplexity) in enumerate(zip(stats.usage, stats.perplexity), start=1):
         figures[f"codebook_{branch}/usage_{depth}"] = usage
         figures[f"codebook_{branch}/perplexity_{depth}"] = perplexity

@@ -219,7 +219,7 @@ class Trainer:
             "Lower optimizer.lr, or look at the data of this step"
         )
 
-    def _per_engine(self, name: str, figure: Callable[[DeepSpeedEngine], float]) -> dict[str, float]:
+    def _per_engine(self, name: str, figure: Callable[[DeepSpeedEngine], Any]) -> dict[str, Any]:
         engines = self.task.engines
         keys = {key: f"{name}/{key}" if len(engines) > 1 else name for key in engines}
         return {keys[key]: figure(engine) for key, engine in engines.items()}
@@ -229,6 +229,7 @@ class Trainer:
 
     def _engine_figures(self) -> dict[str, float]:
         figures = self._per_engine("gradient_norm", gradient_norm)
+        figures = {key: norm for key, norm in figures.items() if norm is not None}
         if self._skipped_steps():
             figures["skipped_steps"] = self._skipped_steps()
         return figures

@@ -109,13 +109,13 @@ def losses_of_plain_torch(folder: Path) -> tuple[list[float], dict]:
     """The same in one process, without DeepSpeed and without exchange between ranks."""
     from pretrain.contrastive_task import ContrastiveModel, build_siglip
     from pretrain.engine import seed_everything
-    from pretrain.optim import build_adamw, learning_rate_factor
+    from pretrain.optim import build_optimizer, learning_rate_factor
 
     # Of the task only what reads a batch is used.
     config, runtime, task = build(words(folder, "plain"))
     seed_everything(config.seed)
     model = ContrastiveModel(build_siglip(config, task.text_tokenizer), rank=0, world_size=1)
-    optimizer = build_adamw(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer)
     loader = iter(image_batches(folder))
     losses = []
     for step in range(4):

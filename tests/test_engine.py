@@ -11,7 +11,7 @@ from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.engine import Runtime, choose_precision, deepspeed_settings
 from pretrain.optim import (
     LearningRateSchedule,
-    build_adamw,
+    build_optimizer,
     freeze_parameters,
     learning_rate_factor,
     parameter_groups,
@@ -118,12 +118,12 @@ def test_learning_rate():
 
 def test_changed_settings_win_over_saved_ones():
     model = nn.Linear(2, 2)
-    old = build_adamw(model, OptimizerConfig(lr=1.0, weight_decay=0.5))
+    old = build_optimizer(model, OptimizerConfig(lr=1.0, weight_decay=0.5))
     schedule = LearningRateSchedule(old, OptimizerConfig(lr=1.0, weight_decay=0.5), 10)
     for _ in range(5):
         schedule.step()
     config = OptimizerConfig(lr=0.1, betas=[0.5, 0.6], weight_decay=0.2, lr_scales={"bias": 0.5})
-    new = build_adamw(model, config)
+    new = build_optimizer(model, config)
     resumed = LearningRateSchedule(new, config, 10)
     resumed.load_state_dict(schedule.state_dict())
     new.load_state_dict(old.state_dict())

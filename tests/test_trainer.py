@@ -94,13 +94,13 @@ def plain_torch() -> list[tuple[float, float]]:
     """Loss and gradient norm of every step, on the whole batch in one process, without DeepSpeed."""
     from pretrain.config import load_job_config
     from pretrain.engine import seed_everything
-    from pretrain.optim import build_adamw, learning_rate_factor
+    from pretrain.optim import build_optimizer, learning_rate_factor
     from tests.toy_task import ToyLoader, ToyModel
 
     config = load_job_config([*TOY, "run_dir=unused"], world_size=1)
     seed_everything(config.seed)
     model = ToyModel(config.width)
-    optimizer = build_adamw(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer)
     found = []
     for step in range(config.steps):
         for group in optimizer.param_groups:
