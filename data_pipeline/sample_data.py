@@ -149,7 +149,7 @@ def make_sample_data(
     held_out: float = 0.1,
     seed: int = 0,
     languages: Sequence[str] = ("en", "de", "es"),
-    samples_per_shard: int = 256,
+    samples_per_shard: int = 64,
     num_ranks: int | None = 8184,
     progress: bool = True,
 ) -> SampleDataSummary:

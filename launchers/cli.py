@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Pretrain and use vision-language models with dual visual vocabularies.\n\n"
     "Start with [bold]dualtoken quickstart[/]: on a laptop it trains everything small, on sample drawings, "
-    "and writes a report in 15 to 30 minutes. The other commands then work on its results in "
+    "and writes a report in about a quarter of an hour. The other commands then work on its results in "
     "runs/quickstart; options point them elsewhere.",
 )
 
@@ -115,7 +115,9 @@ def train(
 
 @app.command(rich_help_panel="Train")
 def pretokenize(
-    inputs: Annotated[list[Path] | None, typer.Argument(help="Folders of image-text shards.")] = None,
+    inputs: Annotated[
+        list[Path] | None, typer.Argument(help="Image-text shards: folders, tars, patterns.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the dual-code shards.")] = RUN / "codes" / "train",
     visual_tokenizer: TokenizerOption = TOKENIZER,
     ranks: RanksOption = None,
@@ -125,11 +127,10 @@ def pretokenize(
     Example: [bold]dualtoken pretokenize data/images --output data/codes[/]
     """
     from launchers.processes import deepspeed_command, default_ranks
-    from launchers.quickstart import pretokenize_arguments
+    from launchers.quickstart import learned_shard, pretokenize_arguments
 
     ranks = ranks or default_ranks()
-    folders = inputs or [RUN / "sample_data" / "images" / "train"]
-    arguments = pretokenize_arguments(folders, visual_tokenizer, output)
+    arguments = pretokenize_arguments(inputs or [learned_shard(RUN)], visual_tokenizer, output)
     _run(deepspeed_command("data_pipeline.pretokenize", arguments, ranks), ranks)
 
 
@@ -155,15 +156,15 @@ def generate(
     model: ModelOption = MODEL,
     visual_tokenizer: TokenizerOption = TOKENIZER,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("generated"),
-    guidance_scale: Annotated[float, typer.Option(help="How closely to follow the prompt; 1 is off.")] = 3.0,
-    temperature: Annotated[float, typer.Option(help="Spread of the sampling; 0 takes the likeliest.")] = 1.0,
+    guidance_scale: Annotated[float, typer.Option(help="How closely to follow the prompt; 1 is off.")] = 1.5,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest code, 1 samples.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among that many codes; 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest codes of this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Another seed, another picture.")] = 0,
 ) -> None:
     """Draw pictures for prompts.
 
-    Example: [bold]dualtoken generate "red apple" "gato" --guidance-scale 4[/]
+    Example: [bold]dualtoken generate "purple circle" "alarm clock" --guidance-scale 2[/]
     """
     from launchers.use import generate_files
 
@@ -246,6 +247,7 @@ def main() -> None:
 
     With DUALTOKEN_TRACEBACK=1 in the environment errors keep their traceback.
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of defaults in its own configs
     try:
         code = app(standalone_mode=False)
     except KeyboardInterrupt:

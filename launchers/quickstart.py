@@ -85,6 +85,11 @@ def pretokenize_arguments(inputs: Sequence[Path], visual_tokenizer: Path, output
     ]
 
 
+def learned_shard(root: Path) -> Path:
+    """The image-text shard whose pictures the quickstart's unified model learns."""
+    return root / "sample_data" / "images" / "train" / "shard-000000.tar"
+
+
 def relocated_settings(recipe: str, root: Path) -> list[str]:
     """Words that point the paths in a recipe, written for `runs/quickstart`, below another folder."""
     from omegaconf import OmegaConf
@@ -119,8 +124,8 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
         arguments = [f"recipe={recipe}", f"run_dir={run_dir}", *relocated_settings(recipe, root)]
         return tuple(processes.deepspeed_command("pretrain.train", arguments, ranks))
 
-    def pretokenize(split: str) -> list[str]:
-        return pretokenize_arguments([data / "images" / split], tokenizer / "export", codes / split)
+    def pretokenize(split: str, shards: Path) -> list[str]:
+        return pretokenize_arguments([shards], tokenizer / "export", codes / split)
 
     return [
         Step(
@@ -147,19 +152,22 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
         ),
         Step(
             "pretokenize-train",
-            "the training pictures as codes",
-            tuple(processes.deepspeed_command("data_pipeline.pretokenize", pretokenize("train"), ranks)),
+            "one shard of training pictures as codes: as many as a small model learns well in minutes",
+            ("python", "-m", "data_pipeline.pretokenize", *pretokenize("train", learned_shard(root))),
             codes / "train" / "dataset.json",
             ("sample-data", "tokenizer"),
-            ranks,
         ),
         Step(
             "pretokenize-val",
             "the held-out pictures as codes",
-            # One shard: no work for a second rank.
-            ("python", "-m", "data_pipeline.pretokenize", *pretokenize("val")),
+            tuple(
+                processes.deepspeed_command(
+                    "data_pipeline.pretokenize", pretokenize("val", data / "images" / "val"), ranks
+                )
+            ),
             codes / "val" / "dataset.json",
             ("sample-data", "tokenizer"),
+            ranks,
         ),
         Step(
             "mllm",

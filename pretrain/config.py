@@ -117,8 +117,8 @@ class JobConfig:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more")
         if self.optimizer.name == "muon" and self.gradient_clipping:
             raise ConfigError(
-                f"gradient_clipping={self.gradient_clipping} with optimizer.name=muon: the updates of Muon have a "
-                "fixed size, which clipping would spoil; set gradient_clipping=0"
+                f"gradient_clipping={self.gradient_clipping} with optimizer.name=muon: the updates of Muon "
+                "have a fixed size, which clipping would spoil; set gradient_clipping=0"
             )
 
     def micro_steps(self, world_size: int) -> int:

@@ -233,9 +233,7 @@ class ContrastiveTask:
             captions = [batch.captions[place] for place in places]
             # The first language, so that a figure does not depend on a draw.
             texts = [next(iter(by_language.values()), "") for by_language in captions]
-            output = self.siglip(
-                input_ids=self.tokenize(texts), pixel_values=images.to(self.runtime.dtype)
-            )
+            output = self.siglip(input_ids=self.tokenize(texts), pixel_values=images.to(self.runtime.dtype))
             embeds = output.image_embeds.float().cpu(), output.text_embeds.float().cpu()
             features += list(zip(*embeds, texts, strict=True))
             if len(features) >= per_rank:

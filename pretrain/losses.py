@@ -45,9 +45,7 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.float().mean()
 
 
-def last_layer_gradient(
-    decoder_features: Tensor, kernel_shape: torch.Size, image_gradient: Tensor
-) -> Tensor:
+def last_layer_gradient(decoder_features: Tensor, kernel_shape: torch.Size, image_gradient: Tensor) -> Tensor:
     """Return the gradient of a loss with respect to the decoder's last convolution kernel (3x3, padding 1).
 
     The kernel's gradient follows from the loss's gradient at the *image*, so neither a second backward pass

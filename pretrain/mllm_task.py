@@ -40,9 +40,7 @@ class MllmModelConfig:
 
     visual_tokenizer: str = MISSING  # folder of an exported visual tokenizer: codebooks and geometry
     text_tokenizer: str = MISSING  # folder of a tokenizer that has the image tokens
-    llm: str | None = (
-        None  # folder or hub name of a base language model; else `llm_config`
-    )
+    llm: str | None = None  # folder or hub name of a base language model; else `llm_config`
     llm_config: dict[str, Any] = field(default_factory=dict)  # with `model_type`
     heads: dict[str, Any] = field(default_factory=dict)  # fields of DualTokenConfig
     init_from: str | None = None  # an exported unified model to go on from (the previous phase)
@@ -74,6 +72,11 @@ class MllmTask:
 
     def __init__(self, config: MllmJobConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
+        if not Path(config.model.text_tokenizer).is_dir():
+            raise ConfigError(
+                f"model.text_tokenizer={config.model.text_tokenizer}: expected a folder with a Hugging Face "
+                "tokenizer that has the image tokens, such as `dualtoken sample-data` makes"
+            )
         self.text_tokenizer = AutoTokenizer.from_pretrained(config.model.text_tokenizer)
         self.special = SpecialTokens.from_tokenizer(self.text_tokenizer)
         self.model = self.build_model()

@@ -74,7 +74,7 @@ def parses(arguments):
         (["train", "quickstart_tokenizer", "stepz=3"], "unknown key 'stepz' (did you mean 'steps'?)"),
         (
             ["train", "quickstart_tokenizer", "micro_batch_size=7", "--ranks", "2"],
-            "global_batch_size=16 cannot",
+            "global_batch_size=8 cannot",
         ),
         (["report", "--run", "nowhere"], "nothing to report in nowhere"),
         (["reconstruct", "x.png", "--visual-tokenizer", "nowhere"], "no visual tokenizer in nowhere"),

@@ -46,9 +46,9 @@ def write_text_tokenizer(folder: Path) -> None:
     vocabulary = {word: number for number, word in enumerate(["<pad>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(
+        folder
+    )
 
 
 def words(folder: Path, run: str, *more: str) -> list[str]:

@@ -19,9 +19,10 @@ from pretrain.optim import (
 from tests.distributed import run_function
 
 
-def job(deepspeed: str = "zero1.json", precision: str = "auto", batch: int = 8) -> JobConfig:
+def job(deepspeed: str = "zero1.json", precision: str = "auto", batch: int = 8, **changes) -> JobConfig:
+    settings = {"steps": 10, "micro_batch_size": 2, "gradient_clipping": 0.5, **changes}
     return JobConfig(
-        "toy", "unused", 10, batch, 2, deepspeed=deepspeed, precision=precision, gradient_clipping=0.5
+        "toy", "unused", global_batch_size=batch, deepspeed=deepspeed, precision=precision, **settings
     )
 
 
@@ -105,6 +106,27 @@ def test_parameter_groups():
         parameter_groups(model, OptimizerConfig())
 
 
+def test_muon_takes_matrices_and_kernels():
+    model = nn.ModuleDict({"up": nn.Linear(3, 2), "kernel": nn.Conv2d(3, 2, 3), "lm_head": nn.Linear(2, 5)})
+    config = OptimizerConfig(name="muon", lr=0.1, muon_lr=0.5, weight_decay=0.2, warmup_steps=2)
+    optimizer = build_optimizer(model, config)
+    taken = {
+        name: group["use_muon"]
+        for group in optimizer.param_groups
+        for name, parameter in model.named_parameters()
+        if any(parameter is other for other in group["params"])
+    }
+    assert {name for name, use_muon in taken.items() if use_muon} == {"up.weight", "kernel.weight"}
+    assert len(taken) == 6
+    LearningRateSchedule(optimizer, config, 10)
+    rates = {group["use_muon"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {True: 0.25, False: 0.05}
+    with pytest.raises(ConfigError, match="gradient_clipping=1.0 with optimizer.name=muon"):
+        job(optimizer=config, gradient_clipping=1.0)
+    with pytest.raises(ConfigError, match="muon_momentum 1.0"):
+        OptimizerConfig(name="muon", muon_momentum=1.0)
+
+
 def test_learning_rate():
     config = OptimizerConfig(warmup_steps=4, min_lr_ratio=0.1)
     factors = [learning_rate_factor(step, config, 24) for step in range(25)]
@@ -132,6 +154,98 @@ def test_changed_settings_win_over_saved_ones():
     assert resumed.get_lr() == pytest.approx([0.05, 0.025])
     assert [group["betas"] for group in new.param_groups] == [(0.5, 0.6)] * 2
     assert [group["weight_decay"] for group in new.param_groups] == [0.2, 0.0]
+
+
+class Painter(nn.Module):
+    """Matrices, kernels of both sizes, and matrices in a stack, as the two models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(12, 48)
+        self.kernel = nn.Conv2d(3, 8, 3, padding=1)
+        self.point_kernel = nn.Conv2d(8, 16, 1)
+        self.stack = nn.Parameter(0.1 * torch.randn(2, 16, 16))
+        self.lm_head = nn.Linear(16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.kernel(torch.tanh(self.project(x)).view(-1, 3, 4, 4))
+        hidden = torch.tanh(self.point_kernel(hidden)).mean(dim=(2, 3))
+        for matrix in self.stack:
+            hidden = hidden + torch.tanh(hidden @ matrix.T)
+        return self.lm_head(hidden)
+
+
+MUON = OptimizerConfig(name="muon", muon_lr=0.05, lr=1e-2, warmup_steps=3, weight_decay=0.1)
+MUON_STEPS = 6
+
+
+def painter_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+    return x, x.square().sum(1, keepdim=True).sin()
+
+
+def orthogonalized(gradient: torch.Tensor) -> torch.Tensor:
+    """Five steps of the quintic Newton-Schulz iteration, as Jordan's text has them."""
+    x = gradient / gradient.norm()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def plain_muon() -> list[float]:
+    """Losses of Muon and AdamW written out, without DeepSpeed, on the whole batch."""
+    torch.manual_seed(0)
+    model = Painter()
+    matrices = {
+        name: p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith("lm_head")
+    }
+    momenta = {name: torch.zeros_like(p) for name, p in matrices.items()}
+    rest = [p for name, p in model.named_parameters() if name not in matrices]
+    decayed = [model.lm_head.weight]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": 0.1},
+            {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        betas=tuple(MUON.betas),
+    )
+    losses = []
+    for step in range(MUON_STEPS):
+        factor = learning_rate_factor(step, MUON, 30)
+        for group in adamw.param_groups:
+            group["lr"] = MUON.lr * factor
+        x, y = painter_batch(step)
+        loss = (model(x) - y).square().mean()
+        model.zero_grad()
+        loss.backward()
+        adamw.step()
+        with torch.no_grad():
+            for name, p in matrices.items():
+                momenta[name].lerp_(p.grad, 0.05)
+                update = p.grad.lerp(momenta[name], 0.95)
+                parts = update if name == "stack" else update.flatten(1)[None]
+                rows, columns = parts.shape[1:]
+                parts = torch.stack([orthogonalized(part) for part in parts]) * max(1, rows / columns) ** 0.5
+                p.mul_(1 - MUON.muon_lr * factor * 0.1).sub_(MUON.muon_lr * factor * parts.view(p.shape))
+        losses.append(loss.item())
+    return losses
+
+
+def muon_losses(here, deepspeed_file: str) -> list[float]:
+    """Losses of the same training in an engine, each rank with its half of the batch."""
+    from pretrain.engine import backward_and_step, build_engine
+
+    torch.manual_seed(0)
+    config = job(deepspeed_file, optimizer=MUON, gradient_clipping=0.0, steps=30, micro_batch_size=4)
+    engine = build_engine(Painter(), config, here)
+    losses = []
+    for step in range(MUON_STEPS):
+        x, y = (part.chunk(2)[here.rank] for part in painter_batch(step))
+        loss = (engine(x) - y).square().mean()
+        backward_and_step(engine, loss)
+        losses.append(loss.item())
+    return losses
 
 
 def engines_on_two_ranks(folder: Path) -> dict:
@@ -190,6 +304,9 @@ def engines_on_two_ranks(folder: Path) -> dict:
                 assert state == {}
 
     here.dtype = torch.float32
+    here.micro_steps = 1
+    sharded_muon = write(folder / str(rank), zero_optimization=small | {"reduce_scatter": "auto"})
+    found["muon"] = {level: muon_losses(here, level) for level in ("zero1.json", "zero2.json", sharded_muon)}
     try:
         wrong = write(folder / str(rank), zero_optimization={"stage": 1, "bucket": 3})
         build_engine(nn.Linear(2, 2), job(wrong), here)
@@ -225,6 +342,14 @@ def test_sharded_construction_keeps_initialisation(two_ranks):
     assert weight.shape == (48, 32)
     assert 0.015 < weight.std() < 0.025  # transformers' 0.02, not torch's 0.1
     assert (state["model.norm.weight"] == 1).all()
+
+
+def test_muon_equals_the_formula_under_every_zero_level(two_ranks):
+    expected = plain_muon()
+    assert expected[-1] != pytest.approx(expected[0], rel=0.05)  # it moves
+    for losses in zip(*(found["muon"].values() for found in two_ranks), strict=True):
+        over_ranks = [sum(step) / 2 for step in zip(*losses, strict=True)]
+        assert over_ranks == pytest.approx(expected, rel=2e-4)
 
 
 def test_unknown_key_in_the_json(two_ranks):

@@ -35,9 +35,7 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         record["step"]: {
-            k: v
-            for k, v in record.items()
-            if k.startswith(("loss", "nll")) and k != "loss/total"
+            k: v for k, v in record.items() if k.startswith(("loss", "nll")) and k != "loss/total"
         }
         for record in records
         if record["split"] == "train"

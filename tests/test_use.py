@@ -48,14 +48,19 @@ def test_generate(dualtoken, tmp_path):
     def pixels(name):
         return (tmp_path / "generated" / name).read_bytes()
 
-    code, lines, _ = dualtoken("generate", "red", "blue", "--guidance-scale", "2", "--seed", "3")
+    sampled = ("--guidance-scale", "2", "--temperature", "1")
+    code, lines, _ = dualtoken("generate", "red", "blue", *sampled, "--seed", "3")
     assert code == 0
     assert lines == ["'red' -> generated/red.png", "'blue' -> generated/blue.png"]
     # The same batch: rounding differs between batch sizes, and a draw on the border with it.
-    dualtoken("generate", "red", "blue", "--guidance-scale", "2", "--seed", "3")
+    dualtoken("generate", "red", "blue", *sampled, "--seed", "3")
     assert pixels("red.png") == pixels("red-2.png")
-    dualtoken("generate", "red", "blue", "--guidance-scale", "2", "--seed", "4")
+    dualtoken("generate", "red", "blue", *sampled, "--seed", "4")
     assert pixels("red.png") != pixels("red-3.png")
+    # By default the likeliest codes: the seed does not matter.
+    for seed in ("3", "4"):
+        dualtoken("generate", "a circle", "--seed", seed)
+    assert pixels("a-circle.png") == pixels("a-circle-2.png")
 
 
 def test_caption(dualtoken):
