@@ -191,6 +191,78 @@ def caption(
         say(line)
 
 
+@app.command("analyze-layers", rich_help_panel="Measure")
+def analyze_layers(
+    images: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
+    backbone: Annotated[Path, typer.Option(help="SigLIP model, a folder.")] = RUN / "siglip" / "export",
+    count: Annotated[int, typer.Option(min=1, help="Pictures at most.")] = 1000,
+    output: Annotated[Path, typer.Option("--out", help="Folder for layers.json and layers.png.")] = Path(
+        "layers"
+    ),
+) -> None:
+    """Compare a SigLIP's layers on pictures; proposes which to read for pixels and which for meaning.
+
+    Example: [bold]dualtoken analyze-layers photos/ --backbone models/siglip[/]
+    """
+    from launchers.convert import analyze_layers as analyze
+
+    for line in analyze(backbone, images, count, output):
+        say(line)
+
+
+convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints from and to other layouts.")
+app.add_typer(convert, name="convert", rich_help_panel="Use")
+
+
+class Layout(StrEnum):
+    """Layouts of a visual tokenizer that are not our own."""
+
+    RELEASED = "released"
+
+
+@convert.command("tokenizer")
+def convert_tokenizer(
+    output: Annotated[Path, typer.Option("--out", help="New folder for the result.")],
+    source: Annotated[
+        Layout | None, typer.Option("--from", help="Layout of --config and --checkpoint.", show_default=False)
+    ] = None,
+    target: Annotated[
+        Layout | None, typer.Option("--to", help="Layout to write --model in.", show_default=False)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="With --from: its config.json.", show_default=False)
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="With --from: its epoch_N.pt.", show_default=False)
+    ] = None,
+    backbone_config: Annotated[
+        Path | None,
+        typer.Option(help="With --from: the SigLIP's config, if not where --config says.", show_default=False),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="With --to: an exported visual tokenizer.", show_default=False)
+    ] = None,
+) -> None:
+    """Convert a visual tokenizer from the layout of the released DualToken checkpoints, or back to it.
+
+    Example: [bold]dualtoken convert tokenizer --from released --config config.json --checkpoint epoch_20.pt
+    --out tokenizer[/]
+    """
+    from launchers.convert import tokenizer_from_released, tokenizer_to_released
+
+    if source and config and checkpoint and not target and not model:
+        lines = tokenizer_from_released(config, checkpoint, backbone_config, output)
+    elif target and model and not source and not config and not checkpoint:
+        lines = tokenizer_to_released(model, output)
+    else:
+        raise UserError(
+            "expected either --from released --config FILE --checkpoint FILE or --to released "
+            "--model FOLDER, and --out FOLDER"
+        )
+    for line in lines:
+        say(line)
+
+
 @app.command(rich_help_panel="Measure")
 def evaluate(
     measures: Annotated[list[Measure] | None, typer.Argument(help="What to measure; all by default.")] = None,

@@ -18,7 +18,7 @@ from dualtoken.backbone import FrozenTeacher
 from dualtoken.quantizer import QuantizerStats
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer, VisualTokenizerOutput
 from dualtoken.visual_tokenizer_config import preset_config
-from pretrain.config import JobConfig, OptimizerConfig
+from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.discriminator import DiscriminatorConfig, PatchDiscriminator
 from pretrain.engine import Runtime, backward_and_step, build_engine, count_parameters, full_state_dict
 from pretrain.image_input import ImageInput, ImageInputConfig
@@ -53,7 +53,8 @@ class TokenizerLossConfig:
     perceptual: float = 1.0
     perceptual_start_step: int = 0
     gan: float = 0.75
-    commitment: float = 5.0
+    commitment_pixel: float = 5.0
+    commitment_semantic: float = 5.0
     semantic_tokens: float = 5.0
     semantic_tokens_mse: float = 1.0  # share of the MSE inside (MSE - cosine); 0 leaves the cosine alone
     pooled: float = 1.0
@@ -78,6 +79,7 @@ class TokenizerJobConfig(JobConfig):
     images: ImageInputConfig = field(default_factory=ImageInputConfig)
     # Patterns of parameter names; the released joint phase trains everything but text tower and logit scale.
     frozen: list[str] = field(default_factory=lambda: ["backbone.text_model.*", "backbone.logit_*"])
+    frozen_codebooks: list[str] = field(default_factory=list)  # of "pixel", "semantic" ("merged")
     data: ImageStreamConfig = MISSING
     validation_data: ImageStreamConfig | None = None
 
@@ -89,6 +91,7 @@ class TokenizerTask:
         self.config, self.runtime = config, runtime
         self.tokenizer = build_visual_tokenizer(config.model)
         freeze_parameters(self.tokenizer, config.frozen)
+        freeze_codebooks(self.tokenizer, config.frozen_codebooks)
         kernel_shape = self.tokenizer.last_layer.weight.shape  # ZeRO may flatten it later
         self.teacher = FrozenTeacher.from_pretrained(
             config.model.backbone, semantic_layer=self.tokenizer.config.semantic_layer
@@ -170,9 +173,11 @@ class TokenizerTask:
             output.semantic_features, teacher.semantic_features, weights.semantic_tokens_mse
         )
         pooled = semantic_distillation_loss(output.pooled, teacher.pooled)
-        commitment = output.commitment_loss_pixel + output.commitment_loss_semantic
         feature_loss = (
-            weights.semantic_tokens * semantic + weights.pooled * pooled + weights.commitment * commitment
+            weights.semantic_tokens * semantic
+            + weights.pooled * pooled
+            + weights.commitment_pixel * output.commitment_loss_pixel
+            + weights.commitment_semantic * output.commitment_loss_semantic
         )
         # The image losses enter through their gradient at the picture: the adaptive weight needs that
         # gradient before the backward pass, and DeepSpeed allows one backward pass per forward pass.
@@ -289,6 +294,19 @@ def build_visual_tokenizer(config: TokenizerModelConfig) -> DualTokenVisualToken
     return DualTokenVisualTokenizer.from_backbone(
         preset_config(config.preset, **config.overrides), config.backbone
     )
+
+
+def freeze_codebooks(tokenizer: DualTokenVisualTokenizer, names: list[str]) -> None:
+    """Keep codebooks as they are: no statistics, no updates, no restarts.
+
+    Raises:
+        ConfigError: the tokenizer has no codebook of that name.
+    """
+    quantizers = tokenizer.quantizers()
+    for name in names:
+        if name not in quantizers:
+            raise ConfigError(f"frozen_codebooks: {name!r} is none of {', '.join(quantizers)}")
+        quantizers[name].frozen = True
 
 
 def codebook_figures(branch: str, stats: QuantizerStats) -> dict[str, float]:

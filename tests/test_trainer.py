@@ -84,6 +84,10 @@ def scenarios_on_two_ranks(folder: Path) -> dict[str, list[str]]:
     bf16 = ["precision=bf16", "noise=true"]
     run("bf16/whole", "zero3", bf16)
     run("bf16/resumed", "zero3", [*bf16, "signal_at_step=2"], [*bf16, "seed=1"])
+    muon = ["noise=true", "optimizer.name=muon", "gradient_clipping=0"]
+    for level in ("zero2", "zero3"):
+        run(f"{level}/muon", level, muon)
+        run(f"{level}/muon_resumed", level, [*muon, "signal_at_step=3"], [*muon, "seed=1"])
     run("offload", "zero3_offload", ["steps=3"])
     run("killed", "zero3", [*EXACT, "checkpoint_every=2"])
     run("wandb", "zero1", ["steps=2", "log_every=2", "wandb.mode=offline"], ["steps=3", "wandb.mode=offline"])
@@ -195,6 +199,16 @@ def test_gradients_that_are_not_finite_are_skipped(runs, level):
     # The step that was dropped moved neither parameters nor the schedule.
     assert skipped[4]["lr"] == skipped[3]["lr"] == plain[3]["lr/model"]
     assert skipped[2]["loss/model"] == plain[2]["loss/model"]
+
+
+@pytest.mark.parametrize("level", ["zero2", "zero3"])
+def test_muon_goes_on_exactly(runs, level):
+    folder, ended = runs
+    assert ended[f"{level}/muon"] == ["finished"]
+    assert ended[f"{level}/muon_resumed"] == ["stopped", "finished"]
+    whole = figures(folder / level / "muon")
+    assert figures(folder / level / "muon_resumed") == whole
+    assert whole != figures(folder / level / "whole")  # it is another optimizer
 
 
 def test_offload(runs):

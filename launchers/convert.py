@@ -1,0 +1,130 @@
+"""What `dualtoken convert` and `dualtoken analyze-layers` do with files."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from launchers.errors import UserError
+from launchers.use import read_pictures
+
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+BATCH = 32
+
+
+def require_new(output: Path) -> None:
+    """Raise UserError if there is something at `output` that would be overwritten."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists: choose another --out or remove it")
+
+
+def write_whole(output: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder that appears as `output` when it is complete, or not at all."""
+    require_new(output)
+    temporary = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def tokenizer_from_released(
+    config: Path, checkpoint: Path, backbone_config: Path | None, output: Path
+) -> list[str]:
+    """Convert a released checkpoint to a folder for `from_pretrained`; returns lines that say what it is.
+
+    Raises:
+        FileNotFoundError, ValueError: what `dualtoken.weights.load_released` finds wrong; nothing is written.
+    """
+    from dualtoken.weights import load_released
+
+    require_new(output)
+    model = load_released(config, checkpoint, backbone_config)
+    write_whole(output, model.save_pretrained)
+    parts = [f"{name:<20} {count:>13,} parameters" for name, count in model.parameters_per_part().items()]
+    return [*parts, f"written: {output} (fingerprint {model.fingerprint()[:12]})"]
+
+
+def tokenizer_to_released(model: Path, output: Path) -> list[str]:
+    """Convert an exported tokenizer to the released layout; returns lines that say what was written.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer in the folder.
+        ValueError: it has something that the released layout cannot express; nothing is written.
+    """
+    from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+    from dualtoken.weights import save_released
+    from eval.inputs import require_export
+
+    require_new(output)
+    require_export(model, "visual tokenizer", "dualtoken train quickstart_tokenizer")
+    tokenizer = DualTokenVisualTokenizer.from_pretrained(model)
+    write_whole(output, lambda folder: save_released(tokenizer, folder))
+    return [f"written: {output / 'config.json'}, {output / 'epoch_0.pt'}"]
+
+
+def find_pictures(paths: Sequence[Path], count: int) -> list[Path]:
+    """Picture files, and those in folders, in the order of their names, `count` at most.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found.extend(sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_ENDINGS))
+        else:
+            found.append(path)
+    if not found:
+        raise UserError(f"no pictures in {', '.join(map(str, paths))}; expected {', '.join(PICTURE_ENDINGS)}")
+    return found[:count]
+
+
+def analyze_layers(backbone: Path, images: Sequence[Path], count: int, output: Path) -> Iterator[str]:
+    """Compare the layers of a SigLIP on pictures and propose which to read; writes `layers.{json,png}`.
+
+    Raises:
+        FileNotFoundError: there is no backbone in the folder.
+        UserError: no pictures.
+    """
+    from dualtoken.backbone import load_backbone
+    from dualtoken.layer_analysis import analyze_backbone, plot_similarity
+    from eval.inputs import default_device
+    from eval.results import write_json
+
+    files = find_pictures(images, count)
+    model = load_backbone(backbone).eval().to(default_device())
+    size = model.config.vision_config.image_size
+
+    def batches() -> Iterator[torch.Tensor]:
+        from rich.progress import track
+
+        starts = range(0, len(files), BATCH)
+        for start in track(starts, "reading pictures", transient=True):
+            yield read_pictures(files[start : start + BATCH], size).to(default_device())
+
+    similarity, proposal = analyze_backbone(model, batches())
+    output.mkdir(parents=True, exist_ok=True)
+    plot_similarity(similarity, proposal, output / "layers.png", f"{backbone}, {len(files)} pictures")
+    result = {
+        "backbone": str(backbone),
+        "pictures": len(files),
+        "blocks": proposal.blocks,
+        "blocks_are_clear": proposal.clear,
+        "reconstruction_layer": proposal.reconstruction_layer,
+        "by_blocks": proposal.from_blocks,
+        "by_first_quarter": proposal.from_rule,
+        "semantic_layer": proposal.semantic_layer,
+        "similarity": similarity.tolist(),
+    }
+    write_json(output / "layers.json", result)
+    yield f"{len(similarity)} layers, {len(files)} pictures"
+    yield from proposal.describe()
+    yield f"written: {output / 'layers.json'}, {output / 'layers.png'}"

@@ -1,0 +1,111 @@
+"""The recipes of the tokenizer's phases: what each trains, and that the last one leaves the pixels alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer_config import PRESETS, preset_config
+from pretrain.config import ConfigError, load_job_config
+from pretrain.optim import freeze_parameters
+from pretrain.tokenizer_task import freeze_codebooks
+from tests.distributed import run_module
+from tests.test_jobs import folder, tokenizer_run, tokenizer_words  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+PIXEL_PARTS = {"prequant_pixel", "prequant_shortcut", "postquant_pixel", "post_quant_conv", "decoder"}
+SEMANTIC_PARTS = {"prequant_semantic", "postquant_semantic"}
+
+
+def trained_by(recipe: str) -> tuple[set[str], set[int], list[str]]:
+    """Parts of the paper's model that a phase trains, vision layers among them, and frozen codebooks."""
+    config = load_job_config([f"recipe={recipe}", "model.backbone=x", "data.path=y"], world_size=8)
+    with torch.device("meta"):
+        model = DualTokenVisualTokenizer(preset_config(config.model.preset))
+    freeze_parameters(model, config.frozen)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parts = {name.split(".")[0] for name in names if not name.startswith("backbone")}
+    parts |= {".".join(name.split(".")[1:3]) for name in names if name.startswith("backbone")}
+    layers = {int(name.split(".")[4]) for name in names if ".encoder.layers." in name}
+    return parts, layers, config.frozen_codebooks
+
+
+def test_warmup_trains_the_new_parts_and_the_last_layer():
+    parts, layers, codebooks = trained_by("tokenizer_warmup")
+    assert parts >= PIXEL_PARTS | SEMANTIC_PARTS
+    assert layers == {26} and not codebooks
+    assert "vision_model.embeddings" not in parts and "text_model.encoder" not in parts
+
+
+def test_joint_trains_everything_but_the_text_tower():
+    parts, layers, codebooks = trained_by("tokenizer_joint")
+    assert parts >= PIXEL_PARTS | SEMANTIC_PARTS | {"vision_model.embeddings", "vision_model.head"}
+    assert layers == set(range(27)) and not codebooks
+    assert not any(part.startswith(("text_model", "logit")) for part in parts)
+
+
+def test_semantic_trains_nothing_that_pixels_pass():
+    parts, layers, codebooks = trained_by("tokenizer_semantic")
+    assert not parts & PIXEL_PARTS and "vision_model.embeddings" not in parts
+    assert parts >= SEMANTIC_PARTS
+    assert layers == set(range(6, 27)) and codebooks == ["pixel"]
+
+
+def test_semantic_phase_keeps_pixel_codes_and_pictures(folder, tokenizer_run):  # noqa: F811
+    before = tokenizer_run / "export"
+    # The tiny tower has 4 layers and reads pixels after the first.
+    patterns = ["text_model.*", "logit_*", "vision_model.embeddings.*", "vision_model.encoder.layers.0.*"]
+    frozen = [f"backbone.{pattern}" for pattern in patterns]
+    frozen += [f"{part}.*" for part in sorted(PIXEL_PARTS - {"prequant_shortcut"})]
+    layer = preset_config("tiny").reconstruction_layer
+    assert layer == 1 and preset_config("tiny").shortcut_layer is None
+    words = [
+        "recipe=tokenizer_semantic",
+        *tokenizer_words(folder, "semantic", 1)[1:],
+        f"model.init_from={before}",
+        f"frozen=[{','.join(frozen)}]",
+        "optimizer.warmup_steps=1",
+    ]
+    run_module("pretrain.train", words, 1).check()
+    old = DualTokenVisualTokenizer.from_pretrained(before).eval()
+    new = DualTokenVisualTokenizer.from_pretrained(folder / "semantic" / "export").eval()
+    images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        first, second = old(images), new(images)
+    assert torch.equal(first.codes[:, :, 0], second.codes[:, :, 0])
+    assert torch.equal(first.reconstruction, second.reconstruction)
+    assert not torch.equal(first.semantic_features, second.semantic_features)
+    assert torch.equal(old.quantizer_pixel.codebook, new.quantizer_pixel.codebook)
+    assert not torch.equal(old.quantizer_semantic.codebook, new.quantizer_semantic.codebook)
+
+
+def test_the_table_of_sizes_is_true():
+    lines = (ROOT / "docs" / "tokenizer.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| `")]
+    table = [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows]
+    sizes = {cells[0]: cells[1:] for cells in table if cells[0] in PRESETS}
+    assert sizes.keys() == PRESETS.keys() - {"tiny"}
+    for name, cells in sizes.items():
+        with torch.device("meta"):
+            model = DualTokenVisualTokenizer(preset_config(name))
+        config, counts = model.config, model.parameters_per_part()
+        assert cells[0] == f"{config.image_size} px, {config.positions}"
+        assert cells[1] == f"{config.reconstruction_layer} / {config.semantic_layer}"
+        assert cells[2] == f"{config.codebook_size} x {config.num_quantizers}"
+        columns = [
+            ["vision_model"],
+            ["text_model"],
+            ["prequant_pixel", "prequant_shortcut", "postquant_pixel"],
+            ["prequant_semantic", "postquant_semantic"],
+            ["post_quant_conv", "decoder"],
+            ["quantizer_pixel", "quantizer_semantic"],
+        ]
+        expected = [sum(counts.get(part, 0) for part in parts) for parts in columns]
+        assert [int(cell.replace(",", "")) for cell in cells[3:]] == expected, name
+
+
+def test_unknown_codebook():
+    model = DualTokenVisualTokenizer(preset_config("tiny"))
+    with pytest.raises(ConfigError, match="'pixels' is none of pixel, semantic"):
+        freeze_codebooks(model, ["pixels"])
