@@ -210,6 +210,26 @@ def analyze_layers(
         say(line)
 
 
+@app.command(rich_help_panel="Measure")
+def ablate(
+    run: RunOption = RUN,
+    output: Annotated[Path, typer.Option("--out", help="Folder for the runs and the table.")] = Path(
+        "runs/ablation"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each training.")] = 200,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each variant.")] = 3,
+    ranks: RanksOption = None,
+) -> None:
+    """Compare ways to build the tokenizer on a quickstart's data: one codebook or two, which layers.
+
+    Example: [bold]dualtoken ablate --steps 200 --seeds 3[/] (about half an hour on two cores)
+    """
+    from launchers.ablate import ablate as run_all
+    from launchers.processes import default_ranks
+
+    run_all(run, output, steps, seeds, ranks or default_ranks(), say)
+
+
 convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints from and to other layouts.")
 app.add_typer(convert, name="convert", rich_help_panel="Use")
 
@@ -237,7 +257,7 @@ def convert_tokenizer(
     ] = None,
     backbone_config: Annotated[
         Path | None,
-        typer.Option(help="With --from: the SigLIP's config, if not where --config says.", show_default=False),
+        typer.Option(help="With --from: the SigLIP's config, if it lies elsewhere.", show_default=False),
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="With --to: an exported visual tokenizer.", show_default=False)
