@@ -210,6 +210,55 @@ def analyze_layers(
         say(line)
 
 
+DatasetArgument = Annotated[Path, typer.Argument(help="Dual-code data set, a folder.")]
+
+
+@app.command(rich_help_panel="Data")
+def verify(
+    dataset: DatasetArgument,
+    visual_tokenizer: Annotated[
+        Path | None, typer.Option(help="Also compare with this tokenizer.", show_default=False)
+    ] = None,
+) -> None:
+    """Check a dual-code data set: hashes, counts, shapes, ranges, and whose codes they are.
+
+    Example: [bold]dualtoken verify runs/quickstart/codes/train[/]
+    """
+    from launchers.datasets import verify as check
+
+    for line in check(dataset, visual_tokenizer):
+        say(line)
+
+
+@app.command(rich_help_panel="Data")
+def show(
+    dataset: DatasetArgument,
+    key: Annotated[str, typer.Argument(help="Key of the sample.")],
+    visual_tokenizer: TokenizerOption = TOKENIZER,
+    output: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("shown"),
+) -> None:
+    """Show one sample of a dual-code data set: its text, and its pictures decoded from the codes.
+
+    Example: [bold]dualtoken show runs/quickstart/codes/train 1F98A[/]
+    """
+    from launchers.datasets import show as show_sample
+
+    for line in show_sample(dataset, key, visual_tokenizer, output):
+        say(line)
+
+
+@app.command(rich_help_panel="Data")
+def stats(dataset: DatasetArgument) -> None:
+    """Count what a dual-code data set holds: images and texts, bytes, use of the codes by depth.
+
+    Example: [bold]dualtoken stats runs/quickstart/codes/train[/]
+    """
+    from launchers.datasets import stats as count
+
+    for line in count(dataset):
+        say(line)
+
+
 @app.command(rich_help_panel="Measure")
 def ablate(
     run: RunOption = RUN,

@@ -1,0 +1,87 @@
+"""`dualtoken verify`, `show` and `stats` on a real data set, whole and damaged."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer_config import preset_config
+from launchers import cli
+from tests.tiny_run import write_codes
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Two untrained tokenizers, and codes that are said to be the first one's."""
+    folder = tmp_path_factory.mktemp("datasets")
+    for name in ("tokenizer", "other"):
+        torch.manual_seed(len(name))
+        DualTokenVisualTokenizer(preset_config("tiny")).save_pretrained(folder / name)
+    write_codes(folder / "codes", DualTokenVisualTokenizer.from_pretrained(folder / "tokenizer"), 0, 6)
+    return folder
+
+
+@pytest.fixture
+def dualtoken(source, tmp_path, monkeypatch, capsys):
+    """Run the command beside a copy of the data; returns exit code, lines printed and lines of errors."""
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["dualtoken", *words])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        printed = capsys.readouterr()
+        return caught.value.code, printed.out.splitlines(), printed.err.splitlines()
+
+    return run
+
+
+def test_verify(dualtoken, tmp_path):
+    code, lines, _ = dualtoken("verify", "codes", "--visual-tokenizer", "tokenizer")
+    assert code == 0
+    assert "1 shards, 6 samples, 6 images of 16 positions x 2 codebooks x 2 depths" in lines[0]
+    assert "those of this tokenizer" in lines[2]
+    code, lines, _ = dualtoken("verify", "codes")
+    assert code == 0 and "not compared" in lines[2]
+    code, _, errors = dualtoken("verify", "codes", "--visual-tokenizer", "other")
+    assert code == 2 and len(errors) == 1 and "pretokenize again" in errors[0]
+    shard = tmp_path / "codes" / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    code, _, errors = dualtoken("verify", "codes")
+    assert code == 2 and len(errors) == 1 and "shard-000000.tar" in errors[0]
+
+
+def test_show(dualtoken, tmp_path):
+    code, lines, _ = dualtoken("show", "codes", "picture01", "--visual-tokenizer", "tokenizer")
+    assert code == 0
+    assert lines[0] == "[given] image shown/picture01-0.png" and lines[1] == "[learned] green"
+    assert lines[2:] == ["caption, en: green", "caption, de: gelb"]
+    assert Image.open(tmp_path / "shown" / "picture01-0.png").size == (16, 16)
+    code, _, errors = dualtoken("show", "codes", "no-such", "--visual-tokenizer", "tokenizer")
+    assert code == 2 and "no sample 'no-such'; its keys look like picture00" in errors[0]
+    code, _, errors = dualtoken("show", "codes", "picture01", "--visual-tokenizer", "other")
+    assert code == 2 and "pretokenize again" in errors[0]
+
+
+def test_stats(dualtoken):
+    code, lines, _ = dualtoken("stats", "codes")
+    assert code == 0
+    assert lines[0].startswith("6 samples, 6 images, ")
+    assert lines[1:4] == [
+        "images a sample: 1: 6",
+        "parts: 6 images, 6 texts",
+        "letters of text a sample: median 5, longest 6",
+    ]
+    assert [line.split()[:2] for line in lines[5:]] == [
+        ["pixel", "1"],
+        ["pixel", "2"],
+        ["semantic", "1"],
+        ["semantic", "2"],
+    ]
+    used, perplexity = (float(word.strip("%")) for word in lines[5].split()[2:])
+    # 96 draws from 32 codes: nearly all occur, nearly evenly.
+    assert 80 < used <= 100 and 20 < perplexity < 32
