@@ -147,6 +147,11 @@ def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict
             "visual": measure_codes(model, text_tokenizer, samples, training),
             "captions": measure_captions(model, text_tokenizer, samples),
         }
-    result = {"codebook_size": size, "log_codebook_size": math.log(size), "splits": splits}
+    result = {
+        "codebook_size": size,
+        "log_codebook_size": math.log(size),
+        "training_images": DatasetManifest.load(paths.seen_codes).images,
+        "splits": splits,
+    }
     write_json(paths.output / "likelihood.json", result)
     return result

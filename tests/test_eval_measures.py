@@ -119,6 +119,7 @@ def test_equal_captions_are_equally_right():
 def test_likelihood(paths):
     result = likelihood.run(paths)
     assert result["log_codebook_size"] == pytest.approx(math.log(32))
+    assert result["training_images"] == 12
     held_out = result["splits"]["held_out"]
     assert held_out["documents"] == 5
     assert [(row["codebook"], row["depth"]) for row in held_out["visual"]] == [
