@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from launchers.errors import UserError
-from launchers.use import read_pictures
+from launchers.use import read_pictures, with_progress
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 BATCH = 32
@@ -104,10 +104,7 @@ def analyze_layers(backbone: Path, images: Sequence[Path], count: int, output: P
     size = model.config.vision_config.image_size
 
     def batches() -> Iterator[torch.Tensor]:
-        from rich.progress import track
-
-        starts = range(0, len(files), BATCH)
-        for start in track(starts, "reading pictures", transient=True):
+        for start in with_progress(range(0, len(files), BATCH), "reading pictures"):
             yield read_pictures(files[start : start + BATCH], size).to(default_device())
 
     similarity, proposal = analyze_backbone(model, batches())

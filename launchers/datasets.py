@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_pipeline.code_shards import CodeSample, DatasetManifest, iterate_shard, verify_dataset
 from launchers.errors import UserError
-from launchers.use import free_names
+from launchers.use import free_names, with_progress
 
 
 def samples_of(folder: Path) -> Iterator[CodeSample]:
@@ -15,11 +15,9 @@ def samples_of(folder: Path) -> Iterator[CodeSample]:
     Raises:
         DatasetError: the folder holds no finished dual-code data set, or a shard is damaged.
     """
-    from rich.progress import track
-
     manifest = DatasetManifest.load(folder)
     names = [name for name, entry in manifest.shards.items() if entry.samples]
-    for name in track(names, "reading shards", transient=True):
+    for name in with_progress(names, "reading shards"):
         yield from iterate_shard(folder / name)
 
 

@@ -1,13 +1,26 @@
 """What `dualtoken reconstruct`, `generate` and `caption` do with files."""
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from data_pipeline.image_decoding import build_image_decoder
 from eval.inputs import load_unified_model, load_visual_tokenizer, require_same_codes, to_picture
 from launchers.errors import UserError
+
+T = TypeVar("T")
+
+
+def with_progress(items: Sequence[T], what: str) -> Iterable[T]:
+    """The items, with a progress bar on a terminal's standard error; elsewhere without a trace."""
+    from rich.console import Console
+    from rich.progress import track
+
+    hidden = not sys.stderr.isatty()
+    return track(items, what, console=Console(stderr=True), transient=True, disable=hidden)
 
 
 def read_pictures(paths: Sequence[Path], image_size: int) -> torch.Tensor:

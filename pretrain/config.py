@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -260,6 +260,8 @@ def _build(config_class: type[JobConfig], merged: DictConfig) -> JobConfig:
                 where = where if str(where).startswith(str(key)) else f"{key}: {where}"
                 raise ConfigError(f"{where}: {_one_line(error)}") from error
         built = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value: give {error.full_key}=...") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'configuration'}: {_one_line(error)}") from error
     except ConfigError:

@@ -41,7 +41,8 @@ def dualtoken(source, tmp_path, monkeypatch, capsys):
 
 
 def test_verify(dualtoken, tmp_path):
-    code, lines, _ = dualtoken("verify", "codes", "--visual-tokenizer", "tokenizer")
+    code, lines, errors = dualtoken("verify", "codes", "--visual-tokenizer", "tokenizer")
+    assert not errors
     assert code == 0
     assert "1 shards, 6 samples, 6 images of 16 positions x 2 codebooks x 2 depths" in lines[0]
     assert "those of this tokenizer" in lines[2]

@@ -68,6 +68,7 @@ def write_codes(folder, tokenizer, first, count):
             codes = draw.integers(0, config.codebook_size, (1, *manifest.geometry.shape)).astype("uint16")
             parts = [{"image": 0}, {"text": captions_of(index)["en"]}]
             writer.write(CodeSample(f"picture{index:02d}", codes, parts, captions_of(index)))
+    writer.entry.samples_in = writer.entry.samples
     manifest.add("shard-000000.tar", writer.entry)
     manifest.save(folder)
 
