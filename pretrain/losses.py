@@ -6,6 +6,7 @@ import importlib.util
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -100,11 +101,17 @@ class PerceptualLoss(nn.Module):
         import lpips
 
         if config.net not in ("vgg", "alex"):
-            raise ValueError(f"perceptual.net is {config.net!r}; expected 'vgg' or 'alex'")
+            raise ValueError(f"perceptual_network.net is {config.net!r}; expected 'vgg' or 'alex'")
         downloaded = config.trunk == "torchvision"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # lpips names torchvision's weights the old way
-            self.model = lpips.LPIPS(net=config.net, pnet_rand=not downloaded, verbose=False)
+            try:
+                self.model = lpips.LPIPS(net=config.net, pnet_rand=not downloaded, verbose=False)
+            except URLError as error:
+                raise ValueError(
+                    f"perceptual_network.trunk=torchvision: the ImageNet weights of {config.net} cannot be "
+                    f"downloaded ({error.reason}); give a path, or 'stlpips' (installed package) or 'none'"
+                ) from error
         if not downloaded:
             load_perceptual_weights(self.model, perceptual_weights_path(config))
         self.source = f"LPIPS({config.net}), trunk from {config.trunk}"
@@ -130,15 +137,15 @@ def perceptual_weights_path(config: PerceptualConfig) -> Path:
         spec = importlib.util.find_spec("stlpips_pytorch")  # finds the folder without running its code
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(
-                "perceptual.trunk=stlpips, but the package is not installed; "
-                "run `pip install --no-deps stlpips-pytorch`, give a path, or set perceptual.trunk=none"
+                "perceptual_network.trunk=stlpips, but the package is not installed; "
+                "run `pip install --no-deps stlpips-pytorch`, give a path, or set perceptual_network.trunk=none"
             )
         folder = Path(spec.submodule_search_locations[0]) / "weights/vST0.0"
         return folder / f"{config.net}_shift_tolerant.pth"
     path = Path(config.trunk)
     if not path.is_file():
         raise ValueError(
-            f"perceptual.trunk={config.trunk}: no such file; give the path of a VGG16 / AlexNet state dict, "
+            f"perceptual_network.trunk={config.trunk}: no such file; give the path of a VGG16 / AlexNet state dict, "
             "'torchvision' (downloads), 'stlpips' (installed package) or 'none'"
         )
     return path

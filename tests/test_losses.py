@@ -1,3 +1,5 @@
+from urllib.error import URLError
+
 import pytest
 import torch
 from torch import nn
@@ -90,3 +92,14 @@ def test_discriminator_learns_to_tell_two_kinds_of_pictures_apart():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5 * first
+
+
+def test_a_failed_download_says_what_to_do(monkeypatch):
+    import lpips
+
+    def no_network(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(lpips, "LPIPS", no_network)
+    with pytest.raises(ValueError, match=r"weights of vgg cannot be downloaded \(no route.*'stlpips'"):
+        PerceptualLoss(PerceptualConfig())
