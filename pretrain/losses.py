@@ -137,16 +137,16 @@ def perceptual_weights_path(config: PerceptualConfig) -> Path:
         spec = importlib.util.find_spec("stlpips_pytorch")  # finds the folder without running its code
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(
-                "perceptual_network.trunk=stlpips, but the package is not installed; "
-                "run `pip install --no-deps stlpips-pytorch`, give a path, or set perceptual_network.trunk=none"
+                "perceptual_network.trunk=stlpips, but the package is not installed; run "
+                "`pip install --no-deps stlpips-pytorch`, give a path, or set perceptual_network.trunk=none"
             )
         folder = Path(spec.submodule_search_locations[0]) / "weights/vST0.0"
         return folder / f"{config.net}_shift_tolerant.pth"
     path = Path(config.trunk)
     if not path.is_file():
         raise ValueError(
-            f"perceptual_network.trunk={config.trunk}: no such file; give the path of a VGG16 / AlexNet state dict, "
-            "'torchvision' (downloads), 'stlpips' (installed package) or 'none'"
+            f"perceptual_network.trunk={config.trunk}: no such file; give the path of a VGG16 / AlexNet state "
+            "dict, 'torchvision' (downloads), 'stlpips' (installed package) or 'none'"
         )
     return path
 
