@@ -138,7 +138,7 @@ def perceptual_weights_path(config: PerceptualConfig) -> Path:
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(
                 "perceptual_network.trunk=stlpips, but the package is not installed; run "
-                "`pip install --no-deps stlpips-pytorch`, give a path, or set perceptual_network.trunk=none"
+                "`pip install --no-deps stlpips-pytorch`, give a path, or set trunk to none"
             )
         folder = Path(spec.submodule_search_locations[0]) / "weights/vST0.0"
         return folder / f"{config.net}_shift_tolerant.pth"
