@@ -145,8 +145,8 @@ def perceptual_weights_path(config: PerceptualConfig) -> Path:
     path = Path(config.trunk)
     if not path.is_file():
         raise ValueError(
-            f"perceptual_network.trunk={config.trunk}: no such file; give the path of a VGG16 / AlexNet state "
-            "dict, 'torchvision' (downloads), 'stlpips' (installed package) or 'none'"
+            f"perceptual_network.trunk={config.trunk}: no such file; give the path of a VGG16 or AlexNet "
+            "state dict, 'torchvision' (downloads), 'stlpips' (installed package) or 'none'"
         )
     return path
 
