@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from launchers.errors import UserError
 from launchers.use import read_pictures, with_progress
@@ -100,6 +101,7 @@ def analyze_layers(backbone: Path, images: Sequence[Path], count: int, output: P
     from eval.results import write_json
 
     files = find_pictures(images, count)
+    transformers_logging.disable_progress_bar()
     model = load_backbone(backbone).eval().to(default_device())
     size = model.config.vision_config.image_size
 
