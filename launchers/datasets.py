@@ -34,12 +34,11 @@ def verify(folder: Path, visual_tokenizer: Path | None) -> Iterator[str]:
 
         fingerprint = load_visual_tokenizer(visual_tokenizer).fingerprint()
     manifest = verify_dataset(folder, fingerprint)
-    entries = manifest.shards.values()
-    samples, images = sum(entry.samples for entry in entries), sum(entry.images for entry in entries)
     geometry = manifest.geometry
     yield (
-        f"{folder}: {len(entries)} shards, {samples} samples, {images} images of {geometry.positions} "
-        f"positions x 2 codebooks x {geometry.num_quantizers} depths, codes below {geometry.codebook_size}"
+        f"{folder}: {len(manifest.shards)} shards, {manifest.samples_out} samples, {manifest.images} images "
+        f"of {geometry.positions} positions x 2 codebooks x {geometry.num_quantizers} depths, "
+        f"codes below {geometry.codebook_size}"
     )
     yield "hashes, counts, keys, shapes and code ranges are right"
     whose = "those of this tokenizer" if fingerprint else "not compared (--visual-tokenizer)"
