@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,21 +39,30 @@ class PlainResidualVQ:
         distances = x.square().sum(1, keepdim=True) - 2 * x @ w.t() + w.square().sum(1)
         return distances.argmin(dim=1)
 
-    def step(self, z: Tensor) -> None:
-        """Run forward, backward and update on latents ``[N, C]``."""
-        residual, quantized, losses = z.detach(), torch.zeros_like(z), []
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return quantized latents, codes ``[N, D]`` and commitment loss of ``z [N, C]``; keep statistics."""
+        residual, quantized, losses, codes = z.detach(), torch.zeros_like(z), [], []
         counts, sums = torch.zeros_like(self.cluster_size), torch.zeros_like(self.embed_sum)
         for _ in range(self.depth):
-            codes = self.search(residual)
-            one_hot = F.one_hot(codes, len(self.codebook)).to(z.dtype)
+            codes.append(self.search(residual))
+            one_hot = F.one_hot(codes[-1], len(self.codebook)).to(z.dtype)
             counts, sums = counts + one_hot.sum(0), sums + one_hot.t() @ residual
-            vectors = self.codebook[codes]
+            vectors = self.codebook[codes[-1]]
             quantized, residual = quantized + vectors, residual - vectors
             losses.append(F.mse_loss(z, quantized.detach()))
-        output = z + (quantized - z).detach()
-        (output.sum() + torch.stack(losses).mean()).backward()
-        self.cluster_size = self.decay * self.cluster_size + (1 - self.decay) * counts
-        self.embed_sum = self.decay * self.embed_sum + (1 - self.decay) * sums
+        self.counts, self.sums = counts, sums
+        return z + (quantized - z).detach(), torch.stack(codes, dim=-1), torch.stack(losses).mean()
+
+    def step(self, z: Tensor) -> None:
+        """Run forward, backward and update on latents ``[N, C]``."""
+        output, _, loss = self.forward(z)
+        (output.sum() + loss).backward()
+        self.update()
+
+    def update(self) -> None:
+        """Move the codebook by the statistics of the last forward."""
+        self.cluster_size = self.decay * self.cluster_size + (1 - self.decay) * self.counts
+        self.embed_sum = self.decay * self.embed_sum + (1 - self.decay) * self.sums
         size = self.cluster_size.unsqueeze(1)
         self.codebook = torch.where(size > 1e-5, self.embed_sum / size, self.codebook)
 
@@ -152,11 +162,11 @@ def measure(contender: str, args: argparse.Namespace, images: int, queue: multip
     queue.put(result)
 
 
-def in_own_process(contender: str, args: argparse.Namespace, images: int) -> dict:
-    """Run :func:`measure` in a fresh process."""
+def in_own_process(measure: Callable, *arguments: Any) -> dict:
+    """Run a measurement in a fresh process; it puts its result into the queue it gets as last argument."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=measure, args=(contender, args, images, queue))
+    process = context.Process(target=measure, args=(*arguments, queue))
     process.start()
     result = queue.get()
     process.join()
@@ -182,10 +192,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    results = {name: in_own_process(name, args, args.images) for name in args.contenders}
+    results = {name: in_own_process(measure, name, args, args.images) for name in args.contenders}
     growth_args = argparse.Namespace(**{**vars(args), "iterations": 0})
     for name in set(args.contenders) & {"ours", "plain"}:
-        more = in_own_process(name, growth_args, args.images + 2)["peak_mib"]
+        more = in_own_process(measure, name, growth_args, args.images + 2)["peak_mib"]
         results[name]["growth_mib_per_image"] = (more - results[name]["peak_mib"]) / 2
     codes = {name: result.pop("codes") for name, result in results.items() if "codes" in result}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import resource
 import time
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.quantizer import PlainResidualVQ, processor
+from benchmarks.quantizer import PlainResidualVQ, in_own_process, processor
 from dualtoken.backbone import FrozenTeacher
 from dualtoken.quantizer import QuantizerOutput
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
@@ -42,29 +41,13 @@ class PlainQuantizer(nn.Module):
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """Quantize ``latents [B, P, C]`` and gather one-hot statistics, depth by depth."""
-        plain = self.plain
-        z = latents.reshape(-1, latents.shape[-1])
-        residual, quantized, losses, codes = z.detach(), torch.zeros_like(z), [], []
-        self.counts, self.sums = torch.zeros_like(plain.cluster_size), torch.zeros_like(plain.embed_sum)
-        for _ in range(plain.depth):
-            codes.append(plain.search(residual))
-            one_hot = F.one_hot(codes[-1], len(plain.codebook)).to(z.dtype)
-            self.counts += one_hot.sum(0)
-            self.sums += one_hot.t() @ residual
-            vectors = plain.codebook[codes[-1]]
-            quantized, residual = quantized + vectors, residual - vectors
-            losses.append(F.mse_loss(z, quantized.detach()))
-        output = (z + (quantized - z).detach()).view(latents.shape)
-        stacked = torch.stack(codes, dim=-1).view(*latents.shape[:-1], plain.depth)
-        return QuantizerOutput(output, stacked, torch.stack(losses).mean())
+        quantized, codes, loss = self.plain.forward(latents.reshape(-1, latents.shape[-1]))
+        codes = codes.view(*latents.shape[:-1], self.plain.depth)
+        return QuantizerOutput(quantized.view(latents.shape), codes, loss)
 
     def update(self, group: Any = None) -> None:
         """Move the codebook by the statistics of the last forward."""
-        plain = self.plain
-        plain.cluster_size = plain.decay * plain.cluster_size + (1 - plain.decay) * self.counts
-        plain.embed_sum = plain.decay * plain.embed_sum + (1 - plain.decay) * self.sums
-        size = plain.cluster_size.unsqueeze(1)
-        plain.codebook = torch.where(size > 1e-5, plain.embed_sum / size, plain.codebook)
+        self.plain.update()
 
 
 def measure(contender: str, preset: str, images: int, steps: int, threads: int, queue: Any) -> None:
@@ -129,15 +112,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", help="write the figures there too")
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    found = {}
-    for contender in ("ours", "plain"):
-        queue = context.Queue()
-        arguments = (contender, options.preset, options.images, options.steps, options.threads, queue)
-        process = context.Process(target=measure, args=arguments)
-        process.start()
-        found[contender] = queue.get()
-        process.join()
+    arguments = (options.preset, options.images, options.steps, options.threads)
+    found = {name: in_own_process(measure, name, *arguments) for name in ("ours", "plain")}
     print(
         f"{options.preset}, {options.images} images a step, fp32, best of {options.steps} steps; "
         f"{options.threads} thread(s); torch {torch.__version__}, {processor()}, {time.strftime('%F')}"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dualtoken.visual_tokenizer_config import VISION_SIZES
+
 if TYPE_CHECKING:
     from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
     from dualtoken.visual_tokenizer_config import DualTokenVisualTokenizerConfig
@@ -27,16 +29,7 @@ _SETTINGS = (
     "num_quantizers",
     "latent_norm",
 )
-_VISION_SETTINGS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-)
+_VISION_SETTINGS = (*VISION_SIZES, "hidden_act", "layer_norm_eps")
 
 
 def fingerprint_of_codes(model: DualTokenVisualTokenizer) -> str:

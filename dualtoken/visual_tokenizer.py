@@ -25,7 +25,7 @@ from dualtoken.fingerprint import fingerprint_of_codes
 from dualtoken.pixel_decoder import PixelDecoder, ResidualBlock
 from dualtoken.projection import AttentionProjection, ProjectionAttention
 from dualtoken.quantizer import EMACodebooks, MultiCodebookVQ, QuantizerStats, ResidualVQ
-from dualtoken.visual_tokenizer_config import DualTokenVisualTokenizerConfig
+from dualtoken.visual_tokenizer_config import VISION_SIZES, DualTokenVisualTokenizerConfig
 
 
 @dataclass
@@ -309,17 +309,9 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         source = load_backbone(path)
         towers: Any = source.config
         expected, found = config.vision.to_dict(), towers.vision_config.to_dict()
-        names = [
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "image_size",
-            "patch_size",
-        ]
         differing = [
             f"{name}: {found[name]} there, {expected[name]} here"
-            for name in names
+            for name in VISION_SIZES
             if found[name] != expected[name]
         ]
         if differing:

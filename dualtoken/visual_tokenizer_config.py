@@ -186,6 +186,16 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
         return SiglipConfig(vision_config=self.vision.to_dict(), text_config=self.text.to_dict())
 
 
+# What a vision tower's config has to share with a tokenizer's for its weights to fit.
+VISION_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
+
 _SO400M_VISION = {
     "hidden_size": 1152,
     "intermediate_size": 4304,
