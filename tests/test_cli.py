@@ -11,25 +11,13 @@ import pytest
 from launchers import cli
 from launchers.errors import UserError
 from launchers.use import free_names
+from tests.command import call
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     "quickstart", "sample-data", "train", "pretokenize", "reconstruct", "generate", "caption", "evaluate",
     "report",
 )  # fmt: skip
-
-
-def call(arguments, capsys):
-    """Exit code, output and errors of `dualtoken ARGUMENTS`."""
-    before = sys.argv
-    sys.argv = ["dualtoken", *arguments]
-    try:
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-    finally:
-        sys.argv = before
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
 
 
 def test_help_names_every_command(capsys):

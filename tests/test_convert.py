@@ -1,7 +1,6 @@
 """`dualtoken convert tokenizer` and `analyze-layers`: files in, files out, nothing half written."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -10,22 +9,19 @@ from transformers import SiglipModel
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer_config import preset_config
 from dualtoken.weights import load_released, read_checkpoint
-from launchers import cli
+from tests.command import call
 from tests.released_reference import config, random_state
 from tests.test_weights import write
 from tests.tiny_run import picture
 
 
 @pytest.fixture
-def dualtoken(monkeypatch, capsys):
+def dualtoken(capsys):
     """Run the command; returns exit code, lines printed and lines of errors."""
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["dualtoken", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = capsys.readouterr()
-        return caught.value.code, printed.out.splitlines(), printed.err.splitlines()
+        code, out, err = call(words, capsys)
+        return code, out.splitlines(), err.splitlines()
 
     return run
 

@@ -1,7 +1,6 @@
 """`dualtoken verify`, `show` and `stats` on a real data set, whole and damaged."""
 
 import shutil
-import sys
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from PIL import Image
 
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer_config import preset_config
-from launchers import cli
+from tests.command import call
 from tests.tiny_run import write_codes
 
 
@@ -31,11 +30,8 @@ def dualtoken(source, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["dualtoken", *words])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = capsys.readouterr()
-        return caught.value.code, printed.out.splitlines(), printed.err.splitlines()
+        code, out, err = call(words, capsys)
+        return code, out.splitlines(), err.splitlines()
 
     return run
 

@@ -1,12 +1,12 @@
 """`dualtoken reconstruct`, `generate`, `caption` and `evaluate` on tiny real models and picture files."""
 
 import json
-import sys
 
 import pytest
 from PIL import Image
 
 from launchers import cli, evaluate
+from tests.command import call
 from tests.tiny_run import make_tiny_run, picture
 
 
@@ -23,15 +23,12 @@ def dualtoken(run, tmp_path, monkeypatch, capsys):
     picture(1).save("green.jpg")
     models = [f"--visual-tokenizer={run / 'tokenizer' / 'export'}", f"--model={run / 'mllm' / 'export'}"]
 
-    def call(command, *arguments):
+    def run_command(command, *arguments):
         options = models if command in ("generate", "caption") else models[: command == "reconstruct"]
-        monkeypatch.setattr(sys, "argv", ["dualtoken", command, *arguments, *options])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out.splitlines(), captured.err
+        code, out, err = call([command, *arguments, *options], capsys)
+        return code, out.splitlines(), err
 
-    return call
+    return run_command
 
 
 def test_reconstruct(dualtoken, tmp_path):
