@@ -105,6 +105,19 @@ class Ranks:
         return Finished(codes, outputs)
 
 
+def run_code(code: str, payload: object) -> bytes:
+    """What Python code that reads a pickled `payload` from standard input prints, in a new process."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        input=pickle.dumps(payload),
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    return result.stdout
+
+
 def run_module(
     module: str,
     arguments: list[str],

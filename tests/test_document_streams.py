@@ -1,10 +1,7 @@
 """Document streams: views, packing, blends, exact resume in mid-pack, the same order on another split."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +18,12 @@ from data_pipeline.streams import (
     prepare_dataset,
 )
 from dualtoken.sequence import IGNORE_INDEX, PackedBatch, SpecialTokens, add_special_tokens
+from tests.distributed import run_code
 from tests.test_streams import write_tar
 
 GEOMETRY = CodeGeometry(positions=4, num_quantizers=3, codebook_size=50)
 FINGERPRINT = "f" * 64
 SAMPLES = 30
-ROOT = Path(__file__).parent.parent
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -212,15 +209,7 @@ def test_state_restored_in_a_new_process_in_mid_pack(pairs: Path, texts: Path) -
         state = stream.save_state()
         expected = take(stream, 9)
         if num_workers == 0:
-            result = subprocess.run(
-                [sys.executable, "-c", RESUME],
-                input=pickle.dumps((settings, state)),
-                capture_output=True,
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-                check=True,
-            )
-            batches, statistics = pickle.loads(result.stdout)
+            batches, statistics = pickle.loads(run_code(RESUME, (settings, state)))
         else:
             restored = loader(settings, 1, 2)
             restored.restore_state(state)

@@ -2,10 +2,6 @@
 
 import io
 import json
-import os
-import pickle
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -21,6 +17,7 @@ from data_pipeline.streams import (
     image_loader,
     prepare_dataset,
 )
+from tests.distributed import run_code
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
@@ -106,16 +103,7 @@ def test_restored_state_gives_the_same_batches(images: Path, num_workers: int) -
     assert keys(loader, 12) == expected
     loader.close()
     if num_workers:
-        root = Path(__file__).parent.parent
-        result = subprocess.run(
-            [sys.executable, "-c", RESUME],
-            input=pickle.dumps((settings, state)),
-            capture_output=True,
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root)},
-            check=True,
-        )
-        assert result.stdout.decode() == repr(expected)
+        assert run_code(RESUME, (settings, state)).decode() == repr(expected)
 
 
 def test_two_workers_read_what_two_ranks_read(images: Path) -> None:
