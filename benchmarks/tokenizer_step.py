@@ -122,9 +122,7 @@ def main() -> None:
     ours, plain = (found[name]["seconds"] for name in ("ours", "plain"))
     for part in (*PARTS, "step"):
         share, ratio = ours[part] / ours["step"], plain[part] / ours[part]
-        print(
-            f"{part:<12}{ours[part]:>10.3f}{plain[part]:>10.3f}{ratio:>14.2f}{share:>15.0%}"
-        )
+        print(f"{part:<12}{ours[part]:>10.3f}{plain[part]:>10.3f}{ratio:>14.2f}{share:>15.0%}")
     peaks = [found[name]["peak_mib"] for name in ("ours", "plain")]
     print(f"{'peak, MiB':<12}{peaks[0]:>10.0f}{peaks[1]:>10.0f}{peaks[1] / peaks[0]:>14.2f}")
     if options.json:

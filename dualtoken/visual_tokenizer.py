@@ -41,6 +41,9 @@ class VisualTokenizerOutput(ModelOutput):
     )
     commitment_loss_pixel: Tensor | None = None  # scalar
     commitment_loss_semantic: Tensor | None = None  # scalar
+    text_pooled: Tensor | None = None  # [B, C] of the text tower, where captions were given
+    logit_scale: Tensor | None = None  # [1], with it: SigLIP's logits are exp(scale) cosine + bias
+    logit_bias: Tensor | None = None  # [1]
 
 
 class DualTokenVisualTokenizer(PreTrainedModel):
@@ -160,14 +163,19 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         features = self.postquant_semantic(quantized)
         return features, pool(self.backbone.vision_model, features, self.config.semantic_layer)
 
-    def forward(self, pixel_values: Tensor) -> VisualTokenizerOutput:
+    def forward(self, pixel_values: Tensor, input_ids: Tensor | None = None) -> VisualTokenizerOutput:
         """Encode, quantize and decode ``pixel_values [B, 3, H, W]`` in [-1, 1].
 
         In training mode the quantizers add to their statistics; :meth:`update_codebooks` uses them, once per
         step.
 
+        Args:
+            pixel_values: the pictures.
+            input_ids: captions ``[B, T]``, to have the text tower's vectors in the output too.
+
         Raises:
-            ValueError: on images of another size, or with NaN or infinite values.
+            ValueError: on images of another size, or with NaN or infinite values; on captions without a text
+                tower.
         """
         latents_pixel, latents_semantic = self._latents(pixel_values)
         semantic = self.quantizer_semantic(latents_semantic)
@@ -178,6 +186,10 @@ class DualTokenVisualTokenizer(PreTrainedModel):
             commitment_pixel = pixel.commitment_loss
         reconstruction, decoder_features = self._decode_latents(pixel.quantized)
         semantic_features, pooled = self._pool_latents(semantic.quantized)
+        text: dict[str, Tensor] = {}
+        if input_ids is not None:  # here and not by the caller, so that every ZeRO level gathers what is read
+            text["text_pooled"] = self.encode_text(input_ids)
+            text |= {"logit_scale": self.backbone.logit_scale, "logit_bias": self.backbone.logit_bias}
         return VisualTokenizerOutput(
             codes=torch.stack([pixel.codes, semantic.codes], dim=2),
             reconstruction=reconstruction,
@@ -186,6 +198,7 @@ class DualTokenVisualTokenizer(PreTrainedModel):
             pooled=pooled,
             commitment_loss_pixel=commitment_pixel,
             commitment_loss_semantic=semantic.commitment_loss,
+            **text,
         )
 
     # -- use

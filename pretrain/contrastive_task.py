@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ import torch.nn.functional as F
 from omegaconf import MISSING
 from open_clip.loss import SigLipLoss
 from torch import Tensor, nn
-from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessor, SiglipModel
+from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
 from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
 from dualtoken.backbone import pool
+from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig
 from pretrain.engine import Runtime, backward_and_step, build_engine, count_parameters, full_state_dict
 from pretrain.image_input import ImageInput, ImageInputConfig
@@ -130,7 +130,8 @@ class ContrastiveTask:
         self.config, self.runtime = config, runtime
         self.text_tokenizer = load_text_tokenizer(config.text_tokenizer)
         siglip = build_siglip(config, self.text_tokenizer)
-        self.text_length = siglip.config.text_config.max_position_embeddings
+        text_length = siglip.config.text_config.max_position_embeddings
+        self.captions = CaptionInput(self.text_tokenizer, text_length, config.seed, runtime)
         self.image_size = siglip.config.vision_config.image_size
         self.read_images = ImageInput(config.images, self.image_size, runtime)
         self.train_loader = image_loader(
@@ -154,7 +155,7 @@ class ContrastiveTask:
         """One optimizer step on the one micro-batch of every rank."""
         (batch,) = micro_batches
         images, captions = self.pairs(batch)
-        input_ids = torch.stack([self.tokenize(texts) for texts in captions], dim=1)
+        input_ids = torch.stack([self.captions.tokenize(texts) for texts in captions], dim=1)
         masked = self.runtime.step < self.config.steps - self.config.unmasked_steps
         dropout = self.config.patch_dropout if masked else 0.0
         loss = self.engines["siglip"](self.augment(images).to(self.runtime.dtype), input_ids, dropout)
@@ -173,31 +174,12 @@ class ContrastiveTask:
         captions = [[""] * len(batch) for _ in range(self.config.captions_per_picture)]
         for place in places:
             for number, texts in enumerate(captions):
-                texts[place] = self.choose_caption(batch.keys[place], batch.captions[place], number)
+                texts[place] = self.captions.choose(batch.keys[place], batch.captions[place], number)
         if len(places) == len(batch):
             return readable, captions
         images = readable.new_ones(len(batch), 3, self.image_size, self.image_size)
         images[places] = readable
         return images, captions
-
-    def choose_caption(self, key: str, captions: dict[str, str], number: int = 0) -> str:
-        """A picture's caption in a language drawn by key and step, so that no rank or resume changes it."""
-        languages = sorted(captions)
-        if not languages:
-            return ""
-        draw = zlib.crc32(f"{self.config.seed} {self.runtime.step} {key}".encode())
-        return captions[languages[(draw + number) % len(languages)]]
-
-    def tokenize(self, captions: list[str]) -> Tensor:
-        """Token ids [B, T], padded to the tower's length as SigLIP is trained."""
-        tokens = self.text_tokenizer(
-            captions,
-            padding="max_length",
-            truncation=True,
-            max_length=self.text_length,
-            return_tensors="pt",
-        )
-        return tokens["input_ids"].to(self.runtime.device)
 
     def augment(self, images: Tensor) -> Tensor:
         """Shift and flip pictures [B, 3, H, W] at random."""
@@ -233,7 +215,8 @@ class ContrastiveTask:
             captions = [batch.captions[place] for place in places]
             # The first language, so that a figure does not depend on a draw.
             texts = [next(iter(by_language.values()), "") for by_language in captions]
-            output = self.siglip(input_ids=self.tokenize(texts), pixel_values=images.to(self.runtime.dtype))
+            input_ids = self.captions.tokenize(texts)
+            output = self.siglip(input_ids=input_ids, pixel_values=images.to(self.runtime.dtype))
             embeds = output.image_embeds.float().cpu(), output.text_embeds.float().cpu()
             features += list(zip(*embeds, texts, strict=True))
             if len(features) >= per_rank:
@@ -295,20 +278,6 @@ def recall_at_1(similarity: Tensor, captions: list[str]) -> tuple[float, float]:
     right_text = label[similarity.argmax(1)] == label
     right_image = label[similarity.argmax(0)] == label
     return right_text.float().mean().item(), right_image.float().mean().item()
-
-
-def load_text_tokenizer(path: str) -> Any:
-    """The text tokenizer in a folder.
-
-    Raises:
-        ConfigError: there is none, or it has no padding token.
-    """
-    if not (Path(path) / "tokenizer_config.json").is_file():
-        raise ConfigError(f"text_tokenizer={path}: expected a folder with a Hugging Face tokenizer")
-    text_tokenizer = AutoTokenizer.from_pretrained(path)
-    if text_tokenizer.pad_token_id is None:
-        raise ConfigError(f"text_tokenizer={path} has no padding token, which SigLIP's text tower needs")
-    return text_tokenizer
 
 
 def build_siglip(config: ContrastiveJobConfig, text_tokenizer: Any) -> SiglipModel:

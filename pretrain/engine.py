@@ -60,6 +60,14 @@ class Runtime:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor.item())
 
+    def smallest(self, number: int) -> int:
+        """The smallest `number` of all ranks; every rank has to call."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor([number], device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return int(tensor.item())
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:

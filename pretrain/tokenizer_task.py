@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from omegaconf import MISSING
+from open_clip.loss import SigLipLoss
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -18,6 +19,7 @@ from dualtoken.backbone import FrozenTeacher
 from dualtoken.quantizer import QuantizerStats
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer, VisualTokenizerOutput
 from dualtoken.visual_tokenizer_config import preset_config
+from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.discriminator import DiscriminatorConfig, PatchDiscriminator
 from pretrain.engine import Runtime, backward_and_step, build_engine, count_parameters, full_state_dict
@@ -58,6 +60,7 @@ class TokenizerLossConfig:
     semantic_tokens: float = 5.0
     semantic_tokens_mse: float = 1.0  # share of the MSE inside (MSE - cosine); 0 leaves the cosine alone
     pooled: float = 1.0
+    contrastive: float = 0.0  # SigLIP's loss of quantized pictures and captions; the paper only suggests it
     gan_start_step: int = 0
     gan_weight_range: list[float] = field(default_factory=lambda: [0.3, 10.0])
 
@@ -109,6 +112,10 @@ class TokenizerTask:
                 config.discriminator_deepspeed,
             )
         self.kernel_shape = kernel_shape
+        self.captions: CaptionInput | None = None
+        if config.losses.contrastive > 0:
+            self.captions = build_captions(self.tokenizer, config, runtime)
+            self.siglip_loss = SigLipLoss(rank=runtime.rank, world_size=runtime.world_size)
         self.read_images = ImageInput(config.images, self.tokenizer.config.image_size, runtime)
         self.train_loader = image_loader(
             config.data, config.micro_batch_size, runtime.rank, runtime.world_size, config.seed
@@ -133,7 +140,7 @@ class TokenizerTask:
         averages = Averages(self.runtime.device)
         pictures = torch.zeros((), device=self.runtime.device)
         for index, batch in enumerate(micro_batches):
-            images, _ = self.read_images(batch)
+            images, places = self.read_images(batch)
             if len(images) == 0:
                 raise ValueError(
                     f"a micro-batch has no readable picture ({', '.join(batch.keys[:3])} ...), which a "
@@ -144,7 +151,11 @@ class TokenizerTask:
                 index * self.runtime.world_size + self.runtime.rank,
                 len(micro_batches) * self.runtime.world_size,
             )
-            output, metrics = self.generator_step(images)
+            input_ids = None
+            if self.captions is not None:
+                texts = [self.captions.choose(batch.keys[p], batch.captions[p]) for p in places]
+                input_ids = self.captions.tokenize(texts)
+            output, metrics = self.generator_step(images, input_ids)
             if self.gan_is_active:
                 metrics["loss/discriminator"] = self.discriminator_step(
                     images, output.reconstruction.detach()
@@ -162,10 +173,17 @@ class TokenizerTask:
         """Whether the adversarial loss has started."""
         return "discriminator" in self.engines and self.runtime.step >= self.config.losses.gan_start_step
 
-    def generator_step(self, images: Tensor) -> tuple[VisualTokenizerOutput, dict[str, Tensor]]:
-        """Forward, loss and backward of the tokenizer for one micro-batch ``[B, 3, H, W]``."""
+    def generator_step(
+        self, images: Tensor, input_ids: Tensor | None
+    ) -> tuple[VisualTokenizerOutput, dict[str, Tensor]]:
+        """Forward, loss and backward of the tokenizer for one micro-batch.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [-1, 1].
+            input_ids: their captions ``[B, T]`` where the contrastive loss is on.
+        """
         weights = self.config.losses
-        output = self.engines["tokenizer"](images)
+        output = self.engines["tokenizer"](images, input_ids)
         image_gradient, metrics = self.image_losses(output, images)
         with torch.no_grad():
             teacher = self.teacher(images)
@@ -179,6 +197,9 @@ class TokenizerTask:
             + weights.commitment_pixel * output.commitment_loss_pixel
             + weights.commitment_semantic * output.commitment_loss_semantic
         )
+        if input_ids is not None:
+            metrics["loss/contrastive"] = self.contrastive_loss(output)
+            feature_loss = feature_loss + weights.contrastive * metrics["loss/contrastive"]
         # The image losses enter through their gradient at the picture: the adaptive weight needs that
         # gradient before the backward pass, and DeepSpeed allows one backward pass per forward pass.
         image_term = (output.reconstruction.float() * image_gradient).sum()
@@ -191,6 +212,17 @@ class TokenizerTask:
             "loss/total": metrics["loss/total"] + feature_loss,
         }
         return output, metrics
+
+    def contrastive_loss(self, output: VisualTokenizerOutput) -> Tensor:
+        """SigLIP's loss (arXiv 2303.15343) of this rank's pictures and the captions of all ranks, a scalar.
+
+        It needs the same number of pairs on every rank: where a picture could not be read, the other ranks
+        leave out a pair of theirs.
+        """
+        pairs = self.runtime.smallest(len(output.pooled))
+        pictures = F.normalize(output.pooled[:pairs].float(), dim=-1)
+        texts = F.normalize(output.text_pooled[:pairs].float(), dim=-1)
+        return self.siglip_loss(pictures, texts, output.logit_scale.float().exp(), output.logit_bias.float())
 
     def image_losses(self, output: VisualTokenizerOutput, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the gradient of the image losses at the reconstruction and the values of the losses."""
@@ -294,6 +326,24 @@ def build_visual_tokenizer(config: TokenizerModelConfig) -> DualTokenVisualToken
     return DualTokenVisualTokenizer.from_backbone(
         preset_config(config.preset, **config.overrides), config.backbone
     )
+
+
+def build_captions(
+    tokenizer: DualTokenVisualTokenizer, config: TokenizerJobConfig, runtime: Runtime
+) -> CaptionInput:
+    """Captions as the backbone's text tower reads them.
+
+    Raises:
+        ConfigError: there is no text tower, or no text tokenizer beside the backbone.
+    """
+    text_config = tokenizer.config.text_config
+    if text_config is None:
+        raise ConfigError(
+            f"losses.contrastive={config.losses.contrastive} needs a text tower; this tokenizer was built "
+            "without one (text_config is None)"
+        )
+    text_tokenizer = load_text_tokenizer(config.model.backbone, "model.backbone")
+    return CaptionInput(text_tokenizer, tokenizer.config.text.max_position_embeddings, config.seed, runtime)
 
 
 def freeze_codebooks(tokenizer: DualTokenVisualTokenizer, names: list[str]) -> None:

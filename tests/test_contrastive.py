@@ -123,7 +123,7 @@ def losses_of_plain_torch(folder: Path) -> tuple[list[float], dict]:
         for group in optimizer.param_groups:
             group["lr"] = config.optimizer.lr * learning_rate_factor(step, config.optimizer, config.steps)
         images, captions = task.pairs(next(loader))
-        loss = model(images, torch.stack([task.tokenize(texts) for texts in captions], dim=1))
+        loss = model(images, torch.stack([task.captions.tokenize(texts) for texts in captions], dim=1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clipping)
         optimizer.step()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed import Ranks, run_module
-from tests.test_contrastive import write_pictures
+from tests.test_contrastive import write_pictures, write_text_tokenizer
 from tests.unified_support import byte_tokenizer
 
 STEPS = 6
@@ -26,7 +26,8 @@ def folder(tmp_path_factory) -> Path:
     write_pictures(folder / "images", 33)
     torch.manual_seed(0)
     SiglipModel(preset_config("tiny").backbone_config()).save_pretrained(folder / "siglip")
-    byte_tokenizer().save_pretrained(folder / "siglip")
+    write_text_tokenizer(folder / "siglip")
+    byte_tokenizer().save_pretrained(folder / "text_tokenizer")
     return folder
 
 
@@ -133,7 +134,7 @@ def mllm_words(folder: Path, run: str, world_size: int) -> list[str]:
         "micro_batch_size=1",
         "deepspeed=zero3.json",
         f"model.visual_tokenizer={folder / 'tokenizer' / 'export'}",
-        f"model.text_tokenizer={folder / 'siglip'}",
+        f"model.text_tokenizer={folder / 'text_tokenizer'}",
         f"model.llm_config={{model_type: qwen2, vocab_size: 264, num_key_value_heads: 2, {sizes}}}",
         "model.heads={head_hidden_size: 24, head_num_layers: 1, head_num_attention_heads: 2}",
         "optimizer.lr=0.003",

@@ -10,7 +10,7 @@ from dualtoken.visual_tokenizer_config import PRESETS, preset_config
 from pretrain.config import ConfigError, load_job_config
 from pretrain.optim import freeze_parameters
 from pretrain.tokenizer_task import freeze_codebooks
-from tests.distributed import run_module
+from tests.distributed import run_function, run_module
 from tests.test_jobs import folder, tokenizer_run, tokenizer_words  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,14 +45,16 @@ def test_joint_trains_everything_but_the_text_tower():
     assert not any(part.startswith(("text_model", "logit")) for part in parts)
 
 
-def test_semantic_trains_nothing_that_pixels_pass():
-    parts, layers, codebooks = trained_by("tokenizer_semantic")
+@pytest.mark.parametrize("recipe", ["tokenizer_semantic", "tokenizer_contrastive"])
+def test_last_phases_train_nothing_that_pixels_pass(recipe):
+    parts, layers, codebooks = trained_by(recipe)
     assert not parts & PIXEL_PARTS and "vision_model.embeddings" not in parts
     assert parts >= SEMANTIC_PARTS
     assert layers == set(range(6, 27)) and codebooks == ["pixel"]
 
 
-def test_semantic_phase_keeps_pixel_codes_and_pictures(folder, tokenizer_run):  # noqa: F811
+@pytest.mark.parametrize("phase", ["semantic", "contrastive"])
+def test_last_phases_keep_pixel_codes_and_pictures(folder, tokenizer_run, phase):  # noqa: F811
     before = tokenizer_run / "export"
     # The tiny tower has 4 layers and reads pixels after the first.
     patterns = ["text_model.*", "logit_*", "vision_model.embeddings.*", "vision_model.encoder.layers.0.*"]
@@ -61,15 +63,15 @@ def test_semantic_phase_keeps_pixel_codes_and_pictures(folder, tokenizer_run):  
     layer = preset_config("tiny").reconstruction_layer
     assert layer == 1 and preset_config("tiny").shortcut_layer is None
     words = [
-        "recipe=tokenizer_semantic",
-        *tokenizer_words(folder, "semantic", 1)[1:],
+        f"recipe=tokenizer_{phase}",
+        *tokenizer_words(folder, phase, 1)[1:],
         f"model.init_from={before}",
         f"frozen=[{','.join(frozen)}]",
         "optimizer.warmup_steps=1",
     ]
     run_module("pretrain.train", words, 1).check()
     old = DualTokenVisualTokenizer.from_pretrained(before).eval()
-    new = DualTokenVisualTokenizer.from_pretrained(folder / "semantic" / "export").eval()
+    new = DualTokenVisualTokenizer.from_pretrained(folder / phase / "export").eval()
     images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         first, second = old(images), new(images)
@@ -78,6 +80,75 @@ def test_semantic_phase_keeps_pixel_codes_and_pictures(folder, tokenizer_run):  
     assert not torch.equal(first.semantic_features, second.semantic_features)
     assert torch.equal(old.quantizer_pixel.codebook, new.quantizer_pixel.codebook)
     assert not torch.equal(old.quantizer_semantic.codebook, new.quantizer_semantic.codebook)
+
+
+def one_contrastive_step(arguments: list[str]) -> dict:
+    """Loss, pooled vectors and weights of one step on eight pictures, the ranks' shares in turn."""
+    from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
+    from pretrain.engine import full_state_dict, start_runtime
+    from pretrain.tokenizer_task import TokenizerTask
+
+    config = load_job_config(arguments)
+    runtime = start_runtime(config)
+    task = TokenizerTask(config, runtime)
+    whole = next(iter(image_loader(ImageStreamConfig(path=config.data.path), 8, seed=3)))
+    size = 8 // runtime.world_size
+    part = slice(runtime.rank * size, (runtime.rank + 1) * size)
+    batch = ImageTextBatch(whole.keys[part], whole.image_bytes[part], whole.captions[part])
+    with torch.no_grad():
+        images, _ = task.read_images(whole)
+        texts = [
+            task.captions.choose(key, captions)
+            for key, captions in zip(whole.keys, whole.captions, strict=True)
+        ]
+        output = task.tokenizer.eval()(images, task.captions.tokenize(texts))
+        scale, bias = output.logit_scale.clone(), output.logit_bias.clone()  # the step moves them
+        task.tokenizer.train()
+    figures = task.train_step([batch])
+    weights = full_state_dict(task.engines["tokenizer"])
+    return {
+        "loss": float(figures["loss/contrastive"]),
+        "pictures": output.pooled,
+        "texts": output.text_pooled,
+        "scale": scale,
+        "bias": bias,
+        "weights": {name: value.clone() for name, value in weights.items()},
+    }
+
+
+def test_contrastive_loss_is_siglips_over_all_ranks(folder):  # noqa: F811
+    words = [
+        *tokenizer_words(folder, "pairs", 1),
+        "losses={contrastive: 1, gan: 0, mse: 0, pooled: 0, semantic_tokens: 0, commitment_semantic: 0}",
+        "frozen=[backbone.text_model.*]",
+        # Steps in proportion to the gradient, so that a wrong gradient is a wrong weight.
+        *("optimizer.eps=1", "optimizer.lr=1", "optimizer.weight_decay=0", "gradient_clipping=0"),
+    ]
+    alone = [*words, "micro_batch_size=8"]
+    (whole,) = run_function(one_contrastive_step, alone, world_size=1, process_group=False)
+    halves = run_function(one_contrastive_step, words, process_group=False)
+    pictures, texts = (torch.nn.functional.normalize(whole[name], dim=-1) for name in ("pictures", "texts"))
+    logits = whole["scale"].exp() * pictures @ texts.T + whole["bias"]
+    signs = 2 * torch.eye(8) - 1
+    assert whole["loss"] == pytest.approx(-torch.nn.functional.logsigmoid(signs * logits).sum().item() / 8)
+    before = DualTokenVisualTokenizer.from_backbone(preset_config("tiny"), folder / "siglip").state_dict()
+    assert [half["loss"] for half in halves] == pytest.approx([whole["loss"]] * 2, rel=1e-5)
+    for name, value in whole["weights"].items():
+        if "quantizer" not in name:
+            torch.testing.assert_close(halves[0]["weights"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+    for name in ("backbone.logit_bias", "backbone.vision_model.head.probe", "prequant_semantic.proj.weight"):
+        assert not torch.equal(whole["weights"][name], before[name]), name
+    frozen = "backbone.text_model.embeddings.token_embedding.weight"
+    assert torch.equal(whole["weights"][frozen], before[frozen])
+
+
+def test_contrastive_loss_needs_the_text_tower(folder):  # noqa: F811
+    words = [
+        *tokenizer_words(folder, "blind", 1),
+        *("losses.contrastive=1", "model.overrides.text_config=null", "frozen=[]"),
+    ]
+    output = run_module("pretrain.train", words, 1).output
+    assert "losses.contrastive=1.0 needs a text tower" in output
 
 
 def test_the_table_of_sizes_is_true():
