@@ -7,12 +7,14 @@ Layer n means the hidden states *after* n transformer layers, so layer 0 is the 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipTextModel, SiglipVisionModel
@@ -77,20 +79,42 @@ def pool(vision_model: SiglipVisionModel, hidden: Tensor, layer: int) -> Tensor:
     return vision_model.head(vision_model.post_layernorm(hidden))
 
 
-def load_backbone(path: str | Path) -> SiglipModel:
-    """Load a SigLIP or fixed-resolution SigLIP2 model from a Hugging Face folder, strictly, in fp32.
+def model_folder(name: str | Path) -> Path:
+    """The folder of a SigLIP model: the one at this path, or the hub's model of this name, downloaded once.
 
     Raises:
-        FileNotFoundError: if the folder or its config is missing.
-        ValueError: if it holds another kind of model, or weights are missing, superfluous or of another
-            shape.
+        FileNotFoundError: there is no such folder, and no such model on the hub or no way to reach it.
     """
-    path = Path(path)
-    if not (path / "config.json").is_file():
+    path = Path(name)
+    if (path / "config.json").is_file():
+        return path
+    expected = (
+        "expected a folder with config.json and model.safetensors, as written by "
+        "SiglipModel.save_pretrained, or a name on the model hub such as google/siglip-so400m-patch14-384"
+    )
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+        raise FileNotFoundError(f"no SigLIP backbone at {path}: {expected}")
+    try:
+        files = ["*.json", "*.safetensors", "*.model", "*.txt"]
+        return Path(snapshot_download(str(name), allow_patterns=files))
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
-            f"no SigLIP backbone at {path}: expected a folder with config.json and model.safetensors, "
-            "as written by SiglipModel.save_pretrained or downloaded from the model hub"
-        )
+            f"no SigLIP backbone at {path}, nor on the model hub ({reason}): {expected}"
+        ) from error
+
+
+def load_backbone(path: str | Path) -> SiglipModel:
+    """Load a SigLIP or fixed-resolution SigLIP2 model strictly, in fp32.
+
+    Args:
+        path: a folder, or a name on the model hub (see :func:`model_folder`).
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: if it is another kind of model, or weights are missing, superfluous or of another shape.
+    """
+    path = model_folder(path)
     config = SiglipConfig.get_config_dict(path)[0]
     if config.get("model_type") != "siglip":
         raise ValueError(

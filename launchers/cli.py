@@ -194,7 +194,9 @@ def caption(
 @app.command("analyze-layers", rich_help_panel="Measure")
 def analyze_layers(
     images: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
-    backbone: Annotated[Path, typer.Option(help="SigLIP model, a folder.")] = RUN / "siglip" / "export",
+    backbone: Annotated[Path, typer.Option(help="SigLIP: a folder, or a name on the hub.")] = RUN
+    / "siglip"
+    / "export",
     count: Annotated[int, typer.Option(min=1, help="Pictures at most.")] = 1000,
     output: Annotated[Path, typer.Option("--out", help="Folder for layers.json and layers.png.")] = Path(
         "layers"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
-from dualtoken.backbone import FrozenTeacher
+from dualtoken.backbone import FrozenTeacher, model_folder
 from dualtoken.quantizer import QuantizerStats
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer, VisualTokenizerOutput
 from dualtoken.visual_tokenizer_config import preset_config
@@ -316,7 +316,7 @@ class TokenizerTask:
             return
         self.tokenizer.save_pretrained(directory, state_dict=state)
         if self.tokenizer.config.text_config is not None:
-            AutoTokenizer.from_pretrained(self.config.model.backbone).save_pretrained(directory)
+            AutoTokenizer.from_pretrained(model_folder(self.config.model.backbone)).save_pretrained(directory)
 
 
 def build_visual_tokenizer(config: TokenizerModelConfig) -> DualTokenVisualTokenizer:
@@ -342,7 +342,7 @@ def build_captions(
             f"losses.contrastive={config.losses.contrastive} needs a text tower; this tokenizer was built "
             "without one (text_config is None)"
         )
-    text_tokenizer = load_text_tokenizer(config.model.backbone, "model.backbone")
+    text_tokenizer = load_text_tokenizer(str(model_folder(config.model.backbone)), "model.backbone")
     return CaptionInput(text_tokenizer, tokenizer.config.text.max_position_embeddings, config.seed, runtime)
 
 

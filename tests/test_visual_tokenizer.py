@@ -7,11 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, SiglipModel
 
 import dualtoken
-from dualtoken.backbone import FrozenTeacher, hidden_states_after
+from dualtoken.backbone import FrozenTeacher, hidden_states_after, load_backbone
 from dualtoken.quantizer import MultiCodebookVQ
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer_config import PRESETS, preset_config
@@ -231,6 +232,27 @@ def test_from_backbone_leaves_the_text_tower_out_when_asked(backbone):
     assert not model.backbone.has_text_tower
     with pytest.raises(ValueError, match="no text tower"):
         model.encode_text(torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_backbones_by_their_name_on_the_hub(backbone, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name, allow_patterns):
+        asked.append(name)
+        if name == "google/none":
+            raise LocalEntryNotFoundError("Name or service not known")
+        return str(backbone)
+
+    monkeypatch.setattr("dualtoken.backbone.snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    expected, found = load_backbone(backbone).state_dict(), load_backbone("google/siglip-tiny").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    with pytest.raises(FileNotFoundError, match="nor on the model hub .Name or service not known"):
+        load_backbone("google/none")
+    for path in ("/google/siglip", "siglip", "../google/siglip", "a/b/c"):  # cannot be a name there
+        with pytest.raises(FileNotFoundError, match="no SigLIP backbone at .*expected a folder"):
+            load_backbone(path)
+    assert asked == ["google/siglip-tiny", "google/none"]
 
 
 def test_wrong_backbones_are_explained(backbone, tmp_path):
