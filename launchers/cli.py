@@ -134,6 +134,62 @@ def pretokenize(
     _run(deepspeed_command("data_pipeline.pretokenize", arguments, ranks), ranks)
 
 
+@app.command(rich_help_panel="Train")
+def overfit(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe to change.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Image-text pairs to learn, drawn at random.")] = 1,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimizer steps: by default as many as the quickstart's model needs.",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="Recipe of a unified model, by name or path.")] = (
+        "quickstart_mllm"
+    ),
+    codes: Annotated[Path, typer.Option(help="Dual-code data set to take pairs from.")] = RUN
+    / "codes"
+    / "train",
+    visual_tokenizer: TokenizerOption = TOKENIZER,
+    text_tokenizer: Annotated[Path, typer.Option(help="Text tokenizer, a folder.")] = RUN
+    / "sample_data"
+    / "text_tokenizer",
+    output: Annotated[
+        Path, typer.Option("--out", help="Folder; one for each number of pairs is made in it.")
+    ] = Path("runs/overfit"),
+    ranks: RanksOption = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of the pairs.")] = 0,
+) -> None:
+    """Check a training before a big one: learn a few pairs by heart, then ask for their texts and pictures.
+
+    One pair has to come back exactly, text and picture. With more, the drawn pictures have to match their
+    prompts better than by chance, ranked by the visual tokenizer's semantic features. Writes overfit.json
+    and overfit.html; a training that was stopped goes on, a finished one is not repeated.
+
+    Example: [bold]dualtoken overfit --pairs 64[/]
+    """
+    from launchers.overfit import overfit as learn_by_heart
+    from launchers.processes import default_ranks
+
+    learn_by_heart(
+        pairs,
+        steps,
+        recipe,
+        settings or [],
+        codes,
+        visual_tokenizer,
+        text_tokenizer,
+        output / f"pairs-{pairs}",
+        ranks or default_ranks(),
+        seed,
+        say,
+    )
+
+
 @app.command(rich_help_panel="Use")
 def reconstruct(
     images: ImagesArgument,

@@ -15,8 +15,8 @@ from tests.command import call
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
-    "quickstart", "sample-data", "train", "pretokenize", "reconstruct", "generate", "caption", "evaluate",
-    "report",
+    "quickstart", "sample-data", "train", "pretokenize", "overfit", "reconstruct", "generate", "caption",
+    "evaluate", "report",
 )  # fmt: skip
 
 
@@ -66,6 +66,7 @@ def parses(arguments):
         ),
         (["report", "--run", "nowhere"], "nothing to report in nowhere"),
         (["reconstruct", "x.png", "--visual-tokenizer", "nowhere"], "no visual tokenizer in nowhere"),
+        (["overfit"], "no visual tokenizer in runs/quickstart/tokenizer/export"),
         (["sample-data", "somewhere", "--image-size", "4"], "image_size is 4"),
     ],
 )

@@ -1,0 +1,171 @@
+"""Whether a unified model reproduces the pairs it was trained on: captions, codes, pictures."""
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from data_pipeline.code_shards import CodeSample
+from dualtoken.generation import generate_images
+from dualtoken.unified_model import DualTokenForCausalLM
+from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from eval.comparisons import Baseline, Comparison
+from eval.generation import decode_codes, write_captions
+from eval.inputs import draw_prompts, to_picture
+from eval.metrics import recall_at_1
+from eval.report import data_uri
+from eval.results import write_json
+from eval.retrieval import image_features
+
+CAPTION_TOKENS = 128
+
+
+@dataclass
+class PairResult:
+    """One pair, asked both ways."""
+
+    key: str
+    language: str
+    caption: str
+    written: str  # the model's caption of the picture
+    codes_right: float  # share of the P x Q x D codes drawn for the caption
+    picture: str = ""  # file, below the folder of the results
+    drawn: str = ""
+
+    @property
+    def text_exact(self) -> bool:
+        """Whether the caption came back word for word."""
+        return self.written == self.caption
+
+    @property
+    def image_exact(self) -> bool:
+        """Whether every code came back."""
+        return self.codes_right == 1.0
+
+
+@dataclass
+class Reproduction:
+    """What a model made of the pairs it was trained on."""
+
+    pairs: list[PairResult]
+    recall: dict  # R@1 of the drawn pictures among the originals, and its chance
+    drawn: Tensor  # [N, P, Q, D]
+
+    def share(self, exact: str) -> float:
+        """Share of the pairs whose `text_exact` or `image_exact` holds."""
+        return sum(getattr(pair, exact) for pair in self.pairs) / len(self.pairs)
+
+    @property
+    def codes_right(self) -> float:
+        """Share of all codes that came back."""
+        return sum(pair.codes_right for pair in self.pairs) / len(self.pairs)
+
+    @property
+    def exact(self) -> bool:
+        """Whether all texts and pictures came back."""
+        return self.share("text_exact") == self.share("image_exact") == 1.0
+
+    @property
+    def beats_chance(self) -> bool:
+        """Whether the drawn pictures match their prompts more often than luck would have it."""
+        chance = Baseline("chance", self.recall["chance"])
+        return Comparison("R@1", self.recall["recall"], "share", [chance], trials=len(self.pairs)).beats(
+            chance
+        )
+
+    def as_json(self) -> dict:
+        """The figures."""
+        return {
+            "captions_exact": self.share("text_exact"),
+            "images_exact": self.share("image_exact"),
+            "codes_right": self.codes_right,
+            "recall_at_1": self.recall,
+            "pairs": [
+                {**asdict(pair), "text_exact": pair.text_exact, "image_exact": pair.image_exact}
+                for pair in self.pairs
+            ],
+        }
+
+
+@torch.no_grad()
+def reproduce(
+    model: DualTokenForCausalLM,
+    text_tokenizer: PreTrainedTokenizerBase,
+    visual_tokenizer: DualTokenVisualTokenizer,
+    samples: Sequence[CodeSample],
+    progress: Callable[[int, int], None] | None = None,
+) -> Reproduction:
+    """Ask for each pair's caption and for its picture, the likeliest token and code each time.
+
+    The drawn codes are ranked by the visual tokenizer's own semantic features: cosine of their pooled vector
+    with those of all the originals' codes. Pairs of one caption are equally right.
+
+    Args:
+        model: the unified model.
+        text_tokenizer: its text tokenizer.
+        visual_tokenizer: the one whose codes they are.
+        samples: pairs of one image and its caption in one language.
+        progress: called with (positions drawn, P).
+    """
+    rows = draw_prompts(samples)
+    codes = torch.stack([torch.from_numpy(sample.codes[0].astype("int64")) for sample in samples])
+    prompts = [row["prompt"] for row in rows]
+    drawn = generate_images(model, text_tokenizer, prompts, temperature=0.0, progress=progress).cpu()
+    right = (drawn == codes).flatten(1).double().mean(dim=1).tolist()
+    written: dict[int, str] = {}
+    for language in dict.fromkeys(row["language"] for row in rows):
+        places = [place for place, row in enumerate(rows) if row["language"] == language]
+        images = [codes[place] for place in places]
+        texts = write_captions(model, text_tokenizer, images, language, CAPTION_TOKENS)
+        written.update(zip(places, texts, strict=True))
+    device, encode = visual_tokenizer.device, visual_tokenizer.encode_semantic
+    found, truth = (image_features(encode, given, device) for given in (drawn, codes))
+    pairs = [
+        PairResult(row["key"], row["language"], row["prompt"].strip(), written[place], right[place])
+        for place, row in enumerate(rows)
+    ]
+    return Reproduction(pairs, vars(recall_at_1(found, truth, prompts, prompts)), drawn)
+
+
+def write_results(
+    result: Reproduction,
+    visual_tokenizer: DualTokenVisualTokenizer,
+    samples: Sequence[CodeSample],
+    settings: dict,
+    output: Path,
+) -> None:
+    """Write `overfit.json`, the pictures, and `overfit.html`: original | drawn, with the captions."""
+    codes = torch.stack([torch.from_numpy(sample.codes[0].astype("int64")) for sample in samples])
+    pictures = output / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    originals, drawings = (decode_codes(visual_tokenizer, given) for given in (codes, result.drawn))
+    for place, pair in enumerate(result.pairs):
+        pair.picture = f"pictures/{place:03d}-original.png"
+        pair.drawn = f"pictures/{place:03d}-drawn.png"
+        for image, name in ((originals[place], pair.picture), (drawings[place], pair.drawn)):
+            to_picture(image).resize((128, 128), Image.Resampling.NEAREST).save(output / name)
+    write_json(output / "overfit.json", {"settings": settings, **result.as_json()})
+    (output / "overfit.html").write_text(_sheet(result, output), encoding="utf-8")
+
+
+def _sheet(result: Reproduction, output: Path) -> str:
+    cells = []
+    for pair in result.pairs:
+        words = html.escape(pair.caption)
+        if not pair.text_exact:
+            words += f"<br><s>{html.escape(pair.written) or '(nothing)'}</s>"
+        images = "".join(f'<img src="{data_uri(output / name)}">' for name in (pair.picture, pair.drawn))
+        cells.append(f"<figure>{images}<figcaption>{words}<br>{pair.codes_right:.1%}</figcaption></figure>")
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Overfit</title><style>'
+        "body{font-family:sans-serif}figure{display:inline-block;margin:8px;width:264px;"
+        "vertical-align:top}img{width:128px;margin-right:4px}s{color:#b00}</style>"
+        "<p>Left the picture of the original codes, right the one drawn for the caption. Below: the caption, "
+        "what the model wrote instead if that differs, and the share of codes drawn right.</p>"
+        f"{''.join(cells)}</html>\n"
+    )
