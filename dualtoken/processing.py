@@ -13,15 +13,22 @@ import torch
 from transformers import AutoProcessor, ProcessorMixin, SiglipImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
 
-from .sequence import Document, ImagePart, SpecialTokens, TextPart, pack_documents, tokenize_document
+from .sequence import (
+    IMAGE_TAG,
+    Document,
+    ImagePart,
+    SpecialTokens,
+    TextPart,
+    pack_documents,
+    require_image_codes,
+    tokenize_document,
+)
 from .unified_model_config import DualTokenConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .visual_tokenizer import DualTokenVisualTokenizer
-
-IMAGE_TAG = "<image>"
 
 
 class DualTokenProcessor(ProcessorMixin):
@@ -92,15 +99,13 @@ class DualTokenProcessor(ProcessorMixin):
         Args:
             text: one or several texts, with an ``<image>`` tag for each image.
             images: PIL images of any size and kind, or tensors [3, S, S] in [-1, 1]; all in the order of
-            the tags,
-                or one list per text.
+                the tags, or one list per text.
             codes: instead of images, their codes [P, Q, D], likewise.
             visual_tokenizer: turns images into codes.
 
         Raises:
             ValueError: on images and codes at once, numbers of images and tags that differ, tensors or
-            codes of a
-                wrong shape, or images without a visual tokenizer.
+                codes of a wrong shape, or images without a visual tokenizer.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if images is not None and codes is not None:
@@ -165,12 +170,7 @@ class DualTokenProcessor(ProcessorMixin):
 
     def _checked(self, codes: Any, index: int) -> torch.Tensor:
         codes = torch.as_tensor(codes)
-        expected = (self.positions_per_image, 2, self.num_quantizers)
-        if tuple(codes.shape) != expected:
-            raise ValueError(
-                f"codes of image {index} have shape {tuple(codes.shape)}, expected {expected} "
-                "(positions, codebooks, depths); they come from another visual tokenizer or image size"
-            )
+        require_image_codes(codes, self.positions_per_image, self.num_quantizers, index)
         return codes
 
 

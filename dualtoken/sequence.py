@@ -20,6 +20,8 @@ import numpy as np
 import torch
 
 IGNORE_INDEX = -100
+IMAGE_TAG = "<image>"
+"""Marks the place of an image in a text that comes with images."""
 
 SPECIAL: dict[str, str] = {
     "end_of_text": "<|endoftext|>",
@@ -93,6 +95,16 @@ class ImagePart:
 
     codes: np.ndarray | torch.Tensor
     loss: bool = False
+
+
+def require_image_codes(codes: Any, positions: int, num_quantizers: int, index: int) -> None:
+    """Raise ValueError unless the codes of image `index` have the model's shape [P, Q, D]."""
+    expected = (positions, 2, num_quantizers)
+    if tuple(codes.shape) != expected:
+        raise ValueError(
+            f"codes of image {index} have shape {tuple(codes.shape)}, expected {expected} "
+            "(positions, codebooks, depths); they come from another visual tokenizer or image size"
+        )
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dualtoken.generation import generate, generate_images, generate_text, stream_text
+from dualtoken.generation import generate, generate_images, generate_text, stream, stream_text
 from dualtoken.likelihood import document_nll
 from dualtoken.sampling import Sampling, row_noise
 from dualtoken.sequence import Document, ImagePart, TextPart, pack_documents, tokenize_document
@@ -190,6 +190,61 @@ def test_mixed_conversation_writes_images_whole():
     assert torch.equal(second, parts[1].codes)
     rest = Document([*prefix.parts, *parts[:2]])
     assert parts[2].text == generate_text(wants_images, TOKENIZER, [rest], max_new_tokens=4)[0]
+
+
+def chatty_model(image_bias):
+    """Writes the letters a, b and c by chance; `image_bias` says how gladly it draws."""
+    model = tiny_model(seed=8)
+    with torch.no_grad():
+        head = model.get_output_embeddings()
+        head.bias = torch.nn.Parameter(torch.full((head.out_features,), -100.0))
+        head.bias[TOKENIZER.convert_tokens_to_ids(["a", "b", "c"])] = 0.0
+        head.bias[IDS.image_gen_start] = image_bias
+    return model
+
+
+def test_a_stream_of_text_and_images_adds_up_to_what_generate_returns():
+    settings = {"max_new_tokens": 24, "max_images": 2, "text_sampling": Sampling(), "seed": 3}
+    model, calls = chatty_model(image_bias=0.0), []
+    pieces = list(stream(model, TOKENIZER, "x", progress=lambda *done: calls.append(done), **settings))
+    parts = generate(model, TOKENIZER, "x", **settings)
+    images = [piece for piece in pieces if isinstance(piece, ImagePart)]
+    assert len(images) == 2 and calls == [(i + 1, POSITIONS) for i in range(POSITIONS)] * 2
+    assert len(pieces) == 24  # each token of text as it came (the starts of images count), each image whole
+    written = iter(pieces)
+    for part in parts:
+        if isinstance(part, ImagePart):
+            assert torch.equal(next(written).codes, part.codes)
+        else:
+            assert part.text == "".join(next(written) for _ in part.text)
+    assert next(written, None) is None
+    assert sum(isinstance(part, TextPart) for part in parts) >= 2
+
+
+def test_an_answer_ends_at_its_mark():
+    model = chatty_model(image_bias=-100.0)
+    settings = {"max_new_tokens": 60, "max_images": 0, "text_sampling": Sampling()}
+    for seed in range(5):
+        whole = "".join(stream(model, TOKENIZER, "x", seed=seed, **settings))
+        assert len(whole) == 60
+        for stop in ("ab", "aab", "cac", whole[:2], whole[-3:], "abcabcabcabc"):
+            pieces = list(stream(model, TOKENIZER, "x", seed=seed, stop=stop, **settings))
+            assert "".join(pieces) == whole.partition(stop)[0]
+    assert not model.training and model.train().training
+    list(stream(model, TOKENIZER, "x", stop="a", **settings))
+    assert model.training  # left as it was, also where the mark broke it off
+
+
+@pytest.mark.parametrize("write", [generate, generate_text, generate_images])
+def test_tags_without_images_and_images_of_another_size_are_named(model, write):
+    def prompted(prompt):
+        return write(model, TOKENIZER, prompt if write is generate else [prompt])
+
+    with pytest.raises(ValueError, match="the text has 2 <image> tags but 0 images; give one image for each"):
+        prompted("mix <image> and <image>")
+    document = Document([ImagePart(random_codes()), ImagePart(random_codes(positions=5))])
+    with pytest.raises(ValueError, match=r"codes of image 1 have shape \(5, 2, 3\), expected \(4, 2, 3\)"):
+        prompted(document)
 
 
 def test_the_model_is_left_as_it_was(model):
