@@ -95,7 +95,7 @@ class _Parts:
         self.images += 1
 
 
-def _turns(conversation: Any, name: str) -> list[tuple[str, str]]:
+def _turns(conversation: Any, name: str, answered: bool) -> list[tuple[str, str]]:
     """Check a conversation's form and return (role, text) per turn."""
     if not isinstance(conversation, list) or not conversation:
         raise ConversationError(f"{name}: conversations are {conversation!r:.60}, expected a list of turns")
@@ -115,9 +115,13 @@ def _turns(conversation: Any, name: str) -> list[tuple[str, str]]:
             raise ConversationError(f"{name}: turn {number} is the {role}'s, expected the {expected}'s")
         if role == _ASSISTANT and not text.strip():
             raise ConversationError(f"{name}: turn {number}, an answer, is empty")
-    if not spoken or spoken[-1][0] != _ASSISTANT:
+    if answered and (not spoken or spoken[-1][0] != _ASSISTANT):
         raise ConversationError(
             f"{name}: the conversation ends without an answer, so there is nothing to learn"
+        )
+    if not answered and (not spoken or spoken[-1][0] != _USER):
+        raise ConversationError(
+            f"{name}: the conversation ends without a question, so there is no answer due"
         )
     return turns
 
@@ -125,10 +129,11 @@ def _turns(conversation: Any, name: str) -> list[tuple[str, str]]:
 def conversation_parts(
     conversation: Sequence[dict[str, Any]],
     num_images: int,
-    template: str = "qwen",
+    template: str | ChatTemplate = "qwen",
     system: str | None = None,
     images_first: bool = False,
     name: str = "conversation",
+    answered: bool = True,
 ) -> list[Part]:
     """Turn a LLaVA conversation into parts.
 
@@ -138,19 +143,22 @@ def conversation_parts(
     Args:
         conversation: turns `{"from": "human" | "gpt" | "system", "value": text}` (`role` and `content` too).
         num_images: how many images the sample has.
-        template: `qwen`, `vicuna` (v1) or `plain` (LLaVA's captions: the user's words are left out).
+        template: `qwen`, `vicuna` (v1) or `plain` (LLaVA's captions: the user's words are left out), or one
+            of your own.
         system: system prompt; None for the template's own, "" for none. A system turn goes before both.
         images_first: move the images of a turn to its start, one line each, as LLaVA-1.5 does.
         name: what error messages call the conversation, its key for example.
+        answered: False for a conversation that ends with the user's turn: the parts end where the answer
+            begins, for a model to write it.
 
     Raises:
         ConversationError: turns are malformed or do not alternate, or tags and images differ in number.
         ValueError: the template is unknown.
     """
-    if template not in TEMPLATES:
+    if isinstance(template, str) and template not in TEMPLATES:
         raise ValueError(f"template is {template!r}, expected one of {', '.join(TEMPLATES)}")
-    style = TEMPLATES[template]
-    turns = _turns(conversation, name)
+    style = TEMPLATES[template] if isinstance(template, str) else template
+    turns = _turns(conversation, name, answered)
     tags = sum(text.count(IMAGE_TAG) for _, text in turns)
     if tags != num_images:
         raise ConversationError(
@@ -175,6 +183,8 @@ def conversation_parts(
         parts.text(after, loss=learned, markup=True)
         if learned:
             parts.text(style.after_assistant, loss=False, markup=True)
+    if not answered:
+        parts.text(style.assistant[0], loss=False, markup=True)
     return parts.parts
 
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from data_pipeline.code_shards import check_parts
 from data_pipeline.conversations import (
     TEMPLATES,
+    ChatTemplate,
     ConversationError,
     conversation_parts,
     interleaved_parts,
@@ -125,6 +126,29 @@ def test_images_first_moves_them_as_llava_does():
     conversation = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "An egg."}]
     shown = written_out(conversation_parts(conversation, 1, "vicuna", system="S.", images_first=True))
     assert shown == "S. USER: <0>\nWhat is it? ASSISTANT: [An egg.][</s>]"
+
+
+@pytest.mark.parametrize("template", list(TEMPLATES))
+def test_a_question_ends_where_its_answer_begins(template):
+    """What a model is asked with is the beginning of what it was trained on, parts and all."""
+    drawing = [{"from": "human", "value": "Draw it."}, {"from": "gpt", "value": "Here: <image>"}]
+    conversation = [*LLAVA, *drawing]
+    trained = conversation_parts(conversation, 2, template)
+    for end in (1, 3, 5):
+        asked = conversation_parts(conversation[:end], 1, template, answered=False)
+        if template != "plain":
+            assert asked == trained[: len(asked)] and trained[len(asked)]["loss"]
+        learned = [part for part in trained if part["loss"]]
+        assert len([part for part in asked if part["loss"]]) == end - 1 < len(learned)
+    with pytest.raises(ConversationError, match="k7: the conversation ends without a question"):
+        conversation_parts(LLAVA, 1, template, name="k7", answered=False)
+
+
+def test_a_template_of_ones_own():
+    style = ChatTemplate("", "", ("Q: ", "\n"), ("A: ", "\n"))
+    assert written_out(conversation_parts(LLAVA[:1], 1, style, answered=False)) == (
+        "Q: <0>\nWhat is in the picture?\nA: "
+    )
 
 
 def test_a_system_turn_replaces_the_prompt():
