@@ -37,6 +37,20 @@ TokenizerOption = Annotated[
 ]
 ModelOption = Annotated[Path, typer.Option("--model", help="Exported unified model, a folder.")]
 ImagesArgument = Annotated[list[Path], typer.Argument(help="Picture files: PNG, JPEG, WebP, ...")]
+GuidanceOption = Annotated[
+    float, typer.Option(help="How closely pictures follow the prompt: 1 as trained, more for closer.")
+]
+TemperatureOption = Annotated[
+    float, typer.Option(help="0 takes the likeliest every time, 1 draws by the model's probabilities.")
+]
+TopKOption = Annotated[
+    int, typer.Option(help="Draw among that many of the likeliest; 0 for all. Needs --temperature.")
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(help="Draw among the likeliest that make up this share; 1 for all. Needs --temperature."),
+]
+SeedOption = Annotated[int, typer.Option(help="Of the draws, with --temperature above 0.")]
 TOKENIZER = RUN / "tokenizer" / "export"
 MODEL = RUN / "mllm" / "export"
 
@@ -208,24 +222,32 @@ def reconstruct(
 
 @app.command(rich_help_panel="Use")
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help="What to draw, one picture for each.")],
+    prompts: Annotated[
+        list[str],
+        typer.Argument(help="What to draw, one picture for each; <image> marks the place of an --image."),
+    ],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="Picture to start from, one for each <image> of the prompts.", show_default=False),
+    ] = None,
     model: ModelOption = MODEL,
     visual_tokenizer: TokenizerOption = TOKENIZER,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("generated"),
-    guidance_scale: Annotated[float, typer.Option(help="How closely to follow the prompt; 1 is off.")] = 1.5,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest code, 1 samples.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among that many codes; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest codes of this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Another seed, another picture.")] = 0,
+    guidance_scale: GuidanceOption = 1.5,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
 ) -> None:
-    """Draw pictures for prompts.
+    """Draw pictures for prompts, or for prompts and pictures.
 
     Example: [bold]dualtoken generate "purple circle" "alarm clock" --guidance-scale 2[/]
     """
     from launchers.use import generate_files
 
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    for line in generate_files(prompts, model, visual_tokenizer, output, guidance_scale, settings):
+    drawn = generate_files(prompts, model, visual_tokenizer, output, guidance_scale, settings, image or [])
+    for line in drawn:
         say(line)
 
 
@@ -245,6 +267,66 @@ def caption(
 
     for line in caption_files(images, model, visual_tokenizer, language, max_new_tokens):
         say(line)
+
+
+class Template(StrEnum):
+    """What stands around the turns of a conversation."""
+
+    QWEN = "qwen"
+    VICUNA = "vicuna"
+    PLAIN = "plain"
+    NONE = "none"
+
+
+@app.command(rich_help_panel="Use")
+def chat(
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Pictures for the first message; <image> in it marks their places."),
+    ] = None,
+    model: ModelOption = MODEL,
+    visual_tokenizer: TokenizerOption = TOKENIZER,
+    chat_template: Annotated[
+        Template | None,
+        typer.Option(
+            help="Format of the conversations that the model was trained on; none reads messages as they "
+            "stand. By default qwen, or none for a model that is known to have seen no conversations.",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt instead of the template's.", show_default=False)
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures it draws.")] = Path("generated"),
+    guidance_scale: GuidanceOption = 1.5,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens of text.")] = 256,
+) -> None:
+    """Talk with a unified model: it answers by text and pictures. Input may also come through a pipe.
+
+    /image PATH attaches a picture, /draw PROMPT asks for one, /help lists the rest.
+
+    Example: [bold]dualtoken chat cat.png[/]
+    """
+    from launchers.chat import chat as talk
+
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    template = chat_template and chat_template.value
+    talk(
+        images or [],
+        model,
+        visual_tokenizer,
+        template,
+        system,
+        output,
+        guidance_scale,
+        settings,
+        seed,
+        max_new_tokens,
+    )
 
 
 @app.command("analyze-layers", rich_help_panel="Measure")

@@ -1,7 +1,6 @@
 """`dualtoken overfit`: a few pairs, learned by heart by the real trainer, then asked for both ways."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from eval.overfit import Reproduction, reproduce, write_results
 from eval.results import read_json
 from launchers import processes
 from launchers.errors import UserError
+from launchers.use import drawing_progress
 
 RECIPE = "quickstart_mllm"
 STEPS_FOR_ONE_PAIR = 120  # of the quickstart's recipe; more pairs take the recipe's own
@@ -88,7 +88,7 @@ def overfit(
         raise UserError(f"the training in {run} failed; see above, then start the same command again")
     model, words_of_model = load_unified_model(run / "export")
     require_same_codes(model, manifest.fingerprint, codes)
-    result = reproduce(model, words_of_model, tokenizer, samples, _progress())
+    result = reproduce(model, words_of_model, tokenizer, samples, drawing_progress())
     kept = {"recipe": recipe, "steps": done["steps"], "words": words, "seconds": done["wall_seconds"]}
     write_results(result, tokenizer, samples, kept, output)
     for line in outcome(result):
@@ -262,15 +262,3 @@ def shortfall(result: Reproduction, steps: int) -> str | None:
             f"(R@1 {result.recall['recall']:.1%}, chance {result.recall['chance']:.1%}): give more --steps"
         )
     return None
-
-
-def _progress() -> Callable[[int, int], None] | None:
-    """Show positions drawn on a terminal's standard error; elsewhere nothing."""
-    if not sys.stderr.isatty():
-        return None
-
-    def show(done: int, total: int) -> None:
-        sys.stderr.write(f"\rdrawing {done}/{total}" + ("\r\033[K" if done == total else ""))
-        sys.stderr.flush()
-
-    return show

@@ -1,7 +1,7 @@
 """What `dualtoken reconstruct`, `generate` and `caption` do with files."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +21,18 @@ def with_progress(items: Sequence[T], what: str) -> Iterable[T]:
 
     hidden = not sys.stderr.isatty()
     return track(items, what, console=Console(stderr=True), transient=True, disable=hidden)
+
+
+def drawing_progress() -> Callable[[int, int], None] | None:
+    """Shows how much of a picture is drawn on a terminal's standard error; elsewhere None."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        sys.stderr.write("\r\033[K" if done == total else f"\rdrawing {done}/{total}")
+        sys.stderr.flush()
+
+    return show
 
 
 def read_pictures(paths: Sequence[Path], image_size: int) -> torch.Tensor:
@@ -61,14 +73,32 @@ def generate_files(
     output: Path,
     guidance_scale: float,
     sampling: dict,
+    images: Sequence[Path] = (),
 ) -> Iterator[str]:
-    """Write a picture for each prompt; yields a line for each."""
+    """Write a picture for each prompt; yields a line for each.
+
+    `images` take the places of the prompts' image tags, in their order.
+    """
     from dualtoken.generation import generate_images
+    from dualtoken.processing import DualTokenProcessor
 
     tokenizer = load_visual_tokenizer(visual_tokenizer)
     unified, text_tokenizer = load_unified_model(model)
     require_same_codes(unified, tokenizer.fingerprint(), visual_tokenizer)
-    codes = generate_images(unified, text_tokenizer, list(prompts), guidance_scale=guidance_scale, **sampling)
+    shown = []
+    if images:
+        given = read_pictures(images, tokenizer.config.image_size)
+        shown = list(tokenizer.encode(given.to(tokenizer.device)).cpu())
+    processor = DualTokenProcessor.for_config(unified.config, text_tokenizer)
+    documents = processor.documents(list(prompts), codes=shown)
+    codes = generate_images(
+        unified,
+        text_tokenizer,
+        documents,
+        guidance_scale=guidance_scale,
+        progress=drawing_progress(),
+        **sampling,
+    )
     pictures = tokenizer.decode(codes.to(tokenizer.device)).float().cpu()
     for prompt, target, picture in zip(prompts, free_names(output, prompts), pictures):
         to_picture(picture).save(target)

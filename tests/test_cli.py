@@ -16,7 +16,7 @@ from tests.command import call
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     "quickstart", "sample-data", "train", "pretokenize", "overfit", "reconstruct", "generate", "caption",
-    "evaluate", "report",
+    "chat", "evaluate", "report",
 )  # fmt: skip
 
 

@@ -60,6 +60,16 @@ def test_generate(dualtoken, tmp_path):
     assert pixels("a-circle.png") == pixels("a-circle-2.png")
 
 
+def test_generate_from_pictures(dualtoken, run, tmp_path):
+    code, lines, _ = dualtoken("generate", "like <image>", "like", "--image", "red one.png")
+    assert code == 0
+    assert lines == ["'like <image>' -> generated/like-image.png", "'like' -> generated/like.png"]
+    pictures = [(tmp_path / "generated" / name).read_bytes() for name in ("like-image.png", "like.png")]
+    assert pictures[0] != pictures[1]
+    dualtoken("generate", "like <image>", "like", "--image", "green.jpg")
+    assert (tmp_path / "generated" / "like-image-2.png").read_bytes() != pictures[0]
+
+
 def test_caption(dualtoken):
     code, lines, _ = dualtoken("caption", "red one.png", "green.jpg", "--language", "de")
     assert code == 0
@@ -70,6 +80,9 @@ def test_caption(dualtoken):
     ("command", "arguments", "message"),
     [
         ("reconstruct", ["gone.png"], "no such file: gone.png"),
+        ("generate", ["a <image> here"], "the text has 1 <image> tags but 0 images; give one image for each"),
+        ("generate", ["red", "--image", "green.jpg"], "the text has 0 <image> tags but 1 images"),
+        ("caption", ["gone.png"], "no such file: gone.png"),
         ("generate", ["red", "--top-p", "0"], "top_p=0.0; expected more than 0"),
         ("generate", ["red", "--temperature", "-1"], "temperature=-1.0; expected 0"),
     ],
