@@ -159,7 +159,8 @@ def _sheet(result: Reproduction, output: Path) -> str:
         words = html.escape(pair.caption)
         if not pair.text_exact:
             words += f"<br><s>{html.escape(pair.written) or '(nothing)'}</s>"
-        images = "".join(f'<img src="{data_uri(output / name)}">' for name in (pair.picture, pair.drawn))
+        shown = (("original", pair.picture), ("drawn", pair.drawn))
+        images = "".join(f'<img alt="{alt}" src="{data_uri(output / name)}">' for alt, name in shown)
         cells.append(f"<figure>{images}<figcaption>{words}<br>{pair.codes_right:.1%}</figcaption></figure>")
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Overfit</title><style>'

@@ -32,6 +32,10 @@ RanksOption = Annotated[
         min=1, help="Processes: by default one for each GPU, or two on the CPU.", show_default=False
     ),
 ]
+SettingsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe to change, such as steps=200."),
+]
 TokenizerOption = Annotated[
     Path, typer.Option("--visual-tokenizer", help="Exported visual tokenizer, a folder.")
 ]
@@ -89,7 +93,7 @@ def sample_data(
     image_size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
     held_out: Annotated[float, typer.Option(help="Share of the concepts kept from training.")] = 0.1,
     languages: Annotated[str, typer.Option(help="Languages of the names, by comma.")] = "en,de,es",
-    seed: Annotated[int, typer.Option(help="Of the choice of held-out concepts and the order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice of held-out concepts, and of the order.")] = 0,
 ) -> None:
     """Make the sample data: OpenMoji drawings with their names, as shards, and a small text tokenizer.
 
@@ -108,10 +112,10 @@ def sample_data(
 
 @app.command(rich_help_panel="Train")
 def train(
-    recipe: Annotated[str, typer.Argument(help="Recipe by name or path.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe to change.")
-    ] = None,
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe by name (a wrong one lists them) or path of a YAML file.")
+    ],
+    settings: SettingsArgument = None,
     ranks: RanksOption = None,
 ) -> None:
     """Train with a recipe, under DeepSpeed on this machine; started again, it resumes.
@@ -130,7 +134,8 @@ def train(
 @app.command(rich_help_panel="Train")
 def pretokenize(
     inputs: Annotated[
-        list[Path] | None, typer.Argument(help="Image-text shards: folders, tars, patterns.")
+        list[Path] | None,
+        typer.Argument(help="Image-text shards: folders, tars, patterns; by default the quickstart's."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the dual-code shards.")] = RUN / "codes" / "train",
     visual_tokenizer: TokenizerOption = TOKENIZER,
@@ -150,15 +155,13 @@ def pretokenize(
 
 @app.command(rich_help_panel="Train")
 def overfit(
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe to change.")
-    ] = None,
+    settings: SettingsArgument = None,
     pairs: Annotated[int, typer.Option(min=1, help="Image-text pairs to learn, drawn at random.")] = 1,
     steps: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Optimizer steps: by default as many as the quickstart's model needs.",
+            help="Optimizer steps: by default 120 for one pair, the recipe's own for more.",
             show_default=False,
         ),
     ] = None,
@@ -176,7 +179,7 @@ def overfit(
         Path, typer.Option("--out", help="Folder; one for each number of pairs is made in it.")
     ] = Path("runs/overfit"),
     ranks: RanksOption = None,
-    seed: Annotated[int, typer.Option(help="Of the draw of the pairs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice of the pairs.")] = 0,
 ) -> None:
     """Check a training before a big one: learn a few pairs by heart, then ask for their texts and pictures.
 
@@ -295,7 +298,8 @@ def chat(
         ),
     ] = None,
     system: Annotated[
-        str | None, typer.Option(help="System prompt instead of the template's.", show_default=False)
+        str | None,
+        typer.Option(help="System prompt instead of the template's; empty for none.", show_default=False),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures it draws.")] = Path("generated"),
     guidance_scale: GuidanceOption = 1.5,
@@ -357,7 +361,8 @@ DatasetArgument = Annotated[Path, typer.Argument(help="Dual-code data set, a fol
 def verify(
     dataset: DatasetArgument,
     visual_tokenizer: Annotated[
-        Path | None, typer.Option(help="Also compare with this tokenizer.", show_default=False)
+        Path | None,
+        typer.Option(help="Also check that this visual tokenizer made the codes.", show_default=False),
     ] = None,
 ) -> None:
     """Check a dual-code data set: hashes, counts, shapes, ranges, and whose codes they are.
@@ -373,7 +378,9 @@ def verify(
 @app.command(rich_help_panel="Data")
 def show(
     dataset: DatasetArgument,
-    key: Annotated[str, typer.Argument(help="Key of the sample.")],
+    key: Annotated[
+        str, typer.Argument(help="Key of the sample: its files' name in the shard up to the first dot.")
+    ],
     visual_tokenizer: TokenizerOption = TOKENIZER,
     output: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("shown"),
 ) -> None:
@@ -485,7 +492,7 @@ def evaluate(
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Unified model instead of the run's.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for results instead of the run's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what is chosen at random.")] = 0,
 ) -> None:
     """Measure the models of a run on held-out and on seen data.
 

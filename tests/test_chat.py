@@ -14,7 +14,8 @@ from dualtoken.generation import generate, generate_images
 from dualtoken.sampling import Sampling
 from dualtoken.sequence import Document, ImagePart, TextPart, tokenize_document
 from eval.inputs import load_unified_model, load_visual_tokenizer
-from launchers.chat import NO_TEMPLATE, Chat, choose_template, views_learned
+from launchers.chat import choose_template, views_learned
+from launchers.conversation import NO_TEMPLATE, Chat
 from launchers.errors import UserError
 from tests.command import call
 from tests.tiny_run import make_tiny_run, picture
@@ -185,6 +186,8 @@ def test_pictures_as_arguments_belong_to_the_first_message(typed):
     assert code == 0 and err == "" and out == "[picture: generated/like.png]\n"
     code, _, err = typed("red", options=["gone.png"])
     assert code == 2 and err == "error: no such file: gone.png\n"
+    code, _, err = typed("red", options=["--chat-template", "none", "--system", "Be brief."])
+    assert code == 2 and err.startswith("error: this chat template has no place for a system prompt")
 
 
 def test_an_interrupted_answer_is_forgotten(typed, monkeypatch):

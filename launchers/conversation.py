@@ -1,0 +1,161 @@
+"""A conversation with a unified model: what was said and shown, laid out as in training."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from data_pipeline.code_shards import CodeSample
+from data_pipeline.conversations import IMAGE_TAG, TEMPLATES, ChatTemplate, conversation_parts
+from data_pipeline.views import parts_document
+from dualtoken.generation import generate_images, stream
+from dualtoken.sampling import Sampling
+from dualtoken.sequence import Document, ImagePart, tokenize_document
+from dualtoken.unified_model import DualTokenForCausalLM
+from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from launchers.errors import UserError
+from launchers.use import read_pictures
+
+NO_TEMPLATE = ChatTemplate(system="", default_system="", user=("", ""), assistant=("", ""))
+"""Messages as they stand, for a model that learned captions and prompts."""
+MOST_IMAGES = 4  # in one answer
+
+
+class Chat:
+    """A conversation as the model was trained on them: turns with image tags, and the codes of the images.
+
+    Args:
+        model: the unified model.
+        text_tokenizer: its text tokenizer.
+        visual_tokenizer: the one whose codes it speaks.
+        template: what stands around the turns.
+        system: system prompt; None for the template's own.
+        guidance_scale: of drawn pictures.
+        sampling: of words and codes; the likeliest by default.
+        max_new_tokens: of an answer's text.
+        seed: of the first answer; the next ones count on from it.
+    """
+
+    def __init__(
+        self,
+        model: DualTokenForCausalLM,
+        text_tokenizer: Any,
+        visual_tokenizer: DualTokenVisualTokenizer,
+        template: ChatTemplate = TEMPLATES["qwen"],
+        system: str | None = None,
+        guidance_scale: float = 1.0,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.text_tokenizer, self.visual_tokenizer = model, text_tokenizer, visual_tokenizer
+        self.template, self.system = template, system
+        self.guidance_scale, self.sampling, self.seed = guidance_scale, sampling or Sampling(0.0), seed
+        self.max_new_tokens = max_new_tokens
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything said, shown and attached."""
+        self.turns: list[dict[str, str]] = []
+        self.codes: list[Tensor] = []  # [P, Q, D] each, in the order of the tags
+        self.attached: list[Tensor] = []
+
+    def attach(self, path: Path) -> None:
+        """Read a picture file for the next message."""
+        pictures = read_pictures([path], self.visual_tokenizer.config.image_size)
+        self.attached.append(self.visual_tokenizer.encode(pictures.to(self.visual_tokenizer.device))[0].cpu())
+
+    def ask(self, text: str) -> Document:
+        """The conversation up to the place where the answer to `text` begins.
+
+        Attached pictures stand in the places of its image tags; without tags before it, each on a line of
+        its own, as in LLaVA's conversations.
+        """
+        return self._document([*self.turns, self._message(text)], [*self.codes, *self.attached])
+
+    def say(self, text: str, progress: Callable[[int, int], None] | None = None) -> Iterator[str | ImagePart]:
+        """Send a message; yields the answer's text and images as they come, and keeps both turns at its end.
+
+        Raises:
+            ValueError: tags and attached pictures differ in number.
+            UserError: the conversation is too long for the model, or it answered nothing.
+        """
+        document = self.ask(text)
+        room = self._room(document)
+        words = min(self.max_new_tokens, room)
+        per_image = self.model.config.positions_per_image + 2
+        answer, written, drawn = "", "", []
+        pieces = stream(
+            self.model, self.text_tokenizer, document, words, min(MOST_IMAGES, (room - words) // per_image),
+            self.guidance_scale, self.sampling, self.sampling, self._next_seed(),
+            self.template.assistant[1], progress,
+        )  # fmt: skip
+        for piece in pieces:
+            if isinstance(piece, ImagePart):
+                answer, written = f"{answer}{_without_tags(written)}{IMAGE_TAG}", ""
+                drawn.append(piece.codes)
+            else:
+                written += piece
+            yield piece
+        answer += _without_tags(written)
+        if not answer.strip():
+            raise UserError(
+                "the model answered nothing, so your message is forgotten; attached pictures stay"
+            )
+        self._keep(text, answer, drawn)
+
+    def draw(self, text: str, progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """Send a message that is answered by an image alone: its codes [P, Q, D]; keeps both turns."""
+        document = self.ask(text)
+        if self._room(document) < self.model.config.positions_per_image + 2:
+            raise self._too_long()
+        chosen = self.sampling
+        codes = generate_images(
+            self.model, self.text_tokenizer, [document], self.guidance_scale,
+            chosen.temperature, chosen.top_k, chosen.top_p, self._next_seed(), progress,
+        )[0].cpu()  # fmt: skip
+        self._keep(text, IMAGE_TAG, [codes])
+        return codes
+
+    def _message(self, text: str) -> dict[str, str]:
+        tags, count = text.count(IMAGE_TAG), len(self.attached)
+        if not tags and count:
+            line = IMAGE_TAG if self.template is NO_TEMPLATE else f"{IMAGE_TAG}\n"
+            text = line * count + text
+        elif tags != count:
+            raise ValueError(
+                f"the text has {tags} {IMAGE_TAG} tags but {count} images; attach one for each by /image"
+            )
+        return {"from": "human", "value": text}
+
+    def _document(self, turns: Sequence[dict[str, str]], codes: Sequence[Tensor]) -> Document:
+        parts = conversation_parts(turns, len(codes), self.template, self.system, answered=False)
+        return parts_document(CodeSample("chat", np.stack(codes) if codes else np.empty(0), parts))
+
+    def _keep(self, text: str, answer: str, drawn: Sequence[Any]) -> None:
+        self.turns += [self._message(text), {"from": "gpt", "value": answer}]
+        self.codes += [*self.attached, *drawn]
+        self.attached = []
+
+    def _next_seed(self) -> int:
+        return self.seed + len(self.turns) // 2
+
+    def _room(self, document: Document) -> int:
+        """Tokens left after the document in what the decoder can take."""
+        special = self.model.config.special
+        length = len(tokenize_document(document, self.text_tokenizer, special, end=False))
+        room = self.model.decoder_config.max_position_embeddings - length
+        if room < 1:
+            raise self._too_long()
+        return room
+
+    def _too_long(self) -> UserError:
+        most = self.model.decoder_config.max_position_embeddings
+        return UserError(f"the conversation is too long for the model's {most} tokens; /reset forgets it")
+
+
+def _without_tags(text: str) -> str:
+    """A tag that the model spelled out is no image."""
+    return text.replace(IMAGE_TAG, "")
