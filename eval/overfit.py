@@ -20,7 +20,7 @@ from eval.inputs import draw_prompts, to_picture
 from eval.metrics import recall_at_1
 from eval.report import data_uri
 from eval.results import write_json
-from eval.retrieval import image_features
+from eval.retrieval import BATCH, image_features
 
 CAPTION_TOKENS = 128
 
@@ -110,19 +110,24 @@ def reproduce(
         text_tokenizer: its text tokenizer.
         visual_tokenizer: the one whose codes they are.
         samples: pairs of one image and its caption in one language.
-        progress: called with (positions drawn, P).
+        progress: called with (positions drawn, P) of each batch.
     """
     rows = draw_prompts(samples)
     codes = torch.stack([torch.from_numpy(sample.codes[0].astype("int64")) for sample in samples])
     prompts = [row["prompt"] for row in rows]
-    drawn = generate_images(model, text_tokenizer, prompts, temperature=0.0, progress=progress).cpu()
+    drawn = torch.cat(
+        [
+            generate_images(model, text_tokenizer, batch, temperature=0.0, progress=progress).cpu()
+            for batch in _batches(prompts)
+        ]
+    )
     right = (drawn == codes).flatten(1).double().mean(dim=1).tolist()
     written: dict[int, str] = {}
     for language in dict.fromkeys(row["language"] for row in rows):
-        places = [place for place, row in enumerate(rows) if row["language"] == language]
-        images = [codes[place] for place in places]
-        texts = write_captions(model, text_tokenizer, images, language, CAPTION_TOKENS)
-        written.update(zip(places, texts, strict=True))
+        for places in _batches([place for place, row in enumerate(rows) if row["language"] == language]):
+            images = [codes[place] for place in places]
+            texts = write_captions(model, text_tokenizer, images, language, CAPTION_TOKENS)
+            written.update(zip(places, texts, strict=True))
     device, encode = visual_tokenizer.device, visual_tokenizer.encode_semantic
     found, truth = (image_features(encode, given, device) for given in (drawn, codes))
     pairs = [
@@ -130,6 +135,10 @@ def reproduce(
         for place, row in enumerate(rows)
     ]
     return Reproduction(pairs, vars(recall_at_1(found, truth, prompts, prompts)), drawn)
+
+
+def _batches(items: Sequence) -> list[Sequence]:
+    return [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
 
 
 def write_results(

@@ -91,7 +91,7 @@ def test_one_pair_comes_back_exactly(dualtoken, run, tmp_path, monkeypatch):
     assert code == 2 and "pairs-1 was begun with other pairs: give another --out or remove it" in err
 
 
-def test_pictures_of_several_pairs_are_ranked(run):
+def test_pictures_of_several_pairs_are_ranked(run, monkeypatch):
     from eval.inputs import load_codes, load_unified_model, load_visual_tokenizer
 
     samples = overfit.one_caption_each(load_codes(run / "codes" / "train", 6))
@@ -105,6 +105,10 @@ def test_pictures_of_several_pairs_are_ranked(run):
     truth = torch.stack([torch.from_numpy(sample.codes[0].astype("int64")) for sample in samples])
     for pair, drawn, codes in zip(result.pairs, result.drawn, truth, strict=True):
         assert pair.codes_right == pytest.approx((drawn == codes).double().mean().item())
+    monkeypatch.setattr("eval.overfit.BATCH", 2)  # the same in pieces
+    assert [vars(pair) for pair in reproduce(model, words, tokenizer, samples).pairs] == [
+        vars(pair) for pair in result.pairs
+    ]
     lines = overfit.outcome(result)
     assert lines[2].startswith("drawn pictures ranked by semantic features: R@1 ") and "(chance " in lines[2]
     if not result.beats_chance:
