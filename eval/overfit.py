@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -157,7 +156,7 @@ def write_results(
         pair.picture = f"pictures/{place:03d}-original.png"
         pair.drawn = f"pictures/{place:03d}-drawn.png"
         for image, name in ((originals[place], pair.picture), (drawings[place], pair.drawn)):
-            to_picture(image).resize((128, 128), Image.Resampling.NEAREST).save(output / name)
+            to_picture(image).save(output / name)
     write_json(output / "overfit.json", {"settings": settings, **result.as_json()})
     (output / "overfit.html").write_text(_sheet(result, output), encoding="utf-8")
 
