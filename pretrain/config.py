@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -56,6 +57,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0  # not applied to parameters of one dimension (norms, biases)
     warmup_steps: int = 0
+    warmup_ratio: float = 0.0  # share of the run's steps, in place of warmup_steps
     schedule: Literal["cosine", "constant"] = "cosine"
     min_lr_ratio: float = 0.0  # the cosine ends at lr * min_lr_ratio
     # Pattern of parameter names -> factor on lr, such as {"llm.*": 0.01}; the first that fits counts.
@@ -68,6 +70,11 @@ class OptimizerConfig:
             raise ConfigError(
                 f"lr {self.lr}, warmup_steps {self.warmup_steps} and min_lr_ratio {self.min_lr_ratio}: "
                 "expected lr >= 0, warmup_steps >= 0 and min_lr_ratio between 0 and 1"
+            )
+        if not 0 <= self.warmup_ratio <= 1 or (self.warmup_ratio and self.warmup_steps):
+            raise ConfigError(
+                f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps}: expected a share of "
+                "the steps between 0 and 1, and one of the two only; set the other to 0"
             )
         if self.muon_lr < 0 or not 0 <= self.muon_momentum < 1:
             raise ConfigError(
@@ -217,6 +224,14 @@ def load_job_config(argv: Sequence[str], world_size: int | None = None) -> JobCo
     return config
 
 
+def missing_keys(settings: DictConfig) -> list[str]:
+    """Keys whose value is `???`, as the command line takes them.
+
+    OmegaConf itself lets one that has a default, or lies inside a list, pass in silence.
+    """
+    return sorted(re.sub(r"\[(\d+)\]", r".\1", key) for key in OmegaConf.missing_keys(settings))
+
+
 def config_as_yaml(config: JobConfig) -> str:
     """The resolved settings, as the run folder's config.yaml holds them."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -249,6 +264,9 @@ def _build(config_class: type[JobConfig], merged: DictConfig) -> JobConfig:
     for key in merged:
         if key not in known:
             raise ConfigError(f"unknown key {key!r}{_did_you_mean(str(key), known)}")
+    if missing := missing_keys(merged):
+        verb, words = "has" if len(missing) == 1 else "have", " ".join(f"{key}=..." for key in missing)
+        raise ConfigError(f"{', '.join(missing)} {verb} no value: give {words}")
     try:
         config = OmegaConf.structured(config_class)
         for key in merged:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline.code_shards import CodeGeometry
 from data_pipeline.streams import DocumentLoader, DocumentStreamConfig, document_loader
-from dualtoken.sequence import PackedBatch, SpecialTokens
+from dualtoken.sequence import PackedBatch, SpecialTokens, add_special_tokens
 from dualtoken.unified_model import DualTokenForCausalLM, DualTokenOutput
 from dualtoken.unified_model_config import DualTokenConfig
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
@@ -39,11 +39,12 @@ class MllmModelConfig:
     """The language model, the heads on it and the vocabularies."""
 
     visual_tokenizer: str = MISSING  # folder of an exported visual tokenizer: codebooks and geometry
-    text_tokenizer: str = MISSING  # folder of a tokenizer that has the image tokens
+    text_tokenizer: str = MISSING  # folder of a Hugging Face tokenizer; the image tokens are added to it
     llm: str | None = None  # folder or hub name of a base language model; else `llm_config`
     llm_config: dict[str, Any] = field(default_factory=dict)  # with `model_type`
     heads: dict[str, Any] = field(default_factory=dict)  # fields of DualTokenConfig
-    init_from: str | None = None  # an exported unified model to go on from (the previous phase)
+    # An exported unified model to go on from (the previous phase), with its language model and its heads.
+    init_from: str | None = None
 
 
 @dataclass
@@ -63,8 +64,17 @@ class MllmJobConfig(JobConfig):
     model: MllmModelConfig = field(default_factory=MllmModelConfig)
     losses: MllmLossConfig = field(default_factory=MllmLossConfig)
     frozen: list[str] = field(default_factory=list)  # patterns of parameter names
+    gradient_checkpointing: bool = False  # of the language model's layers; the heads keep nothing in any case
     data: DocumentStreamConfig = MISSING
     validation_data: DocumentStreamConfig | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.micro_batch_size != 1:
+            raise ConfigError(
+                f"micro_batch_size={self.micro_batch_size}: expected 1, a forward pass takes one pack; "
+                "make packs longer or shorter by data.context_length"
+            )
 
 
 class MllmTask:
@@ -75,12 +85,16 @@ class MllmTask:
         if not Path(config.model.text_tokenizer).is_dir():
             raise ConfigError(
                 f"model.text_tokenizer={config.model.text_tokenizer}: expected a folder with a Hugging Face "
-                "tokenizer that has the image tokens, such as `dualtoken sample-data` makes"
+                "tokenizer, such as the language model's own or that of `dualtoken sample-data`"
             )
         self.text_tokenizer = AutoTokenizer.from_pretrained(config.model.text_tokenizer)
+        if not config.model.init_from:
+            add_special_tokens(self.text_tokenizer)
         self.special = SpecialTokens.from_tokenizer(self.text_tokenizer)
         self.model = self.build_model()
         freeze_parameters(self.model, config.frozen)
+        if config.gradient_checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.model.to(runtime.device)
         self.engines = {"model": build_engine(self.model, config, runtime)}
         self.train_loader = self.open_documents(config.data, "train")
@@ -89,18 +103,30 @@ class MllmTask:
         """Build the unified model around the visual tokenizer's codebooks, sharded under ZeRO-3.
 
         Raises:
-            ValueError: `init_from` was trained on the codes of another visual tokenizer.
+            ConfigError: `init_from` is no folder with a model.
+            ValueError: `init_from` was trained with another visual or text tokenizer.
         """
         parts = self.config.model
         visual_tokenizer = DualTokenVisualTokenizer.from_pretrained(parts.visual_tokenizer)
         fingerprint = visual_tokenizer.fingerprint()
         if parts.init_from:
+            if not (Path(parts.init_from) / "config.json").is_file():
+                raise ConfigError(
+                    f"model.init_from={parts.init_from}: expected the export folder of a unified model, "
+                    "such as the previous phase leaves in its run_dir"
+                )
             with sharded_construction(self.config, self.runtime):
                 model = DualTokenForCausalLM.from_pretrained(parts.init_from)
             if model.config.tokenizer_fingerprint != fingerprint:
                 raise ValueError(
                     f"{parts.init_from} speaks codes of tokenizer {model.config.tokenizer_fingerprint[:12]}, "
                     f"{parts.visual_tokenizer} is {fingerprint[:12]}: codes of one mean nothing to the other"
+                )
+            if model.config.special != self.special:
+                raise ValueError(
+                    f"{parts.init_from} has {model.config.special}, the text tokenizer "
+                    f"{parts.text_tokenizer} {self.special}; expected the one it was trained with, "
+                    "which is in that folder too"
                 )
             return model
         if bool(parts.llm) == bool(parts.llm_config):
@@ -153,6 +179,9 @@ class MllmTask:
             averages.add("padding_share", batch.padding, batch.input_ids.numel())
             tokens += batch.input_ids.numel() - batch.padding
         averages.add("count/tokens", tokens, 1 / self.runtime.world_size)
+        # Packs are what the recipe counts, documents what papers call a batch.
+        documents = sum(len(batch.keys) for batch in micro_batches)
+        averages.add("documents", documents, 1 / self.runtime.world_size)
         return averages.reduce()
 
     def supervised_positions(self, micro_batches: list[PackedBatch]) -> Tensor:

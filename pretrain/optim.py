@@ -97,12 +97,13 @@ def _let_muon_take_kernels() -> None:
 
 def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:
     """Share of the peak learning rate that optimizer step `step` (from 0) uses."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+    warmup = config.warmup_steps or round(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
     if config.schedule == "constant":
         return 1.0
-    span = max(1, total_steps - config.warmup_steps)
-    done = min(1.0, (step - config.warmup_steps) / span)
+    span = max(1, total_steps - warmup)
+    done = min(1.0, (step - warmup) / span)
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 

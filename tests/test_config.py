@@ -1,6 +1,7 @@
 """Settings of a job: recipes, overrides, and one clear line for every mistake."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from pretrain.config import (
     config_as_yaml,
     find_recipe,
     load_job_config,
+    load_recipe,
+    missing_keys,
 )
 
 JOB = "tests.test_config:SmallJobConfig:SmallTask"
@@ -41,6 +44,11 @@ class SmallJobConfig(JobConfig):
 
 class SmallTask:
     pass
+
+
+def missing_words(recipe: str) -> list[str]:
+    """Words `key=x` for everything that a recipe leaves to the user."""
+    return [f"{key}=x" for key in missing_keys(load_recipe(find_recipe(recipe)))]
 
 
 def write_recipe(folder: Path, name: str, text: str) -> str:
@@ -102,6 +110,7 @@ def test_saved_settings_load_again(tmp_path):
         (["optimizer.lr=[1]"], r"optimizer\.lr: "),
         (["optimizer=3"], r"optimizer: "),
         (["on_nonfinite=ignore"], r"on_nonfinite: .*'ignore'.*'error', 'skip'"),
+        (["optimizer={warmup_ratio: 0.1, warmup_steps: 5}"], r"ratio 0\.1 and warmup_steps 5: .*one of"),
         (["optimizer.betas=[0.9]"], r"betas \[0\.9\]: AdamW needs two"),
         (["width=3"], r"width is 3, expected an even number"),
         (["steps=0"], r"steps=0: expected at least 1"),
@@ -145,10 +154,22 @@ def test_every_recipe_loads(recipe):
     text = find_recipe(recipe).read_text()
     words = [f"recipe={recipe}"]
     if "???" in text:  # what only the user can know
-        with pytest.raises(ConfigError, match=r"^model\.backbone has no value: give model\.backbone="):
-            load_job_config([*words, "data.path=x"], world_size=1)
-        words += ["model.backbone=x", "data.path=x"]
+        missing = missing_words(recipe)
+        for word in missing:
+            key = word.removesuffix("=x")
+            with pytest.raises(ConfigError, match=f"^{re.escape(key)} has no value: give {re.escape(key)}="):
+                load_job_config([*words, *(other for other in missing if other != word)], world_size=1)
+        words += missing
     assert load_job_config(words, world_size=1).steps > 0
+
+
+def test_all_that_is_missing_is_named_at_once(tmp_path):
+    recipe = write_recipe(tmp_path, "base", BASE.replace("path: b", "path: '???'") + "width: ???\n")
+    with pytest.raises(ConfigError) as caught:
+        load_job_config([recipe])
+    assert str(caught.value) == "blend.1.path, width have no value: give blend.1.path=... width=..."
+    given = load_job_config([recipe, "blend.1.path=c", "width=2"])
+    assert (given.blend[1].path, given.width) == ("c", 2)
 
 
 def run_train(*words: str) -> subprocess.CompletedProcess:

@@ -134,6 +134,8 @@ def test_learning_rate():
     assert factors[14] == pytest.approx(0.55)
     assert factors[24] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(factors[4:], factors[5:], strict=False))
+    by_share = OptimizerConfig(warmup_ratio=1 / 6, min_lr_ratio=0.1)
+    assert [learning_rate_factor(step, by_share, 24) for step in range(25)] == factors
     constant = OptimizerConfig(schedule="constant", warmup_steps=2)
     assert [learning_rate_factor(step, constant, 5) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
 

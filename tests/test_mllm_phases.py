@@ -1,0 +1,180 @@
+"""The recipes of the unified model's phases: what each trains, and two of them run one after the other."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from data_pipeline.streams import prepare_dataset
+from dualtoken.sequence import Document, ImagePart, TextPart, pack_documents
+from pretrain.config import ConfigError, load_job_config
+from pretrain.engine import Runtime
+from pretrain.mllm_task import MllmTask
+from pretrain.optim import build_optimizer, freeze_parameters, parameter_groups
+from tests.distributed import run_module
+from tests.test_config import missing_words
+from tests.tiny_run import make_tiny_run
+from tests.unified_support import (
+    byte_tokenizer,
+    caption,
+    generation,
+    plain,
+    random_codes,
+    tiny_config,
+    tiny_model,
+    tokenized,
+)
+
+EMBEDDER = {"visual_embedder"}
+WRITERS = {"pixel_projector", "semantic_projector", "pixel_head", "semantic_head"}
+TRAINED = {
+    "mllm_align": EMBEDDER,
+    "mllm_understand": {"llm"} | EMBEDDER,
+    "mllm_generate": WRITERS,
+    "mllm_joint": {"llm"} | EMBEDDER | WRITERS,
+    "llava15_align": EMBEDDER,
+    "llava15_finetune": {"llm"} | EMBEDDER,
+}
+DOCUMENTS = {
+    "caption": caption("cat"),
+    "generate": generation("dog", 1),
+    "text": plain("some words"),
+    "document": Document([TextPart("a"), ImagePart(random_codes(), loss=True), TextPart("then")], "mixed"),
+}
+
+
+def recipe_of(name, *words):
+    return load_job_config([f"recipe={name}", *missing_words(name), *words], world_size=1)
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_gradients_and_optimizer_state_are_those_of_the_phase(recipe):
+    """On documents of the recipe's own views, in the loss of the task."""
+    config = recipe_of(recipe)
+    model = tiny_model(decoder="llama").train()
+    freeze_parameters(model, config.frozen)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    optimizer = build_optimizer(model, config.optimizer)
+    documents = [DOCUMENTS[entry.view] for entry in config.data.blend]
+    output = model(**pack_documents(tokenized(*documents), 128).model_inputs())
+    task = MllmTask.__new__(MllmTask)  # its loss needs the settings alone
+    task.config = config
+    task.weighted_sum(output).backward()
+    for name, parameter in model.named_parameters():
+        if name.split(".")[0] in TRAINED[recipe]:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        else:
+            assert parameter.grad is None, name
+    optimizer.step()
+    with_state = {name for name, parameter in model.named_parameters() if parameter in optimizer.state}
+    assert {name.split(".")[0] for name in with_state} == TRAINED[recipe]
+    assert with_state == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_each_part_can_have_a_rate_of_its_own():
+    config = recipe_of("mllm_joint", "optimizer.lr_scales={'llm.*': 0.1, '*_head.*': 3.0}")
+    model = tiny_model(decoder="llama")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    scale_of = {
+        names[parameter]: group["lr_scale"]
+        for group in parameter_groups(model, config.optimizer)
+        for parameter in group["params"]
+    }
+    assert scale_of["llm.lm_head.weight"] == scale_of["llm.model.norm.weight"] == 0.1
+    assert scale_of["pixel_head.classifier"] == scale_of["semantic_head.code_in"] == 3.0
+    assert scale_of["pixel_projector.up.weight"] == scale_of["visual_embedder.mlps.0.up.weight"] == 1.0
+
+
+def words_of(folder, phase, *words):
+    return [
+        f"recipe=mllm_{phase}",
+        f"run_dir={folder / phase}",
+        f"model.visual_tokenizer={folder / 'tokenizer' / 'export'}",
+        f"data.blend.0.path={folder / 'codes' / 'train'}",
+        "steps=4",
+        "global_batch_size=4",
+        "data.context_length=64",
+        "data.open_packs=2",
+        "data.num_workers=0",
+        "log_every=1",
+        "wandb.mode=disabled",
+        *words,
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Phases align and generate, each on two ranks under ZeRO-3, from a tiny language model."""
+    folder = make_tiny_run(tmp_path_factory.mktemp("phases"))
+    prepare_dataset(folder / "codes" / "train")
+    decoder = tiny_config(decoder="llama", initializer_range=0.1).text_config
+    decoder.vocab_size = 16  # fewer rows than the text tokenizer has tokens
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(decoder).save_pretrained(folder / "llm")
+    align = words_of(
+        folder,
+        "align",
+        f"model.text_tokenizer={folder / 'siglip' / 'export'}",
+        f"model.llm={folder / 'llm'}",
+        "model.heads={head_hidden_size: 24, head_num_layers: 1, head_num_attention_heads: 2}",
+    )
+    run_module("pretrain.train", align).check()
+    exported = folder / "align" / "export"
+    generate = words_of(
+        folder,
+        "generate",
+        f"model.text_tokenizer={exported}",
+        f"model.init_from={exported}",
+        "optimizer.lr=0.003",
+    )
+    run_module("pretrain.train", generate).check()
+    return folder
+
+
+def changed_parts(before, after):
+    assert before.keys() == after.keys()
+    return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_phases_go_on_from_each_other(runs):
+    base = load_file(runs / "llm" / "model.safetensors")
+    first = load_file(runs / "align" / "export" / "model.safetensors")
+    second = load_file(runs / "generate" / "export" / "model.safetensors")
+    for name, value in base.items():
+        assert torch.equal(first[f"llm.{name}"][: len(value)], value), name
+    assert changed_parts(first, second) == WRITERS
+    records = [json.loads(line) for line in (runs / "generate" / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["split"] == "train"]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    losses = [record["loss/pixel"] + record["loss/semantic"] for record in steps]
+    assert losses[-1] < losses[0]
+    assert all(record["documents"] > 4 for record in steps)  # more than one in a pack
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.init_from=nowhere"], "init_from=nowhere: expected the export folder of a unified model"),
+        (["model.text_tokenizer={other}"], r"the text tokenizer .* expected the one it was trained with"),
+        (["model.text_tokenizer=nowhere"], "text_tokenizer=nowhere: expected a folder with a Hugging Face"),
+        (["frozen=[lm.*]"], r"frozen: 'lm\.\*' matches no parameter"),
+    ],
+)
+def test_what_does_not_fit_the_phase_before_is_named(runs, tmp_path, words, message):
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    exported = runs / "align" / "export"
+    settings = [f"model.text_tokenizer={exported}", f"model.init_from={exported}", "deepspeed=zero1.json"]
+    settings += [word.format(other=tmp_path / "other") for word in words]
+    config = load_job_config(words_of(runs, "generate", *settings), world_size=1)
+    runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32, 0, 4, tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        MllmTask(config, runtime)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_forward_pass_takes_one_pack():
+    with pytest.raises(ConfigError, match="micro_batch_size=2: expected 1, a forward pass takes one pack"):
+        recipe_of("mllm_align", "micro_batch_size=2")
