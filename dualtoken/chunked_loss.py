@@ -5,51 +5,84 @@ one go: what stays between the model's forward and backward pass are the gradien
 states and of the classifier, which the backward pass only scales. Nothing is computed twice and no logits
 outlive their chunk.
 
+The z-loss (PaLM, arXiv 2204.02311, section 5) is `z_loss * logsumexp(logits)^2` at each target; it keeps the
+logits from drifting to where bf16 is coarse.
+
 Shapes: N positions, C channels, K classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 Gradients = list[torch.Tensor | None]
-Run = Callable[
-    [torch.Tensor, torch.Tensor | None, Sequence[bool]], tuple[torch.Tensor, torch.Tensor, Gradients]
-]
-"""(hidden, weights of the nll, which gradients) -> (nll, correct, gradients of hidden and the parameters)."""
 
 
-def nll_with_gradients(
-    run: Run, hidden: torch.Tensor, parameters: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+class Scores(NamedTuple):
+    """What a classifier makes of its targets; all of one shape."""
+
+    nll: torch.Tensor  # fp32
+    correct: torch.Tensor  # bool, whether the target was the most likely class
+    z_loss: torch.Tensor | None  # fp32, None without
+
+
+class Weights(NamedTuple):
+    """What the loss multiplies each nll and each z-loss by."""
+
+    nll: torch.Tensor
+    z_loss: torch.Tensor | None
+
+    def of(self, index: slice | tuple[slice, int]) -> Weights:
+        """Return those of some targets."""
+        return Weights(self.nll[index], None if self.z_loss is None else self.z_loss[index])
+
+
+Run = Callable[[torch.Tensor, Weights | None, Sequence[bool]], tuple[Scores, Gradients]]
+"""(hidden, weights, which gradients) -> (scores, gradients of hidden and the parameters)."""
+
+
+def scores_with_gradients(run: Run, hidden: torch.Tensor, parameters: Sequence[torch.Tensor]) -> Scores:
     """Call `run` under autograd, taking the gradients it computes along with the losses.
 
-    `run` returns the gradient of ``(weights * nll).sum()``, weights None meaning one. If the loss built
-    from the nll weighs all its entries alike, as sums and means do, these gradients are scaled; otherwise
-    `run` is called again with the true weights.
-
-    Returns:
-        nll in fp32 and, of the same shape, whether the target was the most likely class.
+    `run` returns the gradient of ``(weights.nll * nll + weights.z_loss * z_loss).sum()``, weights None
+    meaning ones. If the loss built from the scores weighs all entries alike, as sums and means of nll and
+    z-loss together do, these gradients are scaled; otherwise `run` is called again with the true weights.
     """
     if not torch.is_grad_enabled():
-        return run(hidden, None, [False] * (1 + len(parameters)))[:2]
-    return _ForwardGradients.apply(run, hidden, *parameters)
+        return run(hidden, None, [False] * (1 + len(parameters)))[0]
+    return Scores(*_ForwardGradients.apply(run, hidden, *parameters))
 
 
-def linear_nll(
+def empty_scores(targets: torch.Tensor, z_loss: float) -> Scores:
+    """Return scores of the targets' shape to be filled in."""
+    nll = torch.empty_like(targets, dtype=torch.float32)
+    correct = torch.empty_like(targets, dtype=torch.bool)
+    return Scores(nll, correct, torch.empty_like(nll) if z_loss else None)
+
+
+def fill_in(scores: Scores, index: slice | tuple[slice, int], found: Scores) -> None:
+    """Put the scores of some targets into their places."""
+    for whole, part in zip(scores, found, strict=True):
+        if whole is not None and part is not None:
+            whole[index] = part
+
+
+def linear_scores(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None = None,
-    weights: torch.Tensor | None = None,
+    weights: Weights | None = None,
+    z_loss: float = 0.0,
     weight_gradient: torch.Tensor | None = None,
     bias_gradient: torch.Tensor | None = None,
     need_hidden_gradient: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[Scores, torch.Tensor | None]:
     """Negative log likelihood of a linear classifier on one chunk, with the gradients written out.
 
     Args:
@@ -57,13 +90,14 @@ def linear_nll(
         weight: [K, C].
         targets: classes [N].
         bias: [K] or None.
-        weights: [N], scales the gradients (not the nll); None for one.
+        weights: [N] each, scale the gradients (not the scores); None for ones.
+        z_loss: weight of the z-loss; 0 for none.
         weight_gradient: [K, C], added to in place; None to leave out.
         bias_gradient: [K], likewise.
-        need_hidden_gradient: whether to compute the third result.
+        need_hidden_gradient: whether to compute the second result.
 
     Returns:
-        nll [N] in fp32, correct [N] bool, gradient of the weighted sum by `hidden` [N, C] or None.
+        scores [N], gradient of the weighted sum by `hidden` [N, C] or None.
     """
     probabilities = F.linear(hidden, weight, bias).float()  # logits for now
     best, argmax = probabilities.max(dim=-1, keepdim=True)
@@ -72,18 +106,27 @@ def linear_nll(
     total = probabilities.exp_().sum(dim=-1, keepdim=True)
     nll = total.log() - target_logit
     correct = argmax[:, 0] == targets
+    log_z = total.log() + best if z_loss else None
+    scores = Scores(nll[:, 0], correct, z_loss * log_z[:, 0].square() if log_z is not None else None)
     if weight_gradient is None and bias_gradient is None and not need_hidden_gradient:
-        return nll[:, 0], correct, None
-    probabilities.div_(total)
-    probabilities.scatter_add_(1, targets[:, None], torch.full_like(nll, -1.0))
-    if weights is not None:
-        probabilities.mul_(weights[:, None])
+        return scores, None
+    nll_weights = torch.ones_like(nll) if weights is None else weights.nll[:, None]
+    if log_z is None:
+        probabilities.div_(total)
+        probabilities.scatter_add_(1, targets[:, None], torch.full_like(nll, -1.0))
+        if weights is not None:
+            probabilities.mul_(nll_weights)
+    else:
+        # d log Z / d logits are the probabilities, so the z-loss only scales them.
+        z_weights = 1.0 if weights is None or weights.z_loss is None else weights.z_loss[:, None]
+        probabilities.mul_((nll_weights + 2 * z_loss * z_weights * log_z) / total)
+        probabilities.scatter_add_(1, targets[:, None], -nll_weights)
     if bias_gradient is not None:
         bias_gradient.add_(probabilities.sum(dim=0))
     logits_gradient = probabilities.to(hidden.dtype)
     if weight_gradient is not None:
         weight_gradient.addmm_(logits_gradient.t(), hidden)
-    return nll[:, 0], correct, logits_gradient @ weight if need_hidden_gradient else None
+    return scores, logits_gradient @ weight if need_hidden_gradient else None
 
 
 class TextHead(nn.Linear):
@@ -104,25 +147,25 @@ class TextHead(nn.Linear):
         self._is_hf_initialized = getattr(linear, "_is_hf_initialized", False)
 
     def forward(  # type: ignore[override]
-        self, hidden: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Return logits [..., K]; or, given `targets` [N] for `hidden` [N, C], nll [N] and correct [N]."""
+        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, z_loss: float = 0.0
+    ) -> torch.Tensor | Scores:
+        """Return logits [..., K]; or, given `targets` [N] for `hidden` [N, C], their scores [N]."""
         if targets is None:
             return F.linear(hidden, self.weight, self.bias)
         parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return nll_with_gradients(
-            lambda h, weights, needs: self._run(h, targets, weights, needs), hidden, parameters
+        return scores_with_gradients(
+            lambda h, weights, needs: self._run(h, targets, z_loss, weights, needs), hidden, parameters
         )
 
     def _run(
         self,
         hidden: torch.Tensor,
         targets: torch.Tensor,
-        weights: torch.Tensor | None,
+        z_loss: float,
+        weights: Weights | None,
         needs: Sequence[bool],
-    ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
-        nll = hidden.new_empty(len(hidden), dtype=torch.float32)
-        correct = targets.new_empty(len(hidden), dtype=torch.bool)
+    ) -> tuple[Scores, Gradients]:
+        scores = empty_scores(targets, z_loss)
         tensors = [hidden, self.weight, self.bias]
         gradients: Gradients = [
             torch.zeros_like(t) if t is not None and n else None
@@ -130,19 +173,21 @@ class TextHead(nn.Linear):
         ]
         for start in range(0, len(hidden), self.chunk_size):
             chunk = slice(start, start + self.chunk_size)
-            nll[chunk], correct[chunk], hidden_gradient = linear_nll(
+            found, hidden_gradient = linear_scores(
                 hidden[chunk],
                 self.weight,
                 targets[chunk],
                 self.bias,
-                None if weights is None else weights[chunk],
+                None if weights is None else weights.of(chunk),
+                z_loss,
                 gradients[1],
                 gradients[2] if self.bias is not None else None,
                 need_hidden_gradient=needs[0],
             )
+            fill_in(scores, chunk, found)
             if gradients[0] is not None and hidden_gradient is not None:
                 gradients[0][chunk] = hidden_gradient
-        return nll, correct, gradients[: len(needs)]
+        return scores, gradients[: len(needs)]
 
 
 class _ForwardGradients(torch.autograd.Function):
@@ -151,19 +196,22 @@ class _ForwardGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, hidden, *parameters):  # noqa: D102, ANN001
         needs = ctx.needs_input_grad[1:]
-        nll, correct, gradients = run(hidden, None, needs)
+        scores, gradients = run(hidden, None, needs)
         ctx.run, ctx.gradients = run, gradients
         ctx.save_for_backward(hidden)
-        ctx.mark_non_differentiable(correct)
-        return nll, correct
+        ctx.mark_non_differentiable(scores.correct)
+        return tuple(scores)
 
     @staticmethod
-    def backward(ctx, nll_gradient, _):  # noqa: D102, ANN001
+    def backward(ctx, nll_gradient, _, z_gradient):  # noqa: D102, ANN001
         gradients, ctx.gradients = ctx.gradients, None
         scale = nll_gradient.flatten()[0]
-        if gradients is None or not bool((nll_gradient == scale).all()):
+        alike = bool((nll_gradient == scale).all())
+        if z_gradient is not None:
+            alike = alike and bool((z_gradient == scale).all())
+        if gradients is None or not alike:
             (hidden,) = ctx.saved_tensors
-            _, _, gradients = ctx.run(hidden, nll_gradient, ctx.needs_input_grad[1:])
+            _, gradients = ctx.run(hidden, Weights(nll_gradient, z_gradient), ctx.needs_input_grad[1:])
         else:
             for gradient in gradients:
                 if gradient is not None:

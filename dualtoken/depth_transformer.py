@@ -23,7 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .chunked_loss import Gradients, linear_nll, nll_with_gradients
+from .chunked_loss import (
+    Gradients,
+    Scores,
+    Weights,
+    empty_scores,
+    fill_in,
+    linear_scores,
+    scores_with_gradients,
+)
 
 
 @dataclass
@@ -111,21 +119,24 @@ class VisualHead(DepthTransformer):
         nn.init.normal_(self.classifier, std=0.1 * self.classifier.shape[-1] ** -0.5)
 
     def forward(
-        self, hidden: torch.Tensor, prefix: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, hidden: torch.Tensor, prefix: torch.Tensor, targets: torch.Tensor, z_loss: float = 0.0
+    ) -> Scores:
         """Score codes, in chunks of positions, so that no more than chunk_size x K logits are alive.
 
         Args:
             hidden: projected hidden states [N, C].
             prefix: sums of the code vectors before depths 2..D, [N, D - 1, E].
             targets: codes [N, D].
+            z_loss: weight of the z-loss; 0 for none.
 
         Returns:
-            nll [N, D] in fp32, and whether the code was the most likely one, [N, D].
+            scores [N, D].
         """
         parameters = [self.code_in, self.depth_embedding, *self._stacked(), self.classifier]
-        return nll_with_gradients(
-            lambda h, weights, needs: self._run(h, prefix, targets, weights, needs), hidden, parameters
+        return scores_with_gradients(
+            lambda h, weights, needs: self._run(h, prefix, targets, z_loss, weights, needs),
+            hidden,
+            parameters,
         )
 
     def logits(self, hidden: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
@@ -201,9 +212,10 @@ class VisualHead(DepthTransformer):
         hidden: torch.Tensor,
         prefix: torch.Tensor,
         targets: torch.Tensor,
-        weights: torch.Tensor | None,
+        z_loss: float,
+        weights: Weights | None,
         needs: Sequence[bool],
-    ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+    ) -> tuple[Scores, Gradients]:
         """Score chunk after chunk; gradients of the parameters add up in place, slice by slice."""
         parameters = [hidden, self.code_in, self.depth_embedding, *self._stacked(), self.classifier]
         gradients: Gradients = [
@@ -211,11 +223,10 @@ class VisualHead(DepthTransformer):
         ]
         code_in, depth_embedding = map(_leaf, parameters[1:3], gradients[1:3])
         stacked = zip(parameters[3:-1], gradients[3:-1], strict=True)
-        layers = [Layer(*weights) for weights in zip(*(_leaves(p, g) for p, g in stacked), strict=True)]
+        layers = [Layer(*slices) for slices in zip(*(_leaves(p, g) for p, g in stacked), strict=True)]
         classifier_gradient = gradients[-1]
         need_trunk = any(needs[:-1])
-        nll = hidden.new_empty(targets.shape, dtype=torch.float32)
-        correct = targets.new_empty(targets.shape, dtype=torch.bool)
+        scores = empty_scores(targets, z_loss)
         for start in range(0, len(hidden), self.chunk_size):
             chunk = slice(start, start + self.chunk_size)
             hidden_leaf = _leaf(hidden[chunk], gradients[0][chunk] if gradients[0] is not None else None)
@@ -224,19 +235,21 @@ class VisualHead(DepthTransformer):
             feature_gradient = torch.empty_like(features) if need_trunk else None
             detached = features.detach()
             for d in range(self.depth):
-                nll[chunk, d], correct[chunk, d], gradient = linear_nll(
+                found, gradient = linear_scores(
                     detached[:, d],
                     self.classifier[d],
                     targets[chunk, d],
-                    weights=None if weights is None else weights[chunk, d],
+                    weights=None if weights is None else weights.of((chunk, d)),
+                    z_loss=z_loss,
                     weight_gradient=None if classifier_gradient is None else classifier_gradient[d],
                     need_hidden_gradient=need_trunk,
                 )
+                fill_in(scores, (chunk, d), found)
                 if feature_gradient is not None and gradient is not None:
                     feature_gradient[:, d] = gradient
             if feature_gradient is not None:
                 torch.autograd.backward(features, feature_gradient)
-        return nll, correct, gradients
+        return scores, gradients
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ PARTS = (
 
 @dataclass
 class DualTokenOutput(ModelOutput):
-    """Sums of negative log likelihoods, in fp32, and counts; only the two sums carry gradients.
+    """Sums of negative log likelihoods, in fp32, and counts; only sums carry gradients.
 
     Divide by the counts of *all* ranks and micro-batches to get a per-token loss.
 
@@ -50,6 +50,8 @@ class DualTokenOutput(ModelOutput):
         visual_nll: [Q, D], sums over supervised visual positions.
         visual_count: scalar, their number.
         visual_correct: [Q, D].
+        text_z_loss: scalar, sum of the z-losses over supervised text positions; None without.
+        visual_z_loss: [Q, D], likewise.
         text_positions: [N] places in the row of the text targets.
         text_position_nll: [N] nll of each.
         visual_positions: [N] places in the row of the visual targets.
@@ -62,6 +64,8 @@ class DualTokenOutput(ModelOutput):
     visual_nll: torch.Tensor | None = None
     visual_count: torch.Tensor | None = None
     visual_correct: torch.Tensor | None = None
+    text_z_loss: torch.Tensor | None = None
+    visual_z_loss: torch.Tensor | None = None
     text_positions: torch.Tensor | None = None
     text_position_nll: torch.Tensor | None = None
     visual_positions: torch.Tensor | None = None
@@ -192,6 +196,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         codes: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         visual_loss_mask: torch.Tensor | None = None,
+        z_loss: float = 0.0,
     ) -> DualTokenOutput:
         """Score a pack of documents: equations (5) to (8) of arXiv 2503.14324, as sums.
 
@@ -205,6 +210,7 @@ class DualTokenForCausalLM(PreTrainedModel):
             document
                 is never a target.
             visual_loss_mask: [V] bool, which visual positions are targets; None for none.
+            z_loss: weight of the squared log-partition at each target (see `chunked_loss`); 0 for none.
 
         Raises:
             ValueError: on more than one row, or numbers of codes and image-pad positions that differ.
@@ -238,8 +244,8 @@ class DualTokenForCausalLM(PreTrainedModel):
             labels = torch.full_like(input_ids, IGNORE_INDEX)
         # A document's first token has nothing before it to be predicted from.
         labels = labels.index_fill(1, cu_seqlens[:-1].long(), IGNORE_INDEX)
-        text = self._text_loss(hidden, labels[0])
-        visual = self._visual_loss(hidden, codes, vectors, visual_positions, visual_loss_mask)
+        text = self._text_loss(hidden, labels[0], z_loss)
+        visual = self._visual_loss(hidden, codes, vectors, visual_positions, visual_loss_mask, z_loss)
         return DualTokenOutput(**text, **visual)
 
     @property
@@ -257,17 +263,20 @@ class DualTokenForCausalLM(PreTrainedModel):
         positions = (input_ids.flatten() == self.config.special.image_pad).nonzero()[:, 0]
         return embeddings.flatten(0, 1).index_copy(0, positions, visual).view_as(embeddings)
 
-    def _text_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _text_loss(
+        self, hidden: torch.Tensor, labels: torch.Tensor, z_loss: float
+    ) -> dict[str, torch.Tensor | None]:
         positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
         chosen, targets, weight = positions, labels[positions], 1.0
         if len(positions) == 0:
             chosen, targets, weight = positions.new_ones(1), positions.new_zeros(1), 0.0
-        nll, correct = self.get_output_embeddings()(hidden[chosen - 1], targets)
-        nll = nll * weight
+        scores = self.get_output_embeddings()(hidden[chosen - 1], targets, z_loss)
+        nll = scores.nll * weight
         return {
             "text_nll": nll.sum(),
             "text_count": torch.tensor(len(positions), device=hidden.device),
-            "text_correct": correct[: len(positions)].sum(),
+            "text_correct": scores.correct[: len(positions)].sum(),
+            "text_z_loss": (scores.z_loss * weight).sum() if z_loss else None,
             "text_positions": positions,
             "text_position_nll": nll.detach()[: len(positions)],
         }
@@ -279,7 +288,8 @@ class DualTokenForCausalLM(PreTrainedModel):
         vectors: torch.Tensor,
         positions: torch.Tensor,
         mask: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
+        z_loss: float,
+    ) -> dict[str, torch.Tensor | None]:
         positions, codes, vectors, weight = positions[mask], codes[mask], vectors[mask], 1.0
         count = len(positions)
         chosen = positions
@@ -290,15 +300,17 @@ class DualTokenForCausalLM(PreTrainedModel):
         prefix = vectors[:, :, :-1].cumsum(dim=2)  # [N, Q, D - 1, E]
         before = hidden[chosen - 1]
         scores = [
-            head(projector(before), prefix[:, q], codes[:, q])
+            head(projector(before), prefix[:, q], codes[:, q], z_loss)
             for q, (projector, head) in enumerate(self.visual_heads())
         ]
-        nll = torch.stack([nll for nll, _ in scores], dim=1) * weight  # [N, Q, D]
-        correct = torch.stack([correct for _, correct in scores], dim=1)[:count]
+        nll = torch.stack([score.nll for score in scores], dim=1) * weight  # [N, Q, D]
+        correct = torch.stack([score.correct for score in scores], dim=1)[:count]
+        z_losses = [score.z_loss for score in scores]
         return {
             "visual_nll": nll.sum(dim=0),
             "visual_count": torch.tensor(count, device=hidden.device),
             "visual_correct": correct.sum(dim=0),
+            "visual_z_loss": (torch.stack(z_losses, dim=1) * weight).sum(dim=0) if z_loss else None,
             "visual_positions": positions,
             "visual_position_nll": nll.detach()[:count],
         }

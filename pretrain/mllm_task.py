@@ -54,6 +54,8 @@ class MllmLossConfig:
     text: float = 1.0
     pixel: float = 1.0
     semantic: float = 1.0
+    # Weight of the squared log-partition of every classifier, within its modality; PaLM 1e-4, UniTok 5e-5.
+    z_loss: float = 0.0
 
 
 @dataclass
@@ -171,7 +173,7 @@ class MllmTask:
         averages = Averages(self.runtime.device)
         tokens = 0
         for batch in micro_batches:
-            output = self.engines["model"](**batch.model_inputs())
+            output = self.engines["model"](**batch.model_inputs(), z_loss=self.config.losses.z_loss)
             # Summed over tokens and depths, divided by the positions of the whole step: every supervised
             # position weighs the same, whichever rank and micro-batch it fell into.
             backward_and_step(self.engines["model"], self.weighted_sum(output) / positions, reduction="sum")
@@ -196,8 +198,11 @@ class MllmTask:
     def weighted_sum(self, output: DualTokenOutput) -> Tensor:
         """Sum the negative log-likelihoods of a micro-batch, weighted by modality (equations 5 to 8)."""
         weights = self.config.losses
-        pixel, semantic = output.visual_nll.sum(dim=1)  # [Q, D] -> [Q]
-        return weights.text * output.text_nll + weights.pixel * pixel + weights.semantic * semantic
+        text, visual = output.text_nll, output.visual_nll
+        if weights.z_loss:
+            text, visual = text + output.text_z_loss, visual + output.visual_z_loss
+        pixel, semantic = visual.sum(dim=1)  # [Q, D] -> [Q]
+        return weights.text * text + weights.pixel * pixel + weights.semantic * semantic
 
     def validate(self) -> dict[str, Tensor]:
         """Return the negative log-likelihoods per token and depth (nats) on the validation documents."""
@@ -236,6 +241,10 @@ def add_figures(averages: Averages, output: DualTokenOutput) -> None:
     """Add a micro-batch's likelihoods and accuracies, per supervised position and, for codes, per depth."""
     averages.add("loss/text", output.text_nll, output.text_count)
     averages.add("accuracy/text", output.text_correct, output.text_count)
+    if output.text_z_loss is not None:
+        averages.add("z_loss/text", output.text_z_loss, output.text_count)
+        for branch, z_loss in zip(BRANCHES, output.visual_z_loss):
+            averages.add(f"z_loss/{branch}", z_loss.sum(), output.visual_count)
     for branch, nll, correct in zip(BRANCHES, output.visual_nll, output.visual_correct):
         averages.add(f"loss/{branch}", nll.sum(), output.visual_count)
         for depth in range(len(nll)):

@@ -1,6 +1,7 @@
 """The recipes of the unified model's phases: what each trains, and two of them run one after the other."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from data_pipeline.streams import prepare_dataset
 from dualtoken.sequence import Document, ImagePart, TextPart, pack_documents
+from dualtoken.visual_tokenizer_config import preset_config
 from pretrain.config import ConfigError, load_job_config
 from pretrain.engine import Runtime
 from pretrain.mllm_task import MllmTask
@@ -129,6 +131,7 @@ def runs(tmp_path_factory):
         f"model.text_tokenizer={exported}",
         f"model.init_from={exported}",
         "optimizer.lr=0.003",
+        "losses.z_loss=5e-5",
     )
     run_module("pretrain.train", generate).check()
     return folder
@@ -151,6 +154,9 @@ def test_phases_go_on_from_each_other(runs):
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
     losses = [record["loss/pixel"] + record["loss/semantic"] for record in steps]
     assert losses[-1] < losses[0]
+    # Untrained heads have all logits near 0: the partition is the number of codes.
+    expected = 5e-5 * 2 * math.log(preset_config("tiny").codebook_size) ** 2
+    assert steps[0]["z_loss/pixel"] == pytest.approx(expected, rel=0.1)
     assert all(record["documents"] > 4 for record in steps)  # more than one in a pack
 
 

@@ -170,12 +170,12 @@ def test_chunks_equal_all_logits_at_once(chunk_size):
     codes = torch.randint(CODES, (12, DEPTH))
     logits = head.logits(hidden, prefix)
     plain_nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), codes, reduction="none")
-    nll, correct = head(hidden, prefix, codes)
+    nll, correct, _ = head(hidden, prefix, codes)
     torch.testing.assert_close(nll, plain_nll)
     assert torch.equal(correct, logits.argmax(-1) == codes)
     inputs = [hidden, *head.parameters()]
     for weight in (torch.tensor(0.7), torch.rand(12, DEPTH), torch.zeros(12, DEPTH)):
-        nll, _ = head(hidden, prefix, codes)
+        nll = head(hidden, prefix, codes).nll
         plain_nll = torch.nn.functional.cross_entropy(
             head.logits(hidden, prefix).transpose(1, 2), codes, reduction="none"
         )
@@ -183,6 +183,50 @@ def test_chunks_equal_all_logits_at_once(chunk_size):
         expected = torch.autograd.grad((weight * plain_nll).sum(), inputs)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 100])
+def test_z_loss_equals_the_formula_gradients_included(chunk_size):
+    torch.manual_seed(0)
+    head = VisualHead(24, 2, 3, 96, DEPTH, DIM, CODES, chunk_size)
+    head.init_weights()
+    with torch.no_grad():
+        head.classifier.mul_(20)
+    text = TextHead(torch.nn.Linear(24, 9), chunk_size)
+    hidden, prefix = torch.randn(12, 24, requires_grad=True), torch.randn(12, DEPTH - 1, DIM)
+    codes, tokens = torch.randint(CODES, (12, DEPTH)), torch.randint(9, (12,))
+    inputs = [hidden, *head.parameters(), *text.parameters()]
+    # Alike, a weight per target, and the z-loss left out of the loss although it was asked for.
+    for nll_weight, z_weight in ((0.7, 0.7), (torch.rand(12, 1), torch.rand(12, 1)), (0.7, 0.0)):
+        ours, plain = torch.zeros(()), torch.zeros(())
+        for logits, targets, scores in (
+            (head.logits(hidden, prefix), codes, head(hidden, prefix, codes, 0.3)),
+            (text(hidden)[:, None], tokens[:, None], text(hidden, tokens, 0.3)),
+        ):
+            nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+            squared = logits.logsumexp(dim=-1).square()
+            torch.testing.assert_close(scores.nll.view_as(nll), nll)
+            torch.testing.assert_close(scores.z_loss.view_as(nll), 0.3 * squared)
+            plain = plain + (nll_weight * nll + 0.3 * z_weight * squared).sum()
+            found = nll_weight * scores.nll.view_as(nll) + z_weight * scores.z_loss.view_as(nll)
+            ours = ours + found.sum()
+        got, expected = torch.autograd.grad(ours, inputs), torch.autograd.grad(plain, inputs)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_z_loss_of_a_batch_leaves_the_likelihoods_alone():
+    model = tiny_model(sharpen=8.0)
+    batch = pack_documents(documents(), 128).model_inputs()
+    without, output = model(**batch), model(**batch, z_loss=5e-5)
+    assert without.text_z_loss is None and without.visual_z_loss is None
+    assert torch.equal(output.text_nll, without.text_nll)
+    assert torch.equal(output.visual_nll, without.visual_nll)
+    assert output.text_z_loss > 0 and (output.visual_z_loss > 0).all()
+    assert output.visual_z_loss.shape == (2, DEPTH)
+    untaught = pack_documents(tokenized(Document([TextPart("x", loss=False)])))
+    idle = model(**untaught.model_inputs(), z_loss=1.0)
+    assert idle.text_z_loss == 0 and (idle.visual_z_loss == 0).all()
 
 
 def test_a_second_backward_pass_gives_the_same_gradients():
