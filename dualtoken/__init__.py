@@ -3,8 +3,12 @@
 import importlib
 
 # Public names and the modules they live in; imported on first use, so that `import dualtoken` stays light.
+# transformers' Auto classes know a model once its name has been used.
 _HOMES = {
     "AttentionProjection": "projection",
+    "DualTokenConfig": "unified_model_config",
+    "DualTokenForCausalLM": "unified_model",
+    "DualTokenProcessor": "processing",
     "DualTokenVisualTokenizer": "visual_tokenizer",
     "DualTokenVisualTokenizerConfig": "visual_tokenizer_config",
     "FrozenTeacher": "backbone",

@@ -9,6 +9,7 @@ from transformers import AutoProcessor
 from dualtoken.generation import generate_images, generate_text
 from dualtoken.processing import DualTokenProcessor
 from dualtoken.sequence import ImagePart, TextPart
+from tests.distributed import run_code
 from tests.unified_support import (
     CODES,
     DEPTH,
@@ -96,6 +97,23 @@ def test_codes_become_pictures(processor):
     codes = MeanColours().encode(torch.ones(1, 3, 32, 32))
     (picture,) = processor.pictures(codes, MeanColours())
     assert picture.size == (32, 32) and np.asarray(picture).min() == 255
+
+
+AUTO_CLASSES = """
+import pickle, sys
+from dualtoken import DualTokenConfig, DualTokenForCausalLM, DualTokenProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
+folder = pickle.load(sys.stdin.buffer)
+loaders = (AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor)
+print(*(type(loader.from_pretrained(folder)).__name__ for loader in loaders))
+"""
+
+
+def test_auto_classes_in_a_new_process(tmp_path, processor):
+    tiny_model().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    names = run_code(AUTO_CLASSES, str(tmp_path)).decode().split()
+    assert names == ["DualTokenConfig", *["DualTokenForCausalLM"] * 2, "DualTokenProcessor"]
 
 
 def test_saved_and_loaded(tmp_path, processor):
