@@ -96,6 +96,7 @@ def write_images(
         device = rows.hidden.device
         noise = row_noise(seed, count, (positions, len(CODEBOOKS), config.num_quantizers), device)
         codes = torch.empty(noise.shape, dtype=torch.int64, device=device)
+        features = model.new_feature_cache()
         for position in range(positions):
             for q in range(len(CODEBOOKS)):
                 codes[:, position, q] = _write_codes(
@@ -104,8 +105,7 @@ def write_images(
             if progress is not None:
                 progress(position + 1, positions)
             if position + 1 < positions:
-                features = model.codebooks(codes[:, position]).sum(dim=2)  # [N, Q, E]
-                embedded = model.visual_embedder(features)
+                embedded = model.embed_next(codes[:, position], features)
                 rows.feed(embedded.repeat(2, 1) if guided else embedded)
     return codes
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,21 @@ class GatedMLP(nn.Module):
         """Map ``[..., width]`` to ``[..., width]``."""
         x = self.norm(x)
         return self.w2(F.gelu(self.w0(x), approximate="tanh") * self.w1(x))
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values ``[B, heads, N, head_dim]`` of the positions that a causal attention has seen."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append those of new positions and return all of them."""
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 class ProjectionAttention(nn.Module):
@@ -50,13 +67,16 @@ class ProjectionAttention(nn.Module):
         self.register_buffer("zero_k_bias", torch.zeros(wide))
         self.proj = nn.Linear(out_features, out_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, N, in_features]`` to ``[B, N, out_features]``."""
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Map ``[B, N, in_features]`` to ``[B, N, out_features]``; N is 1 once there is something cached."""
         batch, length, _ = x.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).view(batch, length, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head_dim]
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        if cache is not None:
+            assert self.causal and (cache.keys is None or length == 1)
+            k, v = cache.extend(k, v)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and length > 1)
         if self.average_heads:
             attended = attended.mean(dim=1)
         else:
@@ -81,8 +101,11 @@ class AttentionProjection(nn.Module):
         self.norm2 = nn.LayerNorm(out_features)
         self.mlp = GatedMLP(out_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, N, in_features]`` to ``[B, N, out_features]``, of the type of the weights."""
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Map ``[B, N, in_features]`` to ``[B, N, out_features]``, of the type of the weights.
+
+        With a cache, causal projections take the positions of a sequence one after the other.
+        """
         x = x.to(self.proj.weight.dtype)
-        x = self.proj(self.norm3(x)) + self.attn(self.norm1(x))
+        x = self.proj(self.norm3(x)) + self.attn(self.norm1(x), cache)
         return x + self.mlp(self.norm2(x))

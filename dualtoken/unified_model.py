@@ -1,9 +1,10 @@
 """The unified language model: a decoder that reads text and dual visual codes and predicts both.
 
-At each image position the decoder reads the summed code vectors of the pixel and the semantic codebook
-through a small MLP. Text targets meet the decoder's own output layer; at visual targets two depth
-transformers, one per codebook, predict the D codes of each from the hidden state of the position before
-(arXiv 2503.14324, section 3.3). Only supervised positions meet a classifier.
+At each image position the decoder reads the summed code vectors of the pixel and the semantic codebook, or
+the visual tokenizer's causal features of them, through a small MLP. Text targets meet the decoder's own
+output layer; at visual targets two depth transformers, one per codebook, predict the D codes of each from
+the hidden state of the position before (arXiv 2503.14324, section 3.3). Only supervised positions meet a
+classifier.
 
 Shapes: T tokens of a pack, V visual positions in it, Q = 2 codebooks (0 pixel, 1 semantic), D depths, K
 codes, E dimensions of a code vector, H width of the decoder, N selected positions.
@@ -23,9 +24,11 @@ from transformers.utils import ModelOutput
 from .attention import DOCUMENT_ATTENTION
 from .chunked_loss import TextHead
 from .depth_transformer import VisualHead
+from .projection import AttentionProjection
 from .sequence import IGNORE_INDEX
 from .unified_model_config import DualTokenConfig, padded_vocabulary
 from .visual_embedder import CODEBOOKS, Codebooks, GeluMLP, VisualEmbedder
+from .visual_features import FeatureCache, PostQuantization
 
 PARTS = (
     "llm",
@@ -77,9 +80,10 @@ class DualTokenForCausalLM(PreTrainedModel):
 
     Build it with `AutoModelForCausalLM.from_config(config)` (sharded under an active DeepSpeed ZeRO-3
     config), `from_base` or `from_pretrained`, then give it the visual tokenizer's codebooks by
-    `set_codebooks`; `save_pretrained` keeps them.
+    `set_codebooks`, and its projections by `set_post_quantization` if it reads their features;
+    `save_pretrained` keeps both.
 
-    Every trainable part runs in every forward pass, on a batch without images or text targets with weight
+    Every part runs in every forward pass, on a batch without images or text targets with weight
     zero, so that all ranks of ZeRO-3 gather and reduce the same parameters in the same order.
     """
 
@@ -102,8 +106,11 @@ class DualTokenForCausalLM(PreTrainedModel):
         self.llm = llm
         width = self.decoder_config.hidden_size
         self.codebooks = Codebooks(config.codebook_depths, config.codebook_size, config.codebook_dim)
+        self.post_quantization = None
+        if config.post_quantization_dim is not None:
+            self.post_quantization = PostQuantization(config.codebook_dim, config.post_quantization_dim)
         self.visual_embedder = VisualEmbedder(
-            config.visual_input, config.embedder, config.codebook_dim, width
+            config.visual_input, config.embedder, config.post_quantization_dim or config.codebook_dim, width
         )
         self.pixel_projector = GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
         self.semantic_projector = GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
@@ -119,7 +126,8 @@ class DualTokenForCausalLM(PreTrainedModel):
             module.init_weights()
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @property
     def decoder_config(self) -> PretrainedConfig:
@@ -151,6 +159,15 @@ class DualTokenForCausalLM(PreTrainedModel):
         config.tie_word_embeddings = bool(llm.config.tie_word_embeddings)
         return cls._from_config(config, dtype=llm.dtype, llm=llm)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved model; arguments and result as of `PreTrainedModel.from_pretrained`."""
+        loaded: Any = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.post_quantization is not None:
+            model.post_quantization.requires_grad_(False)  # loading puts trainable parameters in their place
+        return loaded
+
     def get_input_embeddings(self) -> nn.Module:
         """Return the decoder's token embedding."""
         return self.llm.get_input_embeddings()
@@ -171,17 +188,24 @@ class DualTokenForCausalLM(PreTrainedModel):
         if fingerprint is not None:
             self.config.tokenizer_fingerprint = fingerprint
 
+    def set_post_quantization(self, pixel: AttentionProjection, semantic: AttentionProjection) -> None:
+        """Take over the visual tokenizer's `postquant_pixel` and `postquant_semantic`.
+
+        Under ZeRO-3 call it where the parameters of `post_quantization` are gathered.
+
+        Raises:
+            ValueError: this model does not read their features, or they do not fit (`PostQuantization.set`).
+        """
+        if self.post_quantization is None:
+            raise ValueError(
+                "this model reads code vectors, not post-quantization features; build its config with "
+                "visual_features='post_quantization'"
+            )
+        self.post_quantization.set(pixel, semantic)
+
     def parts(self) -> dict[str, nn.Module]:
         """Return the trainable parts by name, to group, freeze or count their parameters."""
-        names = (
-            "llm",
-            "visual_embedder",
-            "pixel_projector",
-            "semantic_projector",
-            "pixel_head",
-            "semantic_head",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in PARTS}
 
     def visual_heads(self) -> list[tuple[GeluMLP, VisualHead]]:
         """Return projector and head of each codebook, in the order of Q."""
@@ -256,12 +280,46 @@ class DualTokenForCausalLM(PreTrainedModel):
     def embed(self, input_ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """Embed tokens [B, T], and code vectors [V, Q, D, E] at the image positions: [B, T, H]."""
         embeddings = self.get_input_embeddings()(input_ids)
-        if len(vectors) == 0:
-            unused = self.visual_embedder(self._no_vectors(1).sum(dim=2))
-            return embeddings + 0.0 * unused.sum()
-        visual = self.visual_embedder(vectors.sum(dim=2)).to(embeddings.dtype)
         positions = (input_ids.flatten() == self.config.special.image_pad).nonzero()[:, 0]
+        images = vectors[None]
+        if len(vectors) == 0:
+            images = self._no_vectors(1)[None]
+        elif self.post_quantization is not None:
+            self._check_whole_images(positions)
+            images = vectors.unflatten(0, (-1, self.config.positions_per_image))
+        visual = self.visual_embedder(self._features(images).flatten(0, 1)).to(embeddings.dtype)
+        if len(vectors) == 0:
+            return embeddings + 0.0 * visual.sum()
         return embeddings.flatten(0, 1).index_copy(0, positions, visual).view_as(embeddings)
+
+    def new_feature_cache(self) -> FeatureCache | None:
+        """Return what `embed_next` needs from one position to the next; to be had anew for each image."""
+        return None if self.post_quantization is None else FeatureCache()
+
+    def embed_next(self, codes: torch.Tensor, cache: FeatureCache | None) -> torch.Tensor:
+        """Embed the next position's codes [N, Q, D] of N images that are being generated: [N, H]."""
+        return self.visual_embedder(self._features(self.codebooks(codes)[:, None], cache)[:, 0])
+
+    def _features(self, vectors: torch.Tensor, cache: FeatureCache | None = None) -> torch.Tensor:
+        """Turn code vectors [I, N, Q, D, E] of images into what the embedder reads, [I, N, Q, E or W]."""
+        sums = vectors.sum(dim=-2)
+        if self.post_quantization is None:
+            return sums
+        latents = sums / self.codebooks.scale[:, None]  # as the visual tokenizer has them
+        return self.post_quantization(latents, cache)
+
+    def _check_whole_images(self, positions: torch.Tensor) -> None:
+        """Raise ValueError unless the image-pad positions [V] come in runs of an image each."""
+        per_image = self.config.positions_per_image
+        whole = len(positions) % per_image == 0
+        if whole:
+            runs = positions.view(-1, per_image)
+            whole = bool((runs[:, -1] - runs[:, 0] == per_image - 1).all())
+        if not whole:
+            raise ValueError(
+                f"{len(positions)} image-pad tokens do not come in runs of {per_image}, an image each; "
+                "post-quantization features need whole images: do not cut documents inside one"
+            )
 
     def _text_loss(
         self, hidden: torch.Tensor, labels: torch.Tensor, z_loss: float
@@ -339,6 +397,11 @@ class DualTokenForCausalLM(PreTrainedModel):
             if not bool(self.codebooks.vectors.any()):
                 raise ValueError(
                     "the codebooks are not set: call set_codebooks(visual_tokenizer.codebooks())"
+                )
+            if self.post_quantization is not None and not bool(self.post_quantization.is_set):
+                raise ValueError(
+                    "the post-quantization projections are not set: call set_post_quantization("
+                    "visual_tokenizer.postquant_pixel, visual_tokenizer.postquant_semantic)"
                 )
             self._codebooks_checked = True
         return codes.long()

@@ -30,6 +30,11 @@ class DualTokenConfig(PretrainedConfig):
         embedder: "concat_mlp" joins the two vectors of a position and maps them to the decoder's width by
         one MLP;
             "mlp_concat" has an MLP each, for half the width.
+        visual_features: what the decoder reads of a position: "code_vectors", the sums of its code vectors,
+            or "post_quantization", what the visual tokenizer's frozen causal projections make of them and of
+            the positions before.
+        post_quantization_dim: width of the post-quantization features, that of the visual tokenizer's
+            tower; None for code vectors.
         head_hidden_size: width of the depth transformers.
         head_num_layers: their layers.
         head_num_attention_heads: their attention heads.
@@ -51,6 +56,8 @@ class DualTokenConfig(PretrainedConfig):
     image_size: int = 384
     visual_input: str = "both"
     embedder: str = "concat_mlp"
+    visual_features: str = "code_vectors"
+    post_quantization_dim: int | None = None
     head_hidden_size: int = 2048
     head_num_layers: int = 3
     head_num_attention_heads: int = 16
@@ -70,12 +77,19 @@ class DualTokenConfig(PretrainedConfig):
         for field, choices in (
             ("visual_input", ("both", "pixel", "semantic")),
             ("embedder", ("concat_mlp", "mlp_concat")),
+            ("visual_features", ("code_vectors", "post_quantization")),
             ("codebook_depths", (1, self.num_quantizers)),
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(
                     f"{field}={getattr(self, field)!r}; expected one of {', '.join(map(repr, choices))}"
                 )
+        if (self.visual_features == "post_quantization") != bool(self.post_quantization_dim):
+            raise ValueError(
+                f"visual_features={self.visual_features!r} with post_quantization_dim="
+                f"{self.post_quantization_dim}; expected the width of the visual tokenizer's tower for "
+                "'post_quantization' and None for 'code_vectors'; DualTokenConfig.for_tokenizers fills it in"
+            )
         if self.head_hidden_size % self.head_num_attention_heads:
             raise ValueError(
                 f"head_hidden_size={self.head_hidden_size} is not divisible by "
@@ -117,6 +131,7 @@ class DualTokenConfig(PretrainedConfig):
         multiple of 64.
         """
         visual = visual_tokenizer.config
+        reads_features = overrides.get("visual_features") == "post_quantization"
         fields = {
             "text_config": text_config,
             "codebook_size": visual.codebook_size,
@@ -125,6 +140,7 @@ class DualTokenConfig(PretrainedConfig):
             "codebook_depths": visual_tokenizer.codebooks().shape[1],
             "positions_per_image": visual.positions,
             "image_size": visual.image_size,
+            "post_quantization_dim": visual.vision.hidden_size if reads_features else None,
             "special_tokens": vars(SpecialTokens.from_tokenizer(text_tokenizer)),
             "tokenizer_fingerprint": visual_tokenizer.fingerprint(),
         }

@@ -250,6 +250,13 @@ def sharded_construction(config: JobConfig, runtime: Runtime) -> Iterator[None]:
         del active
 
 
+@contextlib.contextmanager
+def gathered_for_writing(module: nn.Module) -> Iterator[None]:
+    """While it is open, a module's parameters are whole under ZeRO-3; what every rank writes alike stays."""
+    with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0):
+        yield
+
+
 def build_engine(
     model: nn.Module,
     config: JobConfig,

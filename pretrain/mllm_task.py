@@ -26,6 +26,7 @@ from pretrain.engine import (
     build_engine,
     count_parameters,
     full_state_dict,
+    gathered_for_writing,
     sharded_construction,
 )
 from pretrain.metrics import Averages
@@ -143,6 +144,11 @@ class MllmTask:
             else:
                 model = AutoModelForCausalLM.from_config(config)
         model.set_codebooks(visual_tokenizer.codebooks(), fingerprint)
+        if model.post_quantization is not None:
+            with gathered_for_writing(model.post_quantization):
+                model.set_post_quantization(
+                    visual_tokenizer.postquant_pixel, visual_tokenizer.postquant_semantic
+                )
         return model
 
     def open_documents(self, config: DocumentStreamConfig, split: str) -> DocumentLoader:

@@ -19,6 +19,7 @@ from tests.distributed import run_module
 from tests.test_config import missing_words
 from tests.tiny_run import make_tiny_run
 from tests.unified_support import (
+    FEATURES,
     byte_tokenizer,
     caption,
     generation,
@@ -55,7 +56,7 @@ def recipe_of(name, *words):
 def test_gradients_and_optimizer_state_are_those_of_the_phase(recipe):
     """On documents of the recipe's own views, in the loss of the task."""
     config = recipe_of(recipe)
-    model = tiny_model(decoder="llama").train()
+    model = tiny_model(decoder="llama", **FEATURES).train()
     freeze_parameters(model, config.frozen)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -148,6 +149,10 @@ def test_phases_go_on_from_each_other(runs):
     second = load_file(runs / "generate" / "export" / "model.safetensors")
     for name, value in base.items():
         assert torch.equal(first[f"llm.{name}"][: len(value)], value), name
+    tokenizer = load_file(runs / "tokenizer" / "export" / "model.safetensors")
+    for name, value in tokenizer.items():
+        if name.startswith("postquant_"):
+            assert torch.equal(first[name.replace("postquant_", "post_quantization.")], value), name
     assert changed_parts(first, second) == WRITERS
     records = [json.loads(line) for line in (runs / "generate" / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["split"] == "train"]

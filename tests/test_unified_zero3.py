@@ -16,7 +16,16 @@ from transformers import AutoModelForCausalLM
 from dualtoken.sequence import Document, PackedBatch, TextPart, pack_documents
 from dualtoken.unified_model import DualTokenForCausalLM, DualTokenOutput
 from tests.distributed import run_module
-from tests.unified_support import caption, generation, plain, tiny_config, tiny_model, tokenized
+from tests.unified_support import (
+    FEATURES,
+    caption,
+    generation,
+    plain,
+    projections,
+    tiny_config,
+    tiny_model,
+    tokenized,
+)
 
 STEPS, RATE, CONTEXT = 3, 1e-2, 96
 SCENARIOS = {
@@ -24,6 +33,7 @@ SCENARIOS = {
     "joint": ({}, (), True),
     "frozen_llm": ({"decoder": "llama", "embedder": "mlp_concat"}, ("llm",), True),
     "frozen_heads": ({"decoder": "llama"}, ("pixel_head", "semantic_head"), False),
+    "features": (FEATURES, ("llm",), True),
     "heads_only": ({}, ("llm", "visual_embedder", "pixel_projector", "semantic_projector"), False),
 }
 
@@ -65,6 +75,8 @@ def worker(output: Path) -> None:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
+    from pretrain.engine import gathered_for_writing
+
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled
     deepspeed.init_distributed("gloo", verbose=False)
     rank = int(os.environ["RANK"])
@@ -84,6 +96,9 @@ def worker(output: Path) -> None:
         assert model.codebooks.vectors.dtype == torch.float32
         vectors = model.codebooks.vectors
         model.set_codebooks(torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1)))
+        if model.post_quantization is not None:
+            with gathered_for_writing(model.post_quantization):
+                model.set_post_quantization(*projections())
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         freeze(model, frozen)
@@ -137,8 +152,13 @@ def test_two_ranks_of_which_one_has_no_images_train_like_one_process(runs, name)
     model = DualTokenForCausalLM._from_config(tiny_config(**overrides))
     vectors = model.codebooks.vectors
     model.set_codebooks(torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1)))
+    if model.post_quantization is not None:
+        model.set_post_quantization(*projections())
+        for key, value in model.post_quantization.named_parameters():
+            assert torch.equal(saved[0]["start"][f"post_quantization.{key}"], value), key
     missing, unexpected = model.load_state_dict(saved[0]["start"], strict=False)
-    assert not unexpected and set(missing) <= {"codebooks.vectors", "codebooks.scale", "llm.lm_head.weight"}
+    buffers = {key for key, _ in model.named_buffers()}
+    assert not unexpected and set(missing) <= buffers | {"llm.lm_head.weight"}
     model.tie_weights()
     freeze(model, frozen)
     optimizer = optimizer_for(model)
@@ -152,7 +172,7 @@ def test_two_ranks_of_which_one_has_no_images_train_like_one_process(runs, name)
     for parameter, value in model.named_parameters():
         torch.testing.assert_close(saved[0]["end"][parameter], value, rtol=1e-4, atol=1e-6, msg=parameter)
         moved = not torch.equal(saved[0]["end"][parameter], saved[0]["start"][parameter])
-        is_frozen = any(parameter.startswith(part) for part in frozen)
+        is_frozen = any(parameter.startswith(part) for part in (*frozen, "post_quantization"))
         assert moved != is_frozen or "k_proj.bias" in parameter, parameter
 
 

@@ -4,6 +4,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
+from dualtoken.projection import AttentionProjection
 from dualtoken.sequence import (
     Document,
     ImagePart,
@@ -16,6 +17,7 @@ from dualtoken.unified_model import DualTokenForCausalLM
 from dualtoken.unified_model_config import DualTokenConfig
 
 POSITIONS, DEPTH, CODES, DIM = 4, 3, 11, 8
+FEATURES = {"visual_features": "post_quantization", "post_quantization_dim": 16}
 
 
 def byte_tokenizer(special: bool = True) -> PreTrainedTokenizerFast:
@@ -56,11 +58,19 @@ def tiny_model(seed: int = 0, sharpen: float = 1.0, **overrides) -> DualTokenFor
     config = tiny_config(**overrides)
     model = DualTokenForCausalLM._from_config(config)
     model.set_codebooks(torch.randn(2, config.codebook_depths, CODES, DIM))
+    if model.post_quantization is not None:
+        model.set_post_quantization(*projections(config.post_quantization_dim))
     with torch.no_grad():
         for _, head in model.visual_heads():
             head.classifier.mul_(sharpen)
         model.get_output_embeddings().weight.mul_(sharpen**0.5)
     return model.eval()
+
+
+def projections(width: int = 16, causal: bool = True) -> list[AttentionProjection]:
+    """Projections behind the quantizers, as a visual tokenizer has them."""
+    torch.manual_seed(11)
+    return [AttentionProjection(DIM, width, causal) for _ in range(2)]
 
 
 def random_codes(generator: torch.Generator | None = None, positions: int = POSITIONS) -> torch.Tensor:
