@@ -233,7 +233,7 @@ def file_tree() -> list[str]:
 def readme_commands() -> list[list[str]]:
     """Words of every command in the shell blocks of the documents for users."""
     commands = []
-    for name in ("README.md", "CONTRIBUTING.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "docs/unified_model.md"):
         for language, content in fenced_blocks(name):
             if language == "bash":
                 lines = content.replace("\\\n", " ").splitlines()
@@ -299,6 +299,8 @@ def check_deepspeed(arguments: list[str]) -> None:
     ranks = 2
     if arguments[0] == "--num_gpus":
         ranks, arguments = int(arguments[1]), arguments[2:]
+    elif arguments[0] == "--hostfile":
+        ranks, arguments = 8, arguments[2:]
     option, module, *rest = arguments
     assert option == "--module"
     check_module(module, rest, ranks)

@@ -2,17 +2,21 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from data_pipeline.streams import prepare_dataset
 from dualtoken.sequence import Document, ImagePart, TextPart, pack_documents
+from dualtoken.unified_model import DualTokenForCausalLM
+from dualtoken.unified_model_config import DualTokenConfig
 from dualtoken.visual_tokenizer_config import preset_config
 from pretrain.config import ConfigError, load_job_config
-from pretrain.engine import Runtime
+from pretrain.engine import Runtime, count_parameters
 from pretrain.mllm_task import MllmTask
 from pretrain.optim import build_optimizer, freeze_parameters, parameter_groups
 from tests.distributed import run_module
@@ -30,6 +34,7 @@ from tests.unified_support import (
     tokenized,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 EMBEDDER = {"visual_embedder"}
 WRITERS = {"pixel_projector", "semantic_projector", "pixel_head", "semantic_head"}
 TRAINED = {
@@ -50,6 +55,39 @@ DOCUMENTS = {
 
 def recipe_of(name, *words):
     return load_job_config([f"recipe={name}", *missing_words(name), *words], world_size=1)
+
+
+def test_the_table_of_phases_is_true():
+    lines = (ROOT / "docs" / "unified_model.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    table = {row[0].strip("`"): row[1:] for row in rows if row[0].strip("`") in TRAINED}
+    assert table.keys() == TRAINED.keys()
+    for recipe, (parts, views, rate, documents, packs) in table.items():
+        config = recipe_of(recipe)
+        assert set(parts.replace("`", "").split()) == TRAINED[recipe], recipe
+        assert set(views.split(", ")) == {entry.view for entry in config.data.blend}, recipe
+        assert float(rate) == config.optimizer.lr, recipe
+        assert packs == f"{config.global_batch_size} x {config.data.context_length}", recipe
+        assert int(documents) % config.global_batch_size == 0, recipe
+        shared = (config.optimizer.warmup_ratio, config.optimizer.schedule, config.optimizer.weight_decay)
+        assert (*shared, config.deepspeed) == (0.03, "cosine", 0.0, "zero3.json"), recipe
+
+
+def test_the_table_of_parts_is_true():
+    decoder = Qwen2Config(
+        hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+        num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
+    )  # fmt: skip
+    config = DualTokenConfig(
+        text_config=decoder, visual_features="post_quantization", post_quantization_dim=1152
+    )
+    with torch.device("meta"):
+        model = DualTokenForCausalLM(config)
+    names = ["visual_embedder", "post_quantization", "llm", "pixel_projector", "pixel_head"]
+    counts = [count_parameters(getattr(model, name)) for name in names]
+    text = (ROOT / "docs" / "unified_model.md").read_text()
+    rows = re.findall(r"^\| .* \| ([\d,]{7,}) \|$", text, re.MULTILINE)
+    assert [int(row.replace(",", "")) for row in rows] == counts
 
 
 @pytest.mark.parametrize("recipe", TRAINED)
