@@ -110,14 +110,14 @@ def linear_scores(
     scores = Scores(nll[:, 0], correct, z_loss * log_z[:, 0].square() if log_z is not None else None)
     if weight_gradient is None and bias_gradient is None and not need_hidden_gradient:
         return scores, None
-    nll_weights = torch.ones_like(nll) if weights is None else weights.nll[:, None]
     if log_z is None:
         probabilities.div_(total)
         probabilities.scatter_add_(1, targets[:, None], torch.full_like(nll, -1.0))
         if weights is not None:
-            probabilities.mul_(nll_weights)
+            probabilities.mul_(weights.nll[:, None])
     else:
         # d log Z / d logits are the probabilities, so the z-loss only scales them.
+        nll_weights = torch.ones_like(nll) if weights is None else weights.nll[:, None]
         z_weights = 1.0 if weights is None or weights.z_loss is None else weights.z_loss[:, None]
         probabilities.mul_((nll_weights + 2 * z_loss * z_weights * log_z) / total)
         probabilities.scatter_add_(1, targets[:, None], -nll_weights)

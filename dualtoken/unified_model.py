@@ -28,7 +28,7 @@ from .projection import AttentionProjection
 from .sequence import IGNORE_INDEX
 from .unified_model_config import DualTokenConfig, padded_vocabulary
 from .visual_embedder import CODEBOOKS, Codebooks, GeluMLP, VisualEmbedder
-from .visual_features import FeatureCache, PostQuantization
+from .visual_features import FeatureCache, PostQuantization, require_whole_images
 
 PARTS = (
     "llm",
@@ -285,7 +285,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         if len(vectors) == 0:
             images = self._no_vectors(1)[None]
         elif self.post_quantization is not None:
-            self._check_whole_images(positions)
+            require_whole_images(positions, self.config.positions_per_image)
             images = vectors.unflatten(0, (-1, self.config.positions_per_image))
         visual = self.visual_embedder(self._features(images).flatten(0, 1)).to(embeddings.dtype)
         if len(vectors) == 0:
@@ -307,19 +307,6 @@ class DualTokenForCausalLM(PreTrainedModel):
             return sums
         latents = sums / self.codebooks.scale[:, None]  # as the visual tokenizer has them
         return self.post_quantization(latents, cache)
-
-    def _check_whole_images(self, positions: torch.Tensor) -> None:
-        """Raise ValueError unless the image-pad positions [V] come in runs of an image each."""
-        per_image = self.config.positions_per_image
-        whole = len(positions) % per_image == 0
-        if whole:
-            runs = positions.view(-1, per_image)
-            whole = bool((runs[:, -1] - runs[:, 0] == per_image - 1).all())
-        if not whole:
-            raise ValueError(
-                f"{len(positions)} image-pad tokens do not come in runs of {per_image}, an image each; "
-                "post-quantization features need whole images: do not cut documents inside one"
-            )
 
     def _text_loss(
         self, hidden: torch.Tensor, labels: torch.Tensor, z_loss: float

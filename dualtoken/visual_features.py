@@ -78,3 +78,16 @@ class PostQuantization(nn.Module):
             projection(latents[:, :, q], caches[q]) for q, projection in enumerate(projections)
         ]
         return torch.stack([F.rms_norm(f, f.shape[-1:], eps=1e-6) for f in features], dim=2)
+
+
+def require_whole_images(positions: torch.Tensor, per_image: int) -> None:
+    """Raise ValueError unless the places [V] of the image-pad tokens come in runs of an image each."""
+    whole = len(positions) % per_image == 0
+    if whole:
+        runs = positions.view(-1, per_image)
+        whole = bool((runs[:, -1] - runs[:, 0] == per_image - 1).all())
+    if not whole:
+        raise ValueError(
+            f"{len(positions)} image-pad tokens do not come in runs of {per_image}, an image each; "
+            "post-quantization features need whole images: do not cut documents inside one"
+        )

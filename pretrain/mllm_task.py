@@ -125,6 +125,12 @@ class MllmTask:
                     f"{parts.init_from} speaks codes of tokenizer {model.config.tokenizer_fingerprint[:12]}, "
                     f"{parts.visual_tokenizer} is {fingerprint[:12]}: codes of one mean nothing to the other"
                 )
+            for name, value in parts.heads.items():
+                if (found := getattr(model.config, name, None)) != value:
+                    raise ConfigError(
+                        f"model.heads.{name}={value}, but {parts.init_from} has {name}={found}: "
+                        "leave it out, a model keeps its heads from phase to phase"
+                    )
             if model.config.special != self.special:
                 raise ValueError(
                     f"{parts.init_from} has {model.config.special}, the text tokenizer "

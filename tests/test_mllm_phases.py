@@ -209,6 +209,7 @@ def test_phases_go_on_from_each_other(runs):
         (["model.init_from=nowhere"], "init_from=nowhere: expected the export folder of a unified model"),
         (["model.text_tokenizer={other}"], r"the text tokenizer .* expected the one it was trained with"),
         (["model.text_tokenizer=nowhere"], "text_tokenizer=nowhere: expected a folder with a Hugging Face"),
+        (["model.heads.head_num_layers=3"], r"layers=3, but .* has head_num_layers=1: leave it"),
         (["frozen=[lm.*]"], r"frozen: 'lm\.\*' matches no parameter"),
     ],
 )
