@@ -31,8 +31,9 @@ from data_pipeline.code_shards import (
     write_atomically,
 )
 from data_pipeline.errors import DatasetError
+from data_pipeline.pretokenize_plan import plan_lines
 from data_pipeline.shard_claims import Claims
-from data_pipeline.shard_sources import expand_inputs
+from data_pipeline.shard_sources import expand_inputs, is_remote
 from data_pipeline.shard_tokenizer import Rejection, Settings, ShardTokenizer
 
 logger = logging.getLogger(__name__)
@@ -84,11 +85,7 @@ def pretokenize(
         DatasetError: No input, no usable sample, or the folder holds something else.
     """
     tokenizer = ShardTokenizer(visual_tokenizer, decoder, settings or Settings())
-    shards = expand_inputs(inputs)
-    for shard in shards:
-        if "://" not in shard and Path(shard).resolve().is_relative_to(Path(output).resolve()):
-            raise DatasetError(f"{shard}: is in the output folder; choose a folder apart from the input")
-    run = _Run(plan_outputs(shards), tokenizer, Path(output), world_size, report)
+    run = _Run(_checked_plan(inputs, output), tokenizer, Path(output), world_size, report)
     if run.is_finished():
         return run.finished_before()
     run.agree_on_plan()
@@ -112,6 +109,32 @@ def pretokenize(
     finally:
         claims.close()
     return DatasetManifest.load(run.output)
+
+
+def dry_run(
+    inputs: Sequence[str],
+    visual_tokenizer: Any,
+    decoder: Callable[[Sequence[bytes]], Any],
+    output: str | Path,
+    settings: Settings | None = None,
+    *,
+    workers: int = 1,
+    report: Callable[[str], None] = logger.info,
+) -> None:
+    """Report what `pretokenize` with these arguments would do and how long it would take; write nothing.
+
+    Raises:
+        DatasetError: As `pretokenize`, or no image of the input can be used.
+    """
+    tokenizer = ShardTokenizer(visual_tokenizer, decoder, settings or Settings())
+    run = _Run(_checked_plan(inputs, output), tokenizer, Path(output), workers, report)
+    if run.is_finished():
+        run.finished_before()
+    run.check_plan()
+    done = {name for name in run.plan if run.is_finished() or run.has_result(name)}
+    for line in plan_lines(run.plan, done, tokenizer, workers):
+        report(line)
+    report("dry run: nothing was written")
 
 
 class _Run:
@@ -168,7 +191,12 @@ class _Run:
         with contextlib.suppress(FileExistsError):
             os.link(own, path)  # the first worker's plan stands
         own.unlink()
-        found = json.loads(path.read_text())
+        self.check_plan()
+
+    def check_plan(self) -> None:
+        """Raise DatasetError if the run under way in the folder, if any, is not this one."""
+        path = self.work / "plan.json"
+        found = json.loads(path.read_text()) if path.is_file() else self.description
         for name, expected in self.description.items():
             if found.get(name) != expected:
                 got = "other shards" if name == "shards" else f"{name} {found.get(name)}, not {expected}"
@@ -248,6 +276,14 @@ class _Run:
         )
 
 
+def _checked_plan(inputs: Sequence[str], output: str | Path) -> dict[str, str]:
+    shards = expand_inputs(inputs)
+    for shard in shards:
+        if not is_remote(shard) and Path(shard).resolve().is_relative_to(Path(output).resolve()):
+            raise DatasetError(f"{shard}: is in the output folder; choose a folder apart from the input")
+    return plan_outputs(shards)
+
+
 def plan_outputs(shards: Sequence[str]) -> dict[str, str]:
     """Return name of the output shard -> input shard; names that repeat get the number of their shard."""
     names = [Path(shard).name.partition(".")[0] for shard in shards]
@@ -283,6 +319,12 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--claim-timeout", type=float, default=300.0, help="seconds until a silent worker is dead"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tell what would be done and how long it takes; write nothing"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="workers that --dry-run reckons with, by default those of this launch"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -292,6 +334,8 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
         raise DatasetError(
             f"{options.visual_tokenizer}: no such folder; expected an exported visual tokenizer"
         )
+    if options.workers is not None and (options.workers < 1 or not options.dry_run):
+        raise ValueError(f"--workers {options.workers}: expected 1 or more, and --dry-run with it")
     expand_inputs(options.inputs)  # a mistake is told before anything is loaded
 
     import torch
@@ -316,12 +360,14 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
         num_threads=options.decoding_threads,
     )
     report(f"worker {rank} of {world_size}: {decoder.describe()}")
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+    what = (options.inputs, visual_tokenizer, decoder, options.output, settings)
+    if options.dry_run:
+        if rank % world_size == 0:
+            dry_run(*what, workers=options.workers or world_size, report=report)
+        return
     pretokenize(
-        options.inputs,
-        visual_tokenizer,
-        decoder,
-        options.output,
-        Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)}),
+        *what,
         rank=rank % world_size,
         world_size=world_size,
         claim_timeout=options.claim_timeout,

@@ -140,15 +140,21 @@ def read_shard(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         TarError: The shard is missing, truncated or damaged; the samples before have been given.
     """
     try:
-        stream = _open(url)
+        stream = open_shard(url)
     except OSError as error:
         raise TarError(str(error)) from error
     with closing(stream):
         yield from iterate_samples(stream)
 
 
-def _open(url: str) -> IO[bytes]:
-    if "://" in url or url.startswith("pipe:"):
+def is_remote(shard: str) -> bool:
+    """Whether a shard is named by an address or a command (`pipe:`) and not by a path."""
+    return "://" in shard or shard.startswith("pipe:")
+
+
+def open_shard(url: str) -> IO[bytes]:
+    """Open a shard for reading, local or remote, gzipped or not; OSError if that cannot be."""
+    if is_remote(url):
         from webdataset import gopen
 
         stream = gopen(url)
@@ -169,7 +175,7 @@ def expand_inputs(inputs: Sequence[str]) -> list[str]:
     for pattern in inputs:
         here: list[str] = []
         for item in braceexpand(pattern):
-            if "://" in item or item.startswith("pipe:"):
+            if is_remote(item):
                 here.append(item)
             elif Path(item).is_dir():
                 here += sorted(

@@ -54,6 +54,8 @@ class ShardTokenizer:
         config = visual_tokenizer.config
         self.visual_tokenizer, self.decoder, self.settings = visual_tokenizer, decoder, settings
         self.geometry = CodeGeometry(config.positions, config.num_quantizers, config.codebook_size)
+        self.images = 0
+        """Images sent through the decoder so far, bad ones too."""
 
     def __call__(self, source: str, prefix: str = "") -> Iterator[CodeSample | Rejection]:
         """Yield what becomes of each sample of a shard, in order; `prefix` is put before the keys.
@@ -123,6 +125,7 @@ class ShardTokenizer:
 
     def _encode_images(self, encoded: list[bytes]) -> list[np.ndarray | str]:
         """Return for each image its codes uint16 [P, Q, D] or the reason why it has none."""
+        self.images += len(encoded)
         decoded = self.decoder(encoded)
         results: list[np.ndarray | str] = ["the decoder gave neither an image nor a reason"] * len(encoded)
         for bad in decoded.rejected:

@@ -14,6 +14,7 @@ from typing import IO
 
 BLOCK = 512
 _EMPTY = bytes(BLOCK)
+_READ_AT_A_TIME = 1 << 20
 _CHECKSUM = re.compile(rb" *[0-7]+[ \0]*")
 # A sample is what lies before the first dot of the last path component, as in WebDataset and Energon.
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
@@ -86,6 +87,15 @@ def _read(stream: IO[bytes], size: int) -> bytes:
     if len(data) < size:
         raise TarError("truncated: it ends inside a file")
     return data
+
+
+def skip(stream: IO[bytes], size: int) -> None:
+    """Leave out the content of a member; where the stream can, without reading it."""
+    if getattr(stream, "seekable", bool)():  # webdataset's pipes do not say
+        stream.seek(size, io.SEEK_CUR)
+        return
+    while size:
+        size -= len(_read(stream, min(size, _READ_AT_A_TIME)))
 
 
 def _number(field: bytes) -> int:
@@ -177,7 +187,7 @@ def locate_samples(stream: IO[bytes]) -> tuple[list[SamplePlace], int]:
         end = member.data_offset + member.size + -member.size % BLOCK
         if end > size:
             raise TarError("truncated: it ends inside a file")
-        stream.seek(member.size, io.SEEK_CUR)
+        skip(stream, member.size)
         split = split_name(member.name)
         if split is None:
             continue

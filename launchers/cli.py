@@ -134,12 +134,17 @@ def train(
 @app.command(rich_help_panel="Train")
 def pretokenize(
     inputs: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Image-text shards: folders, tars, patterns; by default the quickstart's."),
+        list[str] | None,
+        typer.Argument(
+            help="Image-text shards: folders, tars, patterns, addresses; by default the quickstart's."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the dual-code shards.")] = RUN / "codes" / "train",
     visual_tokenizer: TokenizerOption = TOKENIZER,
     ranks: RanksOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell sizes and time from a measured sample; write nothing.")
+    ] = False,
 ) -> None:
     """Turn pictures in shards into codes, once, for training the unified model; resumes where it stopped.
 
@@ -149,7 +154,11 @@ def pretokenize(
     from launchers.quickstart import learned_shard, pretokenize_arguments
 
     ranks = ranks or default_ranks()
-    arguments = pretokenize_arguments(inputs or [learned_shard(RUN)], visual_tokenizer, output)
+    arguments = pretokenize_arguments(inputs or [str(learned_shard(RUN))], visual_tokenizer, output)
+    if dry_run:
+        words = [*arguments, "--dry-run", "--workers", str(ranks)]
+        _run(["python", "-m", "data_pipeline.pretokenize", *words], ranks)
+        return
     _run(deepspeed_command("data_pipeline.pretokenize", arguments, ranks), ranks)
 
 

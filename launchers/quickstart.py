@@ -76,7 +76,7 @@ class ChainRecord:
         temporary.rename(path)
 
 
-def pretokenize_arguments(inputs: Sequence[Path], visual_tokenizer: Path, output: Path) -> list[str]:
+def pretokenize_arguments(inputs: Sequence[str | Path], visual_tokenizer: Path, output: Path) -> list[str]:
     """Arguments of `data_pipeline.pretokenize`."""
     return [
         *("--inputs", *map(str, inputs)),

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -21,10 +22,12 @@ from PIL import Image
 from data_pipeline.code_shards import DatasetManifest, iterate_shard, verify_dataset
 from data_pipeline.errors import DatasetError
 from data_pipeline.image_decoding import build_image_decoder
-from data_pipeline.pretokenize import main, pretokenize
+from data_pipeline.pretokenize import dry_run, main, pretokenize
 from data_pipeline.shard_claims import Claims
 from data_pipeline.shard_sources import expand_inputs
 from data_pipeline.shard_tokenizer import Settings
+from data_pipeline.tar_members import locate_samples
+from tests.command import call
 from tests.test_streams import write_tar
 
 SIZE = 16
@@ -374,3 +377,90 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytes
     assert main(["--inputs", str(tmp_path), "--visual-tokenizer", str(tmp_path), *output]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "no shard found" in lines[0]
+
+
+def everything_below(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def test_dry_run_tells_the_plan_and_writes_nothing(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    write_inputs(tmp_path / "in")
+    before = everything_below(tmp_path)
+    decoder, settings = build_image_decoder(SIZE, "pil"), Settings(batch_size=5)
+
+    def plan(output: Path, workers: int = 1, delay: float = 0.0, **options: object) -> str:
+        lines: list[str] = []
+        what = ([str(tmp_path / "in")], StandInTokenizer(delay), decoder, output, settings)
+        dry_run(*what, **{"workers": workers, "report": lines.append, **options})
+        return "\n".join(lines)
+
+    text = plan(tmp_path / "out", workers=2, delay=0.2)
+    assert everything_below(tmp_path) == before
+    assert "input: 4 shards, " in text and "48 samples with 48 images\n" in text
+    assert "4 shards, about" in text and "0 of them are done already" in text
+    measured = re.search(r"measured: ([\d.]+) images/s by one worker, decoding and encoding (\d+) im", text)
+    assert measured and int(measured[2]) >= 10
+    assert 0 < float(measured[1]) <= 25  # five images take 0.2 s at least
+    seconds = re.search(r"about ([\d.]+) s for 48 images with 2 workers", text)
+    assert seconds and float(seconds[1]) == pytest.approx(48 / float(measured[1]) / 2, rel=0.05)
+    # What it expects of an image is what a run writes for one; tars are filled up at their ends.
+    output = tmp_path_factory.mktemp("out")
+    manifest = run(tmp_path / "in", output)
+    expected = re.search(r"\(([\d,]+) bytes an image\)", plan(tmp_path / "out"))
+    written = 0
+    for name in manifest.shards:
+        with open(output / name, "rb") as file:
+            written += locate_samples(file)[1]
+    assert expected and written == manifest.images * int(expected[1].replace(",", ""))
+    text = plan(output)
+    assert "4 of them are done already\ntime: none, no image is left to encode" in text
+    # A run under way: what is done is left out of the time, other settings are refused.
+    (output / "dataset.json").unlink()
+    (output / ".pretokenize").mkdir()
+    (output / ".pretokenize" / "in-001.tar.json").write_text("{}")
+    text = plan(output)
+    assert "1 of them are done already" in text and " for 36 images with 1 worker," in text
+    (output / ".pretokenize" / "plan.json").write_text(json.dumps({"batch_size": 7}))
+    with pytest.raises(DatasetError, match="holds an unfinished run"):
+        plan(output)
+
+
+def test_dry_run_of_very_many_shards_looks_into_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.pretokenize_plan.MOST_COUNTED", 4)
+    write_inputs(tmp_path / "in", shards=10)
+    whole = (tmp_path / "in" / "in-005.tar").read_bytes()
+    (tmp_path / "in" / "in-005.tar").write_bytes(whole[: len(whole) // 2])
+    lines: list[str] = []
+    what = ([str(tmp_path / "in")], StandInTokenizer(), build_image_decoder(SIZE, "pil"), tmp_path / "out")
+    dry_run(*what, report=lines.append)
+    found = re.search(r"(\d+) samples with (\d+) images \(counted in 4 shards, extrapolated", lines[0])
+    assert found and all(abs(int(number) - 114) < 12 for number in found.groups())
+    assert "in-005.tar cannot be read further: truncated" in lines[1]
+
+
+def test_dry_run_from_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+    from dualtoken.visual_tokenizer_config import preset_config
+
+    DualTokenVisualTokenizer(preset_config("tiny")).save_pretrained(tmp_path / "tokenizer")
+    write_inputs(tmp_path / "in", shards=2)
+    before = everything_below(tmp_path)
+
+    def run_here(command: list[str], processes: int) -> SimpleNamespace:
+        """Stand in for the new process, which would take its time to import torch."""
+        assert command[:3] == ["python", "-m", "data_pipeline.pretokenize"] and processes == 3
+        return SimpleNamespace(returncode=main(command[3:]))
+
+    monkeypatch.setattr("launchers.processes.run", run_here)
+    words = ["pretokenize", tmp_path / "in", "--output", tmp_path / "out", "--dry-run", "--ranks", "3"]
+    code, out, _ = call([*words, "--visual-tokenizer", tmp_path / "tokenizer"], capsys)
+    assert code == 0 and "for 24 images with 3 workers" in out and "nothing was written" in out
+    assert everything_below(tmp_path) == before
+    # In this process: --workers alone says nothing.
+    arguments = ["--inputs", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--workers", "2"]
+    assert main([*arguments, "--visual-tokenizer", str(tmp_path / "tokenizer")]) == 2
+    assert "--workers 2: expected 1 or more, and --dry-run with it" in capsys.readouterr().err
