@@ -86,7 +86,7 @@ def read_captions(parts: dict[str, bytes], default_language: str) -> dict[str, s
         return {}
     captions = record.get("captions")
     if captions is None:
-        captions = {default_language: record["caption"]} if "caption" in record else {}
+        captions = {default_language: record["caption"]} if record.get("caption") is not None else {}
     if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
         raise BadSampleError(f"captions are {captions!r:.80}, expected an object of language: text")
     return captions

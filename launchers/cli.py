@@ -435,6 +435,29 @@ def ablate(
     run_all(run, output, steps, seeds, ranks or default_ranks(), say)
 
 
+imports = typer.Typer(no_args_is_help=True, help="Make image-text shards of data sets in other layouts.")
+app.add_typer(imports, name="import", rich_help_panel="Data")
+
+
+@imports.command("llava")
+def llava(
+    source: Annotated[Path, typer.Option("--json", help="LLaVA's json, a list of conversations.")],
+    images: Annotated[Path, typer.Option(help="Folder that the pictures' names in it start from.")],
+    output: Annotated[Path, typer.Option("--out", help="Folder for the shards.")],
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples of each shard.")] = 2000,
+) -> None:
+    """Make shards of LLaVA's conversations and pictures, for pretokenize.
+
+    Example: [bold]dualtoken import llava --json llava_v1_5_mix665k.json --images pictures --out shards[/]
+    """
+    from data_pipeline.llava_import import REJECTED, import_llava
+
+    made = import_llava(source, images, output, samples_per_shard)
+    say(f"{output}: {made.samples} samples with {made.images} images in {made.shards} shards")
+    if made.rejected:
+        say(f"{made.rejected} samples left out; the reasons are in {output / REJECTED}")
+
+
 convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints from and to other layouts.")
 app.add_typer(convert, name="convert", rich_help_panel="Use")
 

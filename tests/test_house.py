@@ -233,7 +233,8 @@ def file_tree() -> list[str]:
 def readme_commands() -> list[list[str]]:
     """Words of every command in the shell blocks of the documents for users."""
     commands = []
-    for name in ("README.md", "CONTRIBUTING.md", "docs/unified_model.md"):
+    documents = ("data", "tokenizer", "unified_model")
+    for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{document}.md" for document in documents)):
         for language, content in fenced_blocks(name):
             if language == "bash":
                 lines = content.replace("\\\n", " ").splitlines()
@@ -290,8 +291,10 @@ def check_dualtoken(arguments: list[str]) -> None:
 
     if arguments == ["--help"]:
         return
-    command = typer.main.get_command(app).commands[arguments[0]]
-    with command.make_context(arguments[0], arguments[1:]):
+    command = typer.main.get_command(app)
+    while hasattr(command, "commands"):  # a group, such as convert
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    with command.make_context("dualtoken", arguments):
         pass
 
 
