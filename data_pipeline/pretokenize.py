@@ -87,10 +87,12 @@ def pretokenize(
     tokenizer = ShardTokenizer(visual_tokenizer, decoder, settings or Settings())
     run = _Run(_checked_plan(inputs, output), tokenizer, Path(output), world_size, report)
     if run.is_finished():
+        run.remove_work_folder()
         return run.finished_before()
-    run.agree_on_plan()
-    claims = Claims(run.work / "claims", claim_timeout)
+    claims = None
     try:
+        run.agree_on_plan()
+        claims = Claims(run.work / "claims", claim_timeout)
         names = list(run.plan)
         start = len(names) * rank // world_size
         while not run.is_finished():
@@ -98,6 +100,8 @@ def pretokenize(
             claimed = next((name for name in missing or [_FINISH] if claims.acquire(name)), None)
             if claimed is None:
                 time.sleep(_WAIT_SECONDS)  # the others are at it; should one die, its claim becomes void
+            elif run.is_finished():
+                pass  # meanwhile: its results were removed, not missing
             elif claimed == _FINISH:
                 run.finish()
             elif not run.has_result(claimed):
@@ -107,7 +111,9 @@ def pretokenize(
         if not run.is_finished():  # else another worker has just removed the work folder
             raise
     finally:
-        claims.close()
+        if claims is not None:
+            claims.close()
+    run.remove_work_folder()  # a worker that came late may have made it anew
     return DatasetManifest.load(run.output)
 
 
@@ -170,6 +176,10 @@ class _Run:
         """Return the manifest without shards."""
         known = ("fingerprint", "codebook_size", "num_quantizers", "positions", "image_size")
         return DatasetManifest(**{name: self.description[name] for name in known})
+
+    def remove_work_folder(self) -> None:
+        """Remove what a finished run needed on its way, also where a worker was killed while doing so."""
+        shutil.rmtree(self.work, ignore_errors=True)
 
     def finished_before(self) -> DatasetManifest:
         """Return the manifest of a data set that is already there; DatasetError if it is another one."""
@@ -269,7 +279,7 @@ class _Run:
             raise DatasetError(f"{self.output}: no sample could be used; see {REJECTED}")
         prepare_dataset(self.output)
         manifest.save(self.output)
-        shutil.rmtree(self.work, ignore_errors=True)
+        self.remove_work_folder()
         self.report(
             f"{self.output}: {manifest.samples_in} samples in, {manifest.samples_out} out, "
             f"{manifest.rejected} rejected, {manifest.images} images in {len(manifest.shards)} shards"
