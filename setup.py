@@ -15,6 +15,7 @@ CORE = [
     "pillow",
     "webdataset",  # writing shards
     "megatron-energon",  # reading them
+    "fsspec[http]",  # by their addresses
     "nvidia-dali-cuda130",  # image decoding, on the CPU too; for another CUDA install that build instead
     "lpips",
     "open_clip_torch",

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import DatasetError
+from data_pipeline.remote_files import is_remote, read_remote
 from data_pipeline.tar_members import TarError, iterate_samples
 
 FORMAT_VERSION = 1
@@ -248,12 +249,14 @@ class DatasetManifest:
 
     @classmethod
     def load(cls, folder: str | Path) -> DatasetManifest:
-        """Read `dataset.json` of `folder`; DatasetError if it is missing or of another format."""
-        path = Path(folder) / MANIFEST
-        if not path.is_file():
-            raise DatasetError(f"{path}: missing; {folder} is not a finished dual-code data set")
+        """Read `dataset.json` of a folder or address; DatasetError if it is missing or of another format."""
+        path = f"{str(folder).rstrip('/')}/{MANIFEST}"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            data = read_remote(path) if is_remote(folder) else Path(path).read_bytes()
+        except FileNotFoundError as error:
+            raise DatasetError(f"{path}: missing; {folder} is not a finished dual-code data set") from error
+        try:
+            content = json.loads(data)
             version = content["format_version"]
             if version != FORMAT_VERSION:
                 raise DatasetError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}")

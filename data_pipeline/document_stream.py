@@ -43,7 +43,8 @@ class BlendEntry:
     """One part of a blend: a folder of shards, what is made of its samples, and how often it is drawn."""
 
     path: str = ""
-    """Folder prepared with `prepare_dataset`: dual-code shards; for the view `text`, shards of `KEY.txt`."""
+    """Folder prepared with `prepare_dataset`, or its address: dual-code shards; for the view `text`, shards
+    of `KEY.txt`."""
     view: str = "document"
     """`caption` (image, then caption), `generate` (caption, then image), `document` (parts as they stand) or
     `text` (plain text)."""
@@ -258,7 +259,7 @@ def document_loader(
     samples = {}
     for entry in entries:
         samples[entry.path] = check_index(entry.path)
-        if entry.view in CODE_VIEWS and "://" not in entry.path and geometry is not None:
+        if entry.view in CODE_VIEWS and geometry is not None:
             DatasetManifest.load(entry.path).require(entry.path, geometry, fingerprint)
     workers = worker_config(rank, world_size, config.num_workers, seed, config.on_bad_sample)
     if training:
@@ -312,7 +313,7 @@ def document_loader(
         build,
         identity,
         endless=training,
-        samples=-1 if -1 in samples.values() else sum(samples[entry.path] for entry in entries),
+        samples=sum(samples[entry.path] for entry in entries),
         entries=entries,
         empty=pack_documents([padding], config.context_length),
     )

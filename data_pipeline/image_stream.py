@@ -25,7 +25,7 @@ class ImageStreamConfig:
     """Where pictures with captions come from and how they are shuffled."""
 
     path: str = ""
-    """Folder of image-text shards, prepared with `prepare_dataset`."""
+    """Folder of image-text shards, prepared with `prepare_dataset`, or its address."""
     num_workers: int = 0
     """Reading processes per rank; 0 reads in the trainer's process."""
     shuffle_buffer_size: int = 1000

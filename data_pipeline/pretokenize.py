@@ -33,7 +33,7 @@ from data_pipeline.code_shards import (
 from data_pipeline.errors import DatasetError
 from data_pipeline.pretokenize_plan import plan_lines
 from data_pipeline.shard_claims import Claims
-from data_pipeline.shard_sources import expand_inputs, is_remote
+from data_pipeline.shard_sources import expand_inputs, is_elsewhere
 from data_pipeline.shard_tokenizer import Rejection, Settings, ShardTokenizer
 
 logger = logging.getLogger(__name__)
@@ -289,7 +289,7 @@ class _Run:
 def _checked_plan(inputs: Sequence[str], output: str | Path) -> dict[str, str]:
     shards = expand_inputs(inputs)
     for shard in shards:
-        if not is_remote(shard) and Path(shard).resolve().is_relative_to(Path(output).resolve()):
+        if not is_elsewhere(shard) and Path(shard).resolve().is_relative_to(Path(output).resolve()):
             raise DatasetError(f"{shard}: is in the output folder; choose a folder apart from the input")
     return plan_outputs(shards)
 
@@ -326,6 +326,11 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chat-template", default=Settings.chat_template, help="qwen, vicuna or plain")
     parser.add_argument("--images-first", action="store_true", help="move the images of a turn to its start")
     parser.add_argument("--generate-images", action="store_true", help="learn the images of documents too")
+    parser.add_argument(
+        "--on-bad-shard",
+        default=Settings.on_bad_shard,
+        help="where nothing of a shard can be read, addresses after some tries: stop or skip",
+    )
     parser.add_argument(
         "--claim-timeout", type=float, default=300.0, help="seconds until a silent worker is dead"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_pipeline.code_shards import CodeSample, encode_sample
 from data_pipeline.errors import DatasetError
-from data_pipeline.shard_sources import is_image_part, is_remote, open_shard
+from data_pipeline.shard_sources import is_elsewhere, is_image_part, open_shard
 from data_pipeline.shard_tokenizer import ShardTokenizer
 from data_pipeline.tar_members import BLOCK, TarError, iterate_members, skip, split_name
 
@@ -105,7 +105,7 @@ def _names_to_count(names: Sequence[str], plan: Mapping[str, str]) -> list[str]:
     """Choose the shards to look into: all of a few, else some at even distances."""
     chosen = []
     for remote, most in ((False, MOST_COUNTED), (True, _MOST_COUNTED_REMOTE)):
-        group = [name for name in names if is_remote(plan[name]) == remote]
+        group = [name for name in names if is_elsewhere(plan[name]) == remote]
         most = min(most, len(group))
         chosen += [group[len(group) * index // most] for index in range(most)]
     return chosen
@@ -113,11 +113,11 @@ def _names_to_count(names: Sequence[str], plan: Mapping[str, str]) -> list[str]:
 
 def _estimated_sizes(plan: Mapping[str, str], counts: Mapping[str, ShardCount]) -> dict[str, float]:
     """Return the bytes of every shard: of local files as they are, of remote ones as those looked into."""
-    remote = [count.size for name, count in counts.items() if is_remote(plan[name])]
+    remote = [count.size for name, count in counts.items() if is_elsewhere(plan[name])]
     mean = sum(remote) / max(len(remote), 1)
     sizes = {}
     for name, shard in plan.items():
-        if is_remote(shard):
+        if is_elsewhere(shard):
             sizes[name] = counts[name].size if name in counts else mean
         else:
             sizes[name] = Path(shard).stat().st_size

@@ -6,7 +6,10 @@ import json
 import os
 import struct
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import yaml
 from megatron.energon import __version__ as energon_version
@@ -17,11 +20,13 @@ from megatron.energon.flavors.webdataset.prepare import IndexSample, IndexSample
 
 from data_pipeline.code_shards import temporary_name
 from data_pipeline.errors import DatasetError
+from data_pipeline.remote_files import is_remote, read_remote
 from data_pipeline.tar_members import TarError, locate_samples
 
 META_FOLDER = ".nv-meta"
 _INFO_FILE = ".info.json"
 _DATASET_FILE = "dataset.yaml"
+_SPLIT_FILE = "split.yaml"
 _OFFSET_BYTES = 8
 
 
@@ -45,7 +50,7 @@ def _indexed_bytes(tar: Path) -> int:
 def _shard_counts(folder: Path) -> dict[str, int] | None:
     """Return samples per shard as the index has them, or None where there is no complete index."""
     meta = folder / META_FOLDER
-    if not all((meta / name).is_file() for name in (_INFO_FILE, "split.yaml", _DATASET_FILE)):
+    if not all((meta / name).is_file() for name in (_INFO_FILE, _SPLIT_FILE, _DATASET_FILE)):
         return None
     return json.loads((meta / _INFO_FILE).read_text())["shard_counts"]
 
@@ -100,7 +105,7 @@ def prepare_dataset(folder: str | Path, force: bool = False) -> int:
     definition = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
     (meta / "index.uuid").write_text(str(uuid.uuid4()))
     (meta / _INFO_FILE).write_text(json.dumps(info, indent=2))
-    (meta / "split.yaml").write_text(yaml.safe_dump(split, sort_keys=False))
+    (meta / _SPLIT_FILE).write_text(yaml.safe_dump(split, sort_keys=False))
     (meta / _DATASET_FILE).write_text(yaml.safe_dump(definition, sort_keys=False))
     return sum(counts.values())
 
@@ -168,25 +173,49 @@ def _index_shard(tar: Path, number: int, writer: SqliteIndexWriter) -> int:
     return len(places)
 
 
+@contextmanager
+def local_index(folder: str | Path) -> Iterator[str]:
+    """Give a local folder in which Energon finds what it reads at the start: shards, samples, splits.
+
+    Of an address that is a copy of these small files, which is gone afterwards.
+    """
+    if not is_remote(folder):
+        yield str(folder)
+        return
+    with TemporaryDirectory() as copy:
+        meta = Path(copy) / META_FOLDER
+        meta.mkdir()
+        for name in (_INFO_FILE, _SPLIT_FILE):
+            (meta / name).write_bytes(_read_index(folder, name))
+        yield copy
+
+
+def _read_index(address: str | Path, name: str) -> bytes:
+    try:
+        return read_remote(f"{str(address).rstrip('/')}/{META_FOLDER}/{name}")
+    except (OSError, ValueError, ImportError) as error:
+        raise DatasetError(f"{error}; expected a data set prepared for Energon at {address}") from error
+
+
 def check_index(folder: str | Path, check_shards: bool = True) -> int:
-    """Check that a local data set can be streamed: index present, every shard there and whole.
+    """Check that a data set can be streamed: index present, and of a local one every shard there and whole.
 
     Args:
-        folder: A folder made ready by `prepare_dataset`; a remote address (`://`) is taken on trust.
-        check_shards: Look at the size of every shard (one stat each), not only at the index.
+        folder: A folder made ready by `prepare_dataset`, or its address (`://`).
+        check_shards: Look at the size of every local shard (one stat each), not only at the index.
 
     Returns:
-        The number of samples, or -1 for a remote address.
+        The number of samples.
 
     Raises:
         DatasetError: One line saying what is missing and what to do.
     """
-    if "://" in str(folder):
-        return -1
+    if is_remote(folder):
+        return sum(json.loads(_read_index(folder, _INFO_FILE))["shard_counts"].values())
     folder = Path(folder)
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder; expected a data set of WebDataset tars")
-    counts = _shard_counts(folder)
+    counts = _shard_counts(Path(folder))
     if counts is None:
         raise DatasetError(
             f"{folder}: the Energon index ({META_FOLDER}) is missing; make it with `energon prepare {folder} "

@@ -1,7 +1,7 @@
 """Samples of prepared shards by their index, one read each, as the source of Energon's streams.
 
 Energon's own reader goes through `tarfile` and a storage layer, most of the cost of a small sample; here a
-sample of a local shard is one `pread` and a look at its headers. Remote shards take Energon's.
+sample of a local shard is one `pread` and a look at its headers, and of a remote one a part of a block.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,16 +17,16 @@ import numpy as np
 from megatron.energon import Sample, SavableDataset, WorkerConfig, edataclass
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.base_webdataset import BaseWebdatasetFactory
-from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
 from megatron.energon.flavors.webdataset.structs import ShardInfo
 
 from data_pipeline.errors import DatasetError
+from data_pipeline.remote_files import RemoteBlocks, fetch_remote, is_remote, with_retries
+from data_pipeline.shard_index import local_index
 from data_pipeline.tar_members import TarError, iterate_samples
 
 logger = logging.getLogger(__name__)
 
-_RETRY_SECONDS = (0.5, 2.0, 8.0)
 _PARALLEL_SLICES = 16
 
 
@@ -46,38 +45,36 @@ class LocalShardReader:
 
     def __init__(self, shards: Sequence[ShardInfo], skip_unreadable: bool = False) -> None:
         """Read `shards`; a sample that stays unreadable is left out (None) or raises DatasetError."""
-        self._paths = [str(shard.path.local_path()) for shard in shards]
-        self._names = [shard.name for shard in shards]
+        self._paths = self._find(shards)
         self._starts = [0, *np.cumsum([shard.count for shard in shards]).tolist()]
         self._skip_unreadable = skip_unreadable
         self._open: dict[int, tuple[Any, np.ndarray]] = {}
 
+    def _find(self, shards: Sequence[ShardInfo]) -> list[str]:
+        return [str(shard.path.local_path()) for shard in shards]
+
     def __getitem__(self, index: int) -> dict[str, Any] | None:
-        """Read a sample; transient errors of the file system are tried again."""
+        """Read a sample; errors of the file system or the network that may pass are tried again."""
         shard = bisect_right(self._starts, index) - 1
-        for wait in (*_RETRY_SECONDS, None):
-            try:
-                return self._read(shard, index)
-            except OSError as error:
-                self._open.pop(shard, None)
-                if wait is not None and not isinstance(error, FileNotFoundError):
-                    time.sleep(wait)
-                    continue
-                reason = str(error)
-            except ValueError as error:
-                reason = str(error)
-            break
-        message = f"{self._paths[shard]}: sample {index - self._starts[shard]} cannot be read: {reason}"
-        if not self._skip_unreadable:
-            raise DatasetError(message)
+        try:
+            return with_retries(lambda: self._read(shard, index))
+        except (OSError, ValueError, ImportError) as error:
+            number = index - self._starts[shard]
+            message = f"{self._paths[shard]}: sample {number} cannot be read: {' '.join(str(error).split())}"
+            if not self._skip_unreadable:
+                raise DatasetError(message) from error
         logger.warning("skipped: %s", message)
         return None
 
     def _read(self, shard: int, index: int) -> dict[str, Any]:
-        file, offsets = self._open_shard(shard)
         number = index - self._starts[shard]
-        start, end = int(offsets[number]), int(offsets[number + 1])
-        data = os.pread(file.fileno(), end - start, start)
+        try:
+            file, offsets = self._open_shard(shard)
+            start, end = int(offsets[number]), int(offsets[number + 1])
+            data = self._read_range(file, start, end - start)
+        except Exception:
+            self._open.pop(shard, None)
+            raise
         if len(data) < end - start:
             raise TarError("truncated: the shard is shorter than its index says")
         samples = list(iterate_samples(io.BytesIO(data), fragment=True))
@@ -86,34 +83,39 @@ class LocalShardReader:
         key, parts = samples[0]
         return {"key": key, "parts": parts, "shard": self._paths[shard], "restore_key": ("Webdataset", index)}
 
+    def _read_range(self, file: Any, start: int, size: int) -> bytes:
+        return os.pread(file.fileno(), size, start)
+
     def _open_shard(self, shard: int) -> tuple[Any, np.ndarray]:
         opened = self._open.pop(shard, None)
         if opened is None:
-            path = self._paths[shard]
-            opened = open(path, "rb", buffering=0), np.fromfile(f"{path}.idx", dtype="<u8")
+            opened = self._open_files(self._paths[shard])
             if len(self._open) > _PARALLEL_SLICES:
                 self._open.pop(next(iter(self._open)))
         self._open[shard] = opened  # last in the order of use
         return opened
 
+    def _open_files(self, path: str) -> tuple[Any, np.ndarray]:
+        return open(path, "rb", buffering=0), np.fromfile(f"{path}.idx", dtype="<u8")
 
-class _RemoteShardReader:
-    """The same through Energon's reader."""
 
-    def __init__(self, folder: EPath, shards: Sequence[ShardInfo]) -> None:
-        self._reader = ShardInfosITarReader(folder, list(shards), itar_cache_size=_PARALLEL_SLICES)
-        self._folder = str(folder)
+class RemoteShardReader(LocalShardReader):
+    """The samples of shards below an address, read in blocks of which the last few are kept."""
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
-        sample: Any = self._reader[index]
-        parts = {name: data for name, data in sample.items() if not name.startswith("__")}
-        shard = f"{self._folder}/{sample['__shard__']}"
-        return {
-            "key": sample["__key__"],
-            "parts": parts,
-            "shard": shard,
-            "restore_key": ("Webdataset", index),
-        }
+    def __init__(self, address: str, shards: Sequence[ShardInfo], skip_unreadable: bool = False) -> None:
+        """Read `shards`, named as they are below `address`."""
+        self._address = address.rstrip("/")
+        super().__init__(shards, skip_unreadable)
+
+    def _find(self, shards: Sequence[ShardInfo]) -> list[str]:
+        return [f"{self._address}/{shard.name}" for shard in shards]
+
+    def _read_range(self, file: Any, start: int, size: int) -> bytes:
+        return file.read(start, size)
+
+    def _open_files(self, path: str) -> tuple[Any, np.ndarray]:
+        offsets = np.frombuffer(fetch_remote(f"{path}.idx"), dtype="<u8")
+        return RemoteBlocks(path, int(offsets[-1])), offsets
 
 
 class _ShardDataset(WebdatasetSampleLoaderDataset):
@@ -159,13 +161,15 @@ class PreparedShards(BaseWebdatasetFactory[RawSample]):
         skip_unreadable: bool = False,
     ) -> None:
         """Open the folder; in training slices of about `slice_length` samples are read in random order."""
-        super().__init__(
-            EPath(path),
-            split_part="train",
-            training=training,
-            worker_config=worker_config,
-            max_samples_per_sequence=slice_length if training else None,
-        )
+        with local_index(path) as folder:
+            super().__init__(
+                EPath(folder),
+                split_part="train",
+                training=training,
+                worker_config=worker_config,
+                max_samples_per_sequence=slice_length if training else None,
+            )
+        self.address = str(path)
         self.entry = entry
         self.skip_unreadable = skip_unreadable
 
@@ -177,12 +181,10 @@ class PreparedShards(BaseWebdatasetFactory[RawSample]):
             max_samples_per_sequence=self.max_samples_per_sequence,
             rotation_offset=worker_rotation_offset,
         )
-        local = self.path.is_local()
-        reader: Any = (
-            LocalShardReader(self.shards, self.skip_unreadable)
-            if local
-            else _RemoteShardReader(self.path, self.shards)
-        )
+        if is_remote(self.address):
+            reader: Any = RemoteShardReader(self.address, self.shards, self.skip_unreadable)
+        else:
+            reader = LocalShardReader(self.shards, self.skip_unreadable)
         return _ShardDataset(
             self.entry,
             [reader],

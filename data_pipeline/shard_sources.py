@@ -18,8 +18,10 @@ from typing import IO, Any
 
 from data_pipeline.conversations import TEMPLATES, ConversationError, conversation_parts, interleaved_parts
 from data_pipeline.errors import DatasetError
+from data_pipeline.remote_files import is_remote, stream_remote
 from data_pipeline.tar_members import TarError, iterate_samples
 
+_PIPE = "pipe:"
 _DOCUMENT_FIELDS = {"parts", "texts", "text_list"}
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff"})
 
@@ -147,17 +149,27 @@ def read_shard(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield from iterate_samples(stream)
 
 
-def is_remote(shard: str) -> bool:
+def is_elsewhere(shard: str) -> bool:
     """Whether a shard is named by an address or a command (`pipe:`) and not by a path."""
-    return "://" in shard or shard.startswith("pipe:")
+    return shard.startswith(_PIPE) or is_remote(shard)
 
 
 def open_shard(url: str) -> IO[bytes]:
-    """Open a shard for reading, local or remote, gzipped or not; OSError if that cannot be."""
-    if is_remote(url):
+    """Open a shard for reading, local or remote, gzipped or not.
+
+    Raises:
+        OSError: It cannot be opened, an address also after some tries.
+    """
+    stream: Any
+    if url.startswith(_PIPE):
         from webdataset import gopen
 
         stream = gopen(url)
+    elif is_remote(url):
+        try:
+            stream = stream_remote(url)
+        except (ValueError, ImportError) as error:  # no such kind of address, or a package for it is missing
+            raise OSError(str(error)) from error
     else:
         stream = open(url, "rb")
     return gzip.open(stream) if url.endswith((".tgz", ".tar.gz")) else stream  # type: ignore[return-value]
@@ -175,7 +187,7 @@ def expand_inputs(inputs: Sequence[str]) -> list[str]:
     for pattern in inputs:
         here: list[str] = []
         for item in braceexpand(pattern):
-            if is_remote(item):
+            if is_elsewhere(item):
                 here.append(item)
             elif Path(item).is_dir():
                 here += sorted(

@@ -28,8 +28,13 @@ class Settings(SourceSettings):
     batch_size: int = 64
     """Images encoded at a time; another batch size can change a code where two are equally near."""
 
+    on_bad_shard: str = "stop"
+    """A shard of which nothing can be read ends the job (`stop`) or goes to `rejected.jsonl` (`skip`)."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.on_bad_shard not in ("stop", "skip"):
+            raise ValueError(f"on_bad_shard is {self.on_bad_shard!r}, expected 'stop' or 'skip'")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, expected 1 or more")
 
@@ -63,7 +68,7 @@ class ShardTokenizer:
         Batches hold samples of this shard only, so that its codes do not depend on who does which shard.
 
         Raises:
-            DatasetError: Nothing of the shard can be read.
+            DatasetError: Nothing of the shard can be read, unless such shards are to be skipped.
         """
         shard = Path(source).name
         group: list[tuple[str | None, SourceSample | str]] = []  # with the reason where there is no sample
@@ -80,9 +85,9 @@ class ShardTokenizer:
             if error.unfinished is not None:
                 key, parts = error.unfinished
                 group.append((key, self._read_sample(key, parts, prefix, seen)))
-            if not seen:
+            if not seen and self.settings.on_bad_shard == "stop":
                 raise DatasetError(f"{source}: cannot be read: {error}") from error
-            group.append((error.key, f"the shard cannot be read further: {error}"))
+            group.append((error.key, f"the shard cannot be read{' further' if seen else ''}: {error}"))
         yield from self._encode(group, shard)
 
     def _read_sample(

@@ -72,10 +72,10 @@ def is_training(split: str) -> bool:
 def require_samples(samples: dict[str, int], config: WorkerConfig) -> None:
     """Raise DatasetError unless every reader (rank x worker) gets a sample of at least one data set.
 
-    `samples` is the number of samples by path, -1 where it is not known.
+    `samples` is the number of samples by path.
     """
     readers = config.world_size * max(1, config.num_workers)
-    if -1 not in samples.values() and max(samples.values(), default=0) < readers:
+    if max(samples.values(), default=0) < readers:
         raise DatasetError(
             f"{', '.join(samples)}: {sum(samples.values())} samples for {readers} readers (ranks x workers), "
             "expected at least one for each; use fewer ranks or workers"

@@ -13,7 +13,6 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.structs import ShardInfo
 
-from data_pipeline import shard_reader
 from data_pipeline.errors import DatasetError
 from data_pipeline.shard_index import prepare_dataset
 from data_pipeline.shard_reader import LocalShardReader
@@ -97,7 +96,7 @@ def test_samples_are_those_of_energons_reader(tmp_path: Path, shards: list[Shard
 def test_transient_errors_are_tried_again(
     shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(shard_reader, "_RETRY_SECONDS", (0, 0, 0))
+    monkeypatch.setattr("data_pipeline.remote_files.RETRY_SECONDS", (0, 0, 0))
     failures, pread = [3], os.pread
 
     def flaky(*arguments: int) -> bytes:
