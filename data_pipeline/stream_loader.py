@@ -86,7 +86,8 @@ class StreamLoader(Generic[T]):
     """Iterates micro-batches of one rank and saves and restores its place exactly.
 
     A training loader is endless and goes on where it was, however often it is iterated; a validation loader
-    makes one pass each time it is iterated. The state belongs to the rank that saved it.
+    makes one pass each time it is iterated. The state belongs to the rank that saved it; those of all ranks
+    become those of another number of ranks by `redistribute_states`.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from data_pipeline.errors import DatasetError
 from data_pipeline.image_stream import ImageStreamConfig, ImageTextBatch, image_loader
 from data_pipeline.shard_index import prepare_dataset
 from data_pipeline.stream_loader import StreamLoader
+from data_pipeline.stream_states import redistribute_states
 
 __all__ = [
     "BlendEntry",
@@ -28,4 +29,5 @@ __all__ = [
     "document_loader",
     "image_loader",
     "prepare_dataset",
+    "redistribute_states",
 ]
