@@ -27,6 +27,9 @@ DEFAULT_MAX_PIXELS = 1 << 26
 """67 million pixels, 200 MB decoded: above what cameras give, below what exhausts a worker."""
 
 
+_CACHED_BYTES = 1 << 18  # of pixels that are normalised together
+
+
 @dataclass(frozen=True)
 class Rejected:
     """An image that could not be decoded: its place in the input and the reason."""
@@ -75,8 +78,10 @@ def decode_rgb(data: bytes) -> np.ndarray:
 class ImageDecoder:
     """Decodes lists of encoded images with PIL; the parent of the faster backends.
 
-    A subclass decodes what it is good at in `_decode_fast`; everything else, and every image that it fails
-    on, goes through PIL, and only what PIL cannot decode either is rejected.
+    A subclass decodes what it is good at, many together in `_decode_together` or one in `_decode_alone`;
+    everything else, and every image that it fails on, goes through PIL, and only what PIL cannot decode
+    either is rejected. Images are normalised into their place in the batch as soon as a few are decoded,
+    while they are in the cache and their memory can be used for the next.
     """
 
     name = "PIL"
@@ -109,45 +114,56 @@ class ImageDecoder:
                 headers[index] = read_header(data, self.max_pixels)
             except BadImageError as error:
                 rejected.append(Rejected(index, str(error)))
-        fast = [index for index, header in headers.items() if self._takes(header)]
-        batch, done = self._decode_fast([encoded[i] for i in fast], [headers[i] for i in fast])
-        kept = [fast[position] for position in done]
-        slow = sorted(headers.keys() - set(kept))
-        others = []
-        for index, pixels in zip(slow, self._map(self._decode_slow, [encoded[i] for i in slow]), strict=True):
-            if isinstance(pixels, BadImageError):
-                rejected.append(Rejected(index, str(pixels)))
-            else:
-                others.append(pixels)
-                kept.append(index)
-        if others:
-            batch = torch.cat([batch, torch.stack(others).to(batch.device)])
-        images = batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # [N, 3, S, S] uint8
-        images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
-        order = sorted(range(len(kept)), key=kept.__getitem__)
-        if order != list(range(len(kept))):
-            images = images[torch.tensor(order, device=self.device)]
-        rejected.sort(key=lambda bad: bad.index)
-        return DecodedImages(images, sorted(kept), rejected)
+        slots = {index: slot for slot, index in enumerate(headers)}
+        images = torch.empty(len(slots), 3, self.image_size, self.image_size, device=self.device)
+        done = self._decode_together(encoded, headers, images)
 
-    def _takes(self, header: ImageHeader) -> bool:
-        """Whether the fast path decodes such an image."""
-        return False
+        def decode(indices: list[int]) -> dict[int, BadImageError]:
+            pixels, bad = {}, {}
+            for index in indices:
+                try:
+                    pixels[slots[index]] = self._decode_alone(encoded[index], headers[index])
+                except BadImageError as error:
+                    bad[index] = error
+            self._normalise(pixels, images)
+            return bad
 
-    def _decode_fast(self, encoded: list[bytes], headers: list[ImageHeader]) -> tuple[Tensor, list[int]]:
-        """Decode with the backend proper: uint8 [n, S, S, 3] and the positions of these n in the input."""
-        return torch.empty(0, self.image_size, self.image_size, 3, dtype=torch.uint8), []
+        alone = [index for index in headers if index not in done]
+        at_a_time = max(1, _CACHED_BYTES // (3 * self.image_size**2))
+        groups = [alone[at : at + at_a_time] for at in range(0, len(alone), at_a_time)]
+        bad = {index: error for group in self._map(decode, groups) for index, error in group.items()}
+        rejected += [Rejected(index, str(error)) for index, error in bad.items()]
+        rejected.sort(key=lambda one: one.index)
+        kept = [index for index in headers if index not in bad]
+        if bad:
+            images = images[torch.tensor([slots[index] for index in kept], dtype=torch.long).to(self.device)]
+        return DecodedImages(images, kept, rejected)
 
-    def _map(self, function: Callable[[bytes], Any], items: list[bytes]) -> list[Any]:
+    def _decode_together(
+        self, encoded: Sequence[bytes], headers: dict[int, ImageHeader], images: Tensor
+    ) -> set[int]:
+        """Decode many at a time into `images` [n, 3, S, S], the order of `headers`; return which ones."""
+        return set()
+
+    def _decode_alone(self, data: bytes, header: ImageHeader) -> Tensor:
+        """Decode one image to uint8 [S, S, 3]; BadImageError if that cannot be."""
+        return self._fit_pixels(decode_rgb(data))
+
+    @staticmethod
+    def _normalise(pixels: dict[int, Tensor], images: Tensor) -> None:
+        """Bring uint8 [S, S, 3] to [-1, 1] in `images` [n, 3, S, S], by their places there, in order."""
+        places = list(pixels)
+        if places and len(places) == places[-1] - places[0] + 1:
+            whole = torch.stack(list(pixels.values())) if len(places) > 1 else pixels[places[0]][None]
+            _normalise(whole, images[places[0] : places[-1] + 1])
+            return
+        for place, image in pixels.items():
+            _normalise(image[None], images[place : place + 1])
+
+    def _map(self, function: Callable[[list[int]], Any], items: list[list[int]]) -> list[Any]:
         if self._threads is None or len(items) < 2:
             return [function(item) for item in items]
         return list(self._threads.map(function, items))
-
-    def _decode_slow(self, data: bytes) -> Tensor | BadImageError:
-        try:
-            return self._fit_pixels(decode_rgb(data))
-        except BadImageError as error:
-            return error
 
     def _fit_pixels(self, pixels: np.ndarray) -> Tensor:
         """Crop and resize uint8 [H, W, 3] to [S, S, 3] with PIL."""
@@ -160,6 +176,12 @@ class ImageDecoder:
             image = Image.fromarray(np.ascontiguousarray(pixels))
             pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
         return torch.from_numpy(pixels)
+
+
+def _normalise(pixels: Tensor, out: Tensor) -> None:
+    """Bring uint8 [n, S, S, 3] to [-1, 1] in `out` [n, 3, S, S]."""
+    pixels = pixels.to(out.device, non_blocking=True)  # as bytes: a quarter of what floats would take
+    out.copy_(pixels.permute(0, 3, 1, 2)).div_(127.5).sub_(1)
 
 
 def _centre_square(pixels: Any) -> Any:
@@ -179,25 +201,17 @@ class TorchvisionDecoder(ImageDecoder):
 
     name = "torchvision (JPEG, WebP) and PIL (PNG)"
 
-    def _takes(self, header: ImageHeader) -> bool:
-        return header.format in ("JPEG", "WEBP") and not header.special
-
-    def _decode_fast(self, encoded: list[bytes], headers: list[ImageHeader]) -> tuple[Tensor, list[int]]:
-        images = self._map(self._decode_one, encoded)
-        done = [position for position, image in enumerate(images) if image is not None]
-        if not done:
-            return super()._decode_fast(encoded, headers)
-        return torch.stack([images[position] for position in done]), done
-
-    def _decode_one(self, data: bytes) -> Tensor | None:
+    def _decode_alone(self, data: bytes, header: ImageHeader) -> Tensor:
         from torchvision.io import ImageReadMode, decode_image
 
+        if header.special or header.format not in ("JPEG", "WEBP"):
+            return super()._decode_alone(data, header)
         try:
             # A bytearray since torch wants memory it could write to.
             raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             image = decode_image(raw, ImageReadMode.RGB, apply_exif_orientation=True)  # [3, H, W]
         except (RuntimeError, ValueError):
-            return None
+            return super()._decode_alone(data, header)
         return self._resize(image.permute(1, 2, 0))
 
     def _fit_pixels(self, pixels: np.ndarray) -> Tensor:
@@ -301,20 +315,32 @@ class DaliDecoder(TorchvisionDecoder):
             return torch.from_dlpack(output.as_tensor()).clone()
         return torch.from_numpy(np.array(output.as_array()))
 
-    def _decode_fast(self, encoded: list[bytes], headers: list[ImageHeader]) -> tuple[Tensor, list[int]]:
-        remaining = list(range(len(encoded)))
-        while remaining:
-            try:
-                batch = self._run([encoded[i] for i in remaining], [headers[i] for i in remaining])
-                return batch, remaining
-            except RuntimeError as error:
-                del remaining[self._culprit(error, remaining, encoded, headers)]
-        return ImageDecoder._decode_fast(self, encoded, headers)
+    def _decode_alone(self, data: bytes, header: ImageHeader) -> Tensor:
+        return ImageDecoder._decode_alone(self, data, header)  # never torchvision's decode_png
 
-    def _culprit(
-        self, error: RuntimeError, remaining: list[int], encoded: list[bytes], headers: list[ImageHeader]
-    ) -> int:
-        """The position in `remaining` of an image that DALI failed on.
+    def _decode_together(
+        self, encoded: Sequence[bytes], headers: dict[int, ImageHeader], images: Tensor
+    ) -> set[int]:
+        taken = [index for index, header in headers.items() if self._takes(header)]
+        while taken:
+            data = [encoded[index] for index in taken], [headers[index] for index in taken]
+            try:
+                batch = self._run(*data)
+            except RuntimeError as error:
+                del taken[self._culprit(error, *data)]
+                continue
+            if len(taken) == len(headers):
+                _normalise(batch, images)
+                return set(taken)
+            part = torch.empty(len(taken), *images.shape[1:], device=self.device)
+            _normalise(batch, part)
+            places = [slot for slot, index in enumerate(headers) if index in set(taken)]
+            images[torch.tensor(places, device=self.device)] = part
+            return set(taken)
+        return set()
+
+    def _culprit(self, error: RuntimeError, encoded: list[bytes], headers: list[ImageHeader]) -> int:
+        """The position of an image that DALI failed on.
 
         DALI names it; should it not, the images are tried one by one.
 
@@ -322,11 +348,11 @@ class DaliDecoder(TorchvisionDecoder):
             RuntimeError: every image decodes alone, so that the failure is not one of an image.
         """
         named = re.search(r"[Ff]ailed to decode sample #(\d+)", str(error))
-        if named and int(named[1]) < len(remaining):
+        if named and int(named[1]) < len(encoded):
             return int(named[1])
-        for position, index in enumerate(remaining):
+        for position, (data, header) in enumerate(zip(encoded, headers, strict=True)):
             try:
-                self._run([encoded[index]], [headers[index]])
+                self._run([data], [header])
             except RuntimeError:
                 return position
         raise error
