@@ -295,7 +295,7 @@ def test_three_workers_one_of_which_is_killed_again_and_again(tmp_path: Path) ->
     output = tmp_path / "out"
 
     def start(rank: int) -> int:
-        return fork_worker(tmp_path / "in", output, delay=0.02, rank=rank, world_size=3)
+        return fork_worker(tmp_path / "in", output, delay=0.04, rank=rank, world_size=3)
 
     steady, victim = {start(0), start(1)}, start(2)
     kills = kills_at_work = 0
