@@ -74,9 +74,7 @@ class PostQuantization(nn.Module):
         """Compute the features of whole images, or of the next position(s) of those in the cache."""
         caches = cache.projections if cache is not None else [None] * len(CODEBOOKS)
         projections = (self.pixel, self.semantic)
-        features = [
-            projection(latents[:, :, q], caches[q]) for q, projection in enumerate(projections)
-        ]
+        features = [projection(latents[:, :, q], caches[q]) for q, projection in enumerate(projections)]
         return torch.stack([F.rms_norm(f, f.shape[-1:], eps=1e-6) for f in features], dim=2)
 
 
