@@ -16,6 +16,7 @@ CORE = [
     "webdataset",  # writing shards
     "megatron-energon",  # reading them
     "fsspec[http]",  # by their addresses
+    "ijson",  # json too long to hold
     "nvidia-dali-cuda130",  # image decoding, on the CPU too; for another CUDA install that build instead
     "lpips",
     "open_clip_torch",

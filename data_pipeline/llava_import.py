@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from data_pipeline.errors import DatasetError
 from data_pipeline.shard_sources import is_image_part
 from data_pipeline.whole_folder import whole_folder
 
 REJECTED = "rejected.jsonl"
-_READ_AT_A_TIME = 1 << 20
-_BETWEEN = re.compile(r"[\s,]*")
 
 
 @dataclass
@@ -105,36 +102,17 @@ def _sample(key: str, record: Any, images: Path) -> dict[str, Any]:
 
 
 def iterate_records(source: Path) -> Iterator[Any]:
-    """Yield the records of a json list, or of a file with one record a line, without holding it whole.
+    """Yield the records of a json list, or of a file with one record after another, without holding it whole.
 
     Raises:
         DatasetError: The file breaks off or is not json.
     """
-    with open(source, encoding="utf-8") as file:
-        try:
-            if file.read(1) == "[":
-                yield from _list_items(file)
-            else:
-                file.seek(0)
-                yield from (json.loads(line) for line in file if line.strip())
-        except ValueError as error:
-            raise DatasetError(f"{source}: cannot be read as json: {error}") from error
+    import ijson
 
-
-def _list_items(file: TextIO) -> Iterator[Any]:
-    """Yield the items of a json list of objects whose bracket has been read; ValueError if it breaks off."""
-    decoder, text, at = json.JSONDecoder(), "", 0
-    while True:
-        between = _BETWEEN.match(text, at)
-        at = between.end() if between else at
-        if text[at : at + 1] == "]":
-            return
+    with open(source, "rb") as file:
+        where = "item" if file.peek(1)[:1] == b"[" else ""
         try:
-            record, at = decoder.raw_decode(text, at)
-        except ValueError:
-            more = file.read(max(_READ_AT_A_TIME, len(text) - at))
-            if not more:
-                raise
-            text, at = text[at:] + more, 0
-            continue
-        yield record
+            yield from ijson.items(file, where, multiple_values=not where, use_float=True)
+        except ijson.JSONError as error:
+            reason = str(error).partition("\n")[0]
+            raise DatasetError(f"{source}: cannot be read as json: {reason}") from error

@@ -230,14 +230,14 @@ def test_llava_with_lines_lists_of_pictures_and_mistakes(tmp_path: Path) -> None
         import_llava(source, images, tmp_path / "out")
 
 
-def test_json_lists_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records = [{"id": index, "text": 'a "quoted" ] } ü' * (index % 7)} for index in range(200)]
+def test_json_lists_and_lines_are_the_same_records(tmp_path: Path) -> None:
+    records = [{"id": index, "text": 'a "quoted" ] } ü' * (index % 7), "score": 0.5} for index in range(200)]
     path = tmp_path / "list.json"
-    for size in (1, 37, 1 << 20):
-        monkeypatch.setattr("data_pipeline.llava_import._READ_AT_A_TIME", size)
-        for indent in (None, 2):
-            path.write_text(json.dumps(records, indent=indent))
-            assert list(iterate_records(path)) == records
+    for text in (
+        json.dumps(records), json.dumps(records, indent=2), "\n".join(map(json.dumps, records))
+    ):  # fmt: skip
+        path.write_text(text)
+        assert list(iterate_records(path)) == records
 
 
 def run_block(name: str) -> SimpleNamespace:
