@@ -19,7 +19,7 @@ from typing import IO, Any
 from data_pipeline.conversations import TEMPLATES, ConversationError, conversation_parts, interleaved_parts
 from data_pipeline.errors import DatasetError
 from data_pipeline.remote_files import is_remote, stream_remote
-from data_pipeline.tar_members import TarError, iterate_samples
+from data_pipeline.tar_members import iterate_samples
 
 _PIPE = "pipe:"
 _DOCUMENT_FIELDS = {"parts", "texts", "text_list"}
@@ -139,13 +139,10 @@ def read_shard(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Read a shard, local or remote, gzipped or not, as pairs of key and parts in the order of the tar.
 
     Raises:
-        TarError: The shard is missing, truncated or damaged; the samples before have been given.
+        TarError: The shard is truncated or damaged; the samples before have been given.
+        OSError: It is missing, or its storage fails, an address also after some tries.
     """
-    try:
-        stream = open_shard(url)
-    except OSError as error:
-        raise TarError(str(error)) from error
-    with closing(stream):
+    with closing(open_shard(url)) as stream:
         yield from iterate_samples(stream)
 
 

@@ -29,7 +29,8 @@ class Settings(SourceSettings):
     """Images encoded at a time; another batch size can change a code where two are equally near."""
 
     on_bad_shard: str = "stop"
-    """A shard of which nothing can be read ends the job (`stop`) or goes to `rejected.jsonl` (`skip`)."""
+    """A shard of which nothing can be read, or whose storage fails on the way, ends the job (`stop`), or what
+    is missing of it goes to `rejected.jsonl` (`skip`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,27 +69,35 @@ class ShardTokenizer:
         Batches hold samples of this shard only, so that its codes do not depend on who does which shard.
 
         Raises:
-            DatasetError: Nothing of the shard can be read, unless such shards are to be skipped.
+            DatasetError: Nothing of the shard can be read, or its storage fails, and it is not to be skipped.
         """
         shard = Path(source).name
-        group: list[tuple[str | None, SourceSample | str]] = []  # with the reason where there is no sample
-        images, seen = 0, set[str]()
+        group: list[tuple[str | None, SourceSample | str]] = []
+        images = 0
+        for key, sample in self._read(source, prefix):
+            group.append((key, sample))
+            images += 0 if isinstance(sample, str) else len(sample.images)
+            if images >= self.settings.batch_size:
+                yield from self._encode(group, shard)
+                group, images = [], 0
+        yield from self._encode(group, shard)
+
+    def _read(self, source: str, prefix: str) -> Iterator[tuple[str | None, SourceSample | str]]:
+        """Yield key and sample, or the reason where there is no sample."""
+        seen = set[str]()
         try:
             for key, parts in read_shard(source):
-                sample = self._read_sample(key, parts, prefix, seen)
-                group.append((key, sample))
-                images += 0 if isinstance(sample, str) else len(sample.images)
-                if images >= self.settings.batch_size:
-                    yield from self._encode(group, shard)
-                    group, images = [], 0
-        except TarError as error:
-            if error.unfinished is not None:
-                key, parts = error.unfinished
-                group.append((key, self._read_sample(key, parts, prefix, seen)))
-            if not seen and self.settings.on_bad_shard == "stop":
-                raise DatasetError(f"{source}: cannot be read: {error}") from error
-            group.append((error.key, f"the shard cannot be read{' further' if seen else ''}: {error}"))
-        yield from self._encode(group, shard)
+                yield key, self._read_sample(key, parts, prefix, seen)
+        except (TarError, OSError) as error:
+            damage = error if isinstance(error, TarError) else None
+            if damage and damage.unfinished is not None:
+                key, parts = damage.unfinished
+                yield key, self._read_sample(key, parts, prefix, seen)
+            reason = f"cannot be read{' further' if seen else ''}: {' '.join(str(error).split())}"
+            # What is damaged stays so; a storage that fails may give the rest another time.
+            if self.settings.on_bad_shard == "stop" and not (damage and seen):
+                raise DatasetError(f"{source}: {reason}") from error
+            yield damage.key if damage else None, f"the shard {reason}"
 
     def _read_sample(
         self, key: str, parts: dict[str, bytes], prefix: str, seen: set[str]

@@ -6,8 +6,10 @@ here a tar ends with the empty block that says so.
 
 from __future__ import annotations
 
+import gzip
 import io
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
@@ -19,6 +21,9 @@ _CHECKSUM = re.compile(rb" *[0-7]+[ \0]*")
 # A sample is what lies before the first dot of the last path component, as in WebDataset and Energon.
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
+
+DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
+"""What reading a damaged or truncated gzip raises; any other OSError is the storage's, not the file's."""
 
 
 class TarError(ValueError):
@@ -137,6 +142,7 @@ def iterate_samples(stream: IO[bytes], fragment: bool = False) -> Iterator[tuple
 
     Raises:
         TarError: See `iterate_members`; the samples before the last have been given.
+        OSError: The stream could not be read, which says nothing about the tar.
     """
     key: str | None = None
     parts: dict[str, bytes] = {}
@@ -153,7 +159,7 @@ def iterate_samples(stream: IO[bytes], fragment: bool = False) -> Iterator[tuple
             reading = None
             if split is not None:
                 parts[split[1]] = content
-    except (TarError, OSError, EOFError) as error:
+    except (TarError, *DAMAGED_GZIP) as error:
         failure = TarError(" ".join(str(error).split()) or type(error).__name__)
         failure.key = reading
         if key is not None and reading is None:

@@ -1,5 +1,6 @@
 """Pretokenization: every sample in the output or rejected, same bytes after any kill, no shard done twice."""
 
+import errno
 import hashlib
 import io
 import json
@@ -367,6 +368,32 @@ def test_interleaved_documents_and_odd_shards(tmp_path: Path) -> None:
     assert (
         manifest.samples_in == manifest.samples_out + manifest.rejected == len(reasons) + manifest.samples_out
     )
+
+
+class BreakingFile(io.FileIO):
+    """A file of which the second half cannot be read, as on a failing network file system."""
+
+    def read(self, size: int = -1) -> bytes:
+        if self.tell() + size > os.fstat(self.fileno()).st_size // 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(size)
+
+
+def test_a_storage_that_fails_on_the_way_is_not_a_damaged_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = write_inputs(tmp_path / "in", shards=1)
+    with monkeypatch.context() as breaking:
+        breaking.setattr("data_pipeline.shard_sources.open_shard", BreakingFile)
+        with pytest.raises(DatasetError, match=r"in-000\.tar: cannot be read further: .*Input/output error"):
+            run(tmp_path / "in", tmp_path / "out")
+        run(tmp_path / "in", tmp_path / "skipped", settings=Settings(batch_size=5, on_bad_shard="skip"))
+    run(tmp_path / "in", tmp_path / "out")  # goes on, with all that is there
+    check_complete(tmp_path / "out", expected)
+    manifest = verify_dataset(tmp_path / "skipped")
+    *_, last = map(json.loads, (tmp_path / "skipped" / "rejected.jsonl").open())
+    assert 0 < manifest.samples_out < 8 and last["key"] is None
+    assert "the shard cannot be read further: [Errno 5] Input/output error" in last["reason"]
 
 
 def test_a_shard_without_a_usable_sample(tmp_path: Path) -> None:
