@@ -176,13 +176,14 @@ def expand_inputs(inputs: Sequence[str]) -> list[str]:
     """Return the shards that folders, globs, brace patterns and addresses stand for, each once, in order.
 
     Raises:
-        DatasetError: An input stands for no shard.
+        DatasetError: An input stands for no shard, or for one that is not there.
     """
     from braceexpand import braceexpand
 
     found: dict[str, None] = {}
     for pattern in inputs:
         here: list[str] = []
+        missing: list[str] = []
         for item in braceexpand(pattern):
             if is_elsewhere(item):
                 here.append(item)
@@ -190,8 +191,16 @@ def expand_inputs(inputs: Sequence[str]) -> list[str]:
                 here += sorted(
                     str(path) for path in Path(item).rglob("*.tar") if not path.name.startswith(".")
                 )
-            else:
+            elif Path(item).is_file():
+                here.append(item)
+            elif glob.has_magic(item):
                 here += sorted(glob.glob(item, recursive=True))
+            else:
+                missing.append(item)
+        if here and missing:
+            raise DatasetError(
+                f"{missing[0]}: no such file; {len(missing)} of the shards of {pattern} are missing"
+            )
         if not here:
             raise DatasetError(
                 f"{pattern}: no shard found; expected a folder, glob or brace pattern of .tar files"

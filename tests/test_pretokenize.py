@@ -433,6 +433,10 @@ def test_inputs(tmp_path: Path) -> None:
     assert expand_inputs(["https://host/a-{0..1}.tar"]) == ["https://host/a-0.tar", "https://host/a-1.tar"]
     with pytest.raises(DatasetError, match="no shard found"):
         expand_inputs([f"{tmp_path}/c*.tar"])
+    with pytest.raises(DatasetError, match=r"a-02\.tar: no such file; 3 of the shards of .*\.\.04}\.tar are"):
+        expand_inputs([f"{tmp_path}/a-{{00..04}}.tar"])
+    write_tar(tmp_path / "c[1].tar", [])
+    assert expand_inputs([f"{tmp_path}/{{b,c[1]}}.tar"]) == [f"{tmp_path}/b.tar", f"{tmp_path}/c[1].tar"]
 
 
 def test_claims(tmp_path: Path) -> None:
