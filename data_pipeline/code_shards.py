@@ -283,7 +283,8 @@ class DatasetManifest:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file under a temporary name, flush it to disk and rename it."""
     temporary = temporary_name(path)
-    with open(temporary, "w", encoding="utf-8") as file:
+    # A name that is not in UTF-8 has lone surrogates here; in json they become the escapes they stand for.
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

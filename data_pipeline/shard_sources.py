@@ -117,6 +117,19 @@ def read_sample(key: str, parts: dict[str, bytes], settings: SourceSettings | No
     return SourceSample(key, images, pair, captions)
 
 
+def check_unicode(sample: SourceSample) -> None:
+    """Raise BadSampleError if a name or text cannot be written as UTF-8."""
+    try:
+        sample.key.encode()
+    except UnicodeEncodeError as error:
+        raise BadSampleError(f"its name is not in UTF-8: {sample.key!r:.80}") from error
+    try:
+        json.dumps([sample.parts, sample.captions], ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise BadSampleError(f"its text holds a lone surrogate, {half!r}, half of a character") from error
+
+
 def _read_document(
     parts: dict[str, bytes], images: int, settings: SourceSettings
 ) -> list[dict[str, Any]] | None:

@@ -15,6 +15,7 @@ from data_pipeline.shard_sources import (
     BadSampleError,
     SourceSample,
     SourceSettings,
+    check_unicode,
     read_sample,
     read_shard,
 )
@@ -107,7 +108,9 @@ class ShardTokenizer:
             if key in seen:
                 raise BadSampleError("the key occurs more than once in the shard")
             seen.add(key)
-            return read_sample(prefix + key, parts, self.settings)
+            sample = read_sample(prefix + key, parts, self.settings)
+            check_unicode(sample)
+            return sample
         except BadSampleError as error:
             return str(error)
 

@@ -370,6 +370,24 @@ def test_interleaved_documents_and_odd_shards(tmp_path: Path) -> None:
     )
 
 
+def test_names_and_texts_that_are_no_unicode_are_rejected(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    half = b'{"caption": "half a smile \\ud83d"}'
+    turns = b'{"conversations": [{"from": "human", "value": "\\ud83d"}, {"from": "gpt", "value": "no"}]}'
+    latin = "gr\udcf6sse"  # the byte of Latin-1, as tarfile and os read it
+    members = [
+        *[("a.png", picture(1)), ("a.json", half), ("b.json", turns), ("c.png", picture(2)), ("c.txt", b"c")],
+        *[(f"{latin}.png", picture(3)), (f"{latin}.txt", b"size"), (f"{latin}2.png", b"")],
+    ]
+    write_tar(tmp_path / "in" / "x.tar", members)
+    run(tmp_path / "in", tmp_path / "out")
+    assert verify_dataset(tmp_path / "out").samples_out == 1
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").open(encoding="utf-8")]
+    reasons = {line["key"]: line["reason"] for line in lines}
+    assert "lone surrogate, '\\ud83d'" in reasons["a"] and "lone surrogate" in reasons["b"]
+    assert "not in UTF-8" in reasons[latin] and reasons[f"{latin}2"] == "no caption"
+
+
 class BreakingFile(io.FileIO):
     """A file of which the second half cannot be read, as on a failing network file system."""
 
