@@ -136,7 +136,7 @@ class ShardEntry:
     samples_in: int = 0
     rejected: int = 0
     source: str = ""
-    """Name of the shard it was made from."""
+    """Address or path of the shard it was made from; in older data sets its name."""
 
 
 class ShardWriter:
@@ -228,6 +228,8 @@ class DatasetManifest:
     rejected: int = 0
     images: int = 0
     shards: dict[str, ShardEntry] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the run that made it; {} where it was made otherwise, or is older than this field."""
     format_version: int = FORMAT_VERSION
 
     @property

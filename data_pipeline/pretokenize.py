@@ -33,7 +33,7 @@ from data_pipeline.code_shards import (
 from data_pipeline.errors import DatasetError
 from data_pipeline.pretokenize_plan import plan_lines
 from data_pipeline.shard_claims import Claims
-from data_pipeline.shard_sources import expand_inputs, is_elsewhere
+from data_pipeline.shard_sources import expand_inputs, is_elsewhere, source_address
 from data_pipeline.shard_tokenizer import Rejection, Settings, ShardTokenizer
 
 logger = logging.getLogger(__name__)
@@ -161,10 +161,13 @@ class _Run:
             "fingerprint": tokenizer.visual_tokenizer.fingerprint(),
             **asdict(tokenizer.geometry),
             "image_size": tokenizer.visual_tokenizer.config.image_size,
-            "decoder": f"{getattr(decoder, 'name', '')} {getattr(decoder, 'fit', '')}".strip(),
-            **asdict(tokenizer.settings),
-            "shards": list(plan),
         }
+        self.settings = {
+            "decoder": getattr(decoder, "name", ""),
+            "fit": getattr(decoder, "fit", ""),
+            **asdict(tokenizer.settings),
+        }
+        self.sources = {name: source_address(shard) for name, shard in plan.items()}
         self.shards = self.images = 0
         self.seconds, self._reported = 0.0, time.monotonic()
 
@@ -175,7 +178,7 @@ class _Run:
     def manifest(self) -> DatasetManifest:
         """Return the manifest without shards."""
         known = ("fingerprint", "codebook_size", "num_quantizers", "positions", "image_size")
-        return DatasetManifest(**{name: self.description[name] for name in known})
+        return DatasetManifest(**{name: self.description[name] for name in known}, settings=self.settings)
 
     def remove_work_folder(self) -> None:
         """Remove what a finished run needed on its way, also where a worker was killed while doing so."""
@@ -185,9 +188,16 @@ class _Run:
         """Return the manifest of a data set that is already there; DatasetError if it is another one."""
         found = DatasetManifest.load(self.output)
         found.require(self.output, self.tokenizer.geometry, self.description["fingerprint"])
-        if list(found.shards) != list(self.plan):
+        sources = {name: entry.source for name, entry in found.shards.items()}
+        if found.settings:  # the decoder of `auto` is that of the machine that asks
+            known = {**self.settings, **found.settings, "decoder": self.settings["decoder"]}
+            difference = self._difference(known, sources)
+        else:
+            difference = "" if list(sources) == list(self.sources) else "other input shards"
+        if difference:
             raise DatasetError(
-                f"{self.output}: holds a data set of other input shards; choose another folder"
+                f"{self.output}: holds a finished data set with {difference}; "
+                "use the same settings and input, or another folder"
             )
         self.report(f"{self.output} is finished: {found.samples_out} samples of {found.samples_in}")
         return found
@@ -197,7 +207,8 @@ class _Run:
         self.work.mkdir(parents=True, exist_ok=True)
         path = self.work / "plan.json"
         own = temporary_name(path)
-        write_atomically(own, json.dumps(self.description, indent=2))
+        plan = {**self.description, "settings": self.settings, "shards": self.sources}
+        write_atomically(own, json.dumps(plan, indent=2))
         with contextlib.suppress(FileExistsError):
             os.link(own, path)  # the first worker's plan stands
         own.unlink()
@@ -206,14 +217,31 @@ class _Run:
     def check_plan(self) -> None:
         """Raise DatasetError if the run under way in the folder, if any, is not this one."""
         path = self.work / "plan.json"
-        found = json.loads(path.read_text()) if path.is_file() else self.description
-        for name, expected in self.description.items():
-            if found.get(name) != expected:
-                got = "other shards" if name == "shards" else f"{name} {found.get(name)}, not {expected}"
-                raise DatasetError(
-                    f"{self.output}: holds an unfinished run with {got}; "
-                    "use the same settings or another folder"
-                )
+        if not path.is_file():
+            return
+        found = json.loads(path.read_text())
+        difference = _first_difference(found, self.description)
+        if "settings" not in found:
+            difference = difference or "the plan of an older version"
+        if difference := difference or self._difference(found["settings"], found["shards"]):
+            raise DatasetError(
+                f"{self.output}: holds an unfinished run with {difference}; "
+                "use the same settings and input, or another folder"
+            )
+
+    def _difference(self, settings: dict[str, Any], sources: dict[str, str]) -> str:
+        """Say in what a run with these settings and inputs differs from this one, "" if in nothing."""
+        if difference := _first_difference(settings, self.settings):
+            return difference
+        for name, expected in self.sources.items():
+            if name not in sources:
+                return f"inputs that lack {expected}"
+            if sources[name] != expected:
+                return f"input {sources[name]}, not {expected}"
+        if list(sources) != list(self.sources):
+            more = [source for name, source in sources.items() if name not in self.sources]
+            return f"input {more[0]}, which is not given now" if more else "its inputs in another order"
+        return ""
 
     def _result_path(self, name: str) -> Path:
         return self.work / f"{name}.json"
@@ -246,7 +274,7 @@ class _Run:
             path.unlink()
             entry.sha256 = ""
         entry.rejected, entry.samples_in = len(rejected), entry.samples + len(rejected)
-        entry.source = Path(self.plan[name]).name
+        entry.source = self.sources[name]
         self.seconds += time.monotonic() - started
         self.shards += 1
         if claims.still_held():
@@ -286,6 +314,11 @@ class _Run:
         )
 
 
+def _first_difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    names = (name for name, value in expected.items() if found.get(name) != value)
+    return next((f"{name} {found.get(name)}, not {expected[name]}" for name in names), "")
+
+
 def _checked_plan(inputs: Sequence[str], output: str | Path) -> dict[str, str]:
     shards = expand_inputs(inputs)
     for shard in shards:
@@ -296,7 +329,7 @@ def _checked_plan(inputs: Sequence[str], output: str | Path) -> dict[str, str]:
 
 def plan_outputs(shards: Sequence[str]) -> dict[str, str]:
     """Return name of the output shard -> input shard; names that repeat get the number of their shard."""
-    names = [Path(shard).name.partition(".")[0] for shard in shards]
+    names = [Path(source_address(shard)).name.partition(".")[0] for shard in shards]
     return {
         f"{name if names.count(name) == 1 else f'{index:06d}-{name}'}.tar": shard
         for index, (name, shard) in enumerate(zip(names, shards))

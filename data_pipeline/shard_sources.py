@@ -10,6 +10,8 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -162,6 +164,18 @@ def read_shard(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
 def is_elsewhere(shard: str) -> bool:
     """Whether a shard is named by an address or a command (`pipe:`) and not by a path."""
     return shard.startswith(_PIPE) or is_remote(shard)
+
+
+def source_address(shard: str) -> str:
+    """Return how a shard is remembered: a path from the root, an address without password and `?query`.
+
+    These may be tokens, which change and are nobody else's business. A command is remembered as it is.
+    """
+    if shard.startswith(_PIPE):
+        return shard
+    if is_remote(shard):
+        return re.sub("://[^/]*@", "://", shard).partition("?")[0]
+    return os.path.abspath(shard)
 
 
 def open_shard(url: str) -> IO[bytes]:

@@ -18,6 +18,7 @@ from data_pipeline.shard_sources import (
     check_unicode,
     read_sample,
     read_shard,
+    source_address,
 )
 from data_pipeline.tar_members import TarError
 
@@ -72,7 +73,7 @@ class ShardTokenizer:
         Raises:
             DatasetError: Nothing of the shard can be read, or its storage fails, and it is not to be skipped.
         """
-        shard = Path(source).name
+        shard = Path(source_address(source)).name
         group: list[tuple[str | None, SourceSample | str]] = []
         images = 0
         for key, sample in self._read(source, prefix):

@@ -27,7 +27,7 @@ from data_pipeline.errors import DatasetError
 from data_pipeline.image_decoding import build_image_decoder
 from data_pipeline.pretokenize import dry_run, main, pretokenize
 from data_pipeline.shard_claims import Claims
-from data_pipeline.shard_sources import expand_inputs
+from data_pipeline.shard_sources import expand_inputs, source_address
 from data_pipeline.shard_tokenizer import Settings
 from data_pipeline.tar_members import locate_samples
 from tests.command import call
@@ -167,7 +167,62 @@ def test_a_finished_run_is_left_alone_and_another_refused(tmp_path: Path) -> Non
     assert contents(tmp_path / "out") == before
     assert lines == [f"{tmp_path / 'out'} is finished: 19 samples of 24"]
     write_inputs(tmp_path / "in", shards=3)
-    with pytest.raises(DatasetError, match="holds a data set of other input shards"):
+    with pytest.raises(DatasetError, match=r"finished data set with inputs that lack .*/in/in-002\.tar"):
+        run(tmp_path / "in", tmp_path / "out")
+
+
+def test_other_inputs_and_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        write_inputs(tmp_path / name, shards=2)
+    output = tmp_path / "out"
+    run(tmp_path / "a", output)
+    lines: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    run(Path("a"), output, report=lines.append)  # from wherever it is called
+    assert "is finished" in lines[0]
+    refused = r"holds a finished data set with input .*/a/in-000\.tar, not .*/b/in-000\.tar; use the same"
+    with pytest.raises(DatasetError, match=refused):
+        run(tmp_path / "b", output)
+    for change in (
+        {"default_language": "de"},
+        {"generate_images": True},
+        {"chat_template": "plain"},
+        {"images_first": True},
+    ):
+        (name, value), *_ = change.items()
+        with pytest.raises(DatasetError, match=rf"finished data set with {name} \w+, not {value};"):
+            run(tmp_path / "a", output, settings=Settings(batch_size=5, **change))
+    decoder = build_image_decoder(SIZE, "pil", fit="crop")
+    with pytest.raises(DatasetError, match="finished data set with fit resize, not crop"):
+        pretokenize([str(tmp_path / "a")], StandInTokenizer(), decoder, output, Settings(batch_size=5))
+    (tmp_path / "b" / "in-001.tar").unlink()
+    (tmp_path / "a" / "in-001.tar").unlink()
+    with pytest.raises(DatasetError, match=r"input .*/a/in-001\.tar, which is not given now"):
+        run(tmp_path / "a", output)
+    # A run on its way, of the same names and settings.
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "in-000.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(DatasetError, match="cannot be read"):
+        run(tmp_path / "c", tmp_path / "out2")
+    with pytest.raises(DatasetError, match=r"unfinished run with input .*/c/in-000\.tar, not .*/b/in-000"):
+        run(tmp_path / "b", tmp_path / "out2")
+
+
+def test_a_data_set_without_settings_and_addresses_is_still_one(tmp_path: Path) -> None:
+    write_inputs(tmp_path / "in", shards=2)
+    run(tmp_path / "in", tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert content.pop("settings")["batch_size"] == 5
+    for name, entry in content["shards"].items():
+        assert entry["source"] == str(tmp_path / "in" / name)
+        entry["source"] = name
+    (tmp_path / "out" / "dataset.json").write_text(json.dumps(content))
+    assert verify_dataset(tmp_path / "out", "a" * 64).samples_in == 24
+    lines: list[str] = []
+    run(tmp_path / "in", tmp_path / "out", report=lines.append, settings=Settings(batch_size=6))
+    assert "is finished" in lines[0]
+    write_inputs(tmp_path / "in", shards=3)
+    with pytest.raises(DatasetError, match="holds a finished data set with other input shards"):
         run(tmp_path / "in", tmp_path / "out")
 
 
@@ -455,6 +510,13 @@ def test_inputs(tmp_path: Path) -> None:
         expand_inputs([f"{tmp_path}/a-{{00..04}}.tar"])
     write_tar(tmp_path / "c[1].tar", [])
     assert expand_inputs([f"{tmp_path}/{{b,c[1]}}.tar"]) == [f"{tmp_path}/b.tar", f"{tmp_path}/c[1].tar"]
+
+
+def test_addresses_are_kept_without_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert source_address("a/b.tar") == str(tmp_path / "a" / "b.tar")
+    assert source_address("https://me:secret@host/a.tar?token=1/2") == "https://host/a.tar"
+    assert source_address("pipe:cat a.tar") == "pipe:cat a.tar"
 
 
 def test_claims(tmp_path: Path) -> None:
