@@ -14,7 +14,7 @@ import json
 import os
 import tarfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -146,9 +146,13 @@ class ShardWriter:
     of their own, so that the bytes depend on the samples alone.
     """
 
-    def __init__(self, path: str | Path, geometry: CodeGeometry) -> None:
+    def __init__(
+        self, path: str | Path, geometry: CodeGeometry, still_wanted: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Write to `path`; if not `still_wanted` at the end, that is left alone and `entry` stays None."""
         self.path = Path(path)
         self.geometry = geometry
+        self.still_wanted = still_wanted
         self.entry: ShardEntry | None = None
         self._temporary = temporary_name(self.path)
         self._samples = self._images = 0
@@ -181,8 +185,10 @@ class ShardWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            self.entry = ShardEntry(file_sha256(self._temporary), self._samples, self._images)
-            os.replace(self._temporary, self.path)
+            entry = ShardEntry(file_sha256(self._temporary), self._samples, self._images)
+            if self.still_wanted():
+                os.replace(self._temporary, self.path)
+                self.entry = entry
         finally:
             self._file.close()
             self._temporary.unlink(missing_ok=True)

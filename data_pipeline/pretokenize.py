@@ -9,7 +9,6 @@ finished by running the same command again, and gives the same bytes.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import os
@@ -32,7 +31,7 @@ from data_pipeline.code_shards import (
 )
 from data_pipeline.errors import DatasetError
 from data_pipeline.pretokenize_plan import plan_lines
-from data_pipeline.shard_claims import Claims
+from data_pipeline.shard_claims import Claims, link_once
 from data_pipeline.shard_sources import expand_inputs, is_elsewhere, source_address
 from data_pipeline.shard_tokenizer import Rejection, Settings, ShardTokenizer
 
@@ -209,9 +208,10 @@ class _Run:
         own = temporary_name(path)
         plan = {**self.description, "settings": self.settings, "shards": self.sources}
         write_atomically(own, json.dumps(plan, indent=2))
-        with contextlib.suppress(FileExistsError):
-            os.link(own, path)  # the first worker's plan stands
-        own.unlink()
+        try:
+            link_once(own, path)  # the first worker's plan stands
+        finally:
+            own.unlink()
         self.check_plan()
 
     def check_plan(self) -> None:
@@ -255,23 +255,25 @@ class _Run:
         started = time.monotonic()
         path = self.output / name
         rejected: list[Rejection] = []
-        with ShardWriter(path, self.tokenizer.geometry) as writer:
-            prefix = f"{path.stem}/" if self.tokenizer.settings.prefix_keys else ""
-            for item in self.tokenizer(self.plan[name], prefix):
-                if isinstance(item, CodeSample):
-                    writer.write(item)
-                    self.images += len(item.codes)
-                else:
-                    rejected.append(item)
-                now = time.monotonic()
-                if now - self._reported > _REPORT_SECONDS:
-                    self._reported = now
-                    rate = self.images / (self.seconds + now - started)
-                    self.report(f"{name}: {self.images} images by this worker, {rate:.1f} images/s")
+        try:
+            with ShardWriter(path, self.tokenizer.geometry, claims.still_held) as writer:
+                prefix = f"{path.stem}/" if self.tokenizer.settings.prefix_keys else ""
+                for item in self.tokenizer(self.plan[name], prefix):
+                    if isinstance(item, CodeSample):
+                        writer.write(item)
+                        self.images += len(item.codes)
+                    else:
+                        rejected.append(item)
+                    self._report_progress(name, started)
+        except OSError:
+            if claims.still_held():
+                raise
+            return  # taken for dead: whoever has the claim now has removed the temporary file
         entry = writer.entry
-        assert entry is not None
+        if entry is None:  # the claim is lost
+            return
         if not entry.samples:
-            path.unlink()
+            path.unlink(missing_ok=True)
             entry.sha256 = ""
         entry.rejected, entry.samples_in = len(rejected), entry.samples + len(rejected)
         entry.source = self.sources[name]
@@ -280,6 +282,13 @@ class _Run:
         if claims.still_held():
             write_atomically(self._result_path(name), json.dumps(asdict(_ShardResult(entry, rejected))))
             self._report_shard(name, entry)
+
+    def _report_progress(self, name: str, started: float) -> None:
+        now = time.monotonic()
+        if now - self._reported > _REPORT_SECONDS:
+            self._reported = now
+            rate = self.images / (self.seconds + now - started)
+            self.report(f"{name}: {self.images} images by this worker, {rate:.1f} images/s")
 
     def _report_shard(self, name: str, entry: ShardEntry) -> None:
         done = sum(self.has_result(other) for other in self.plan)

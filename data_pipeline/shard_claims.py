@@ -8,6 +8,7 @@ cannot be seen because it ran on another, once it was not touched for a while.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -16,7 +17,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import DatasetError
+
 _TOUCHES_PER_TIMEOUT = 10
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def _process_start(pid: int) -> str | None:
@@ -40,6 +44,28 @@ def _identity() -> dict[str, Any]:
     return {"place": place, "pid": pid, "start": _process_start(pid), "id": uuid.uuid4().hex}
 
 
+def link_once(own: Path, path: Path) -> bool:
+    """Give the file `own` the name `path` too; False if another file has it.
+
+    Raises:
+        DatasetError: The file system has no hard links.
+    """
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samefile(own, path)  # made, but the network file system's answer was lost
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        raise DatasetError(
+            f"{path.parent}: its file system makes no hard links ({error.strerror}), by which workers agree "
+            "on who does what; write to a local disk or another shared file system, and copy the result"
+        ) from error
+    return True
+
+
 class Claims:
     """The claims of one worker in a folder; it holds at most one at a time."""
 
@@ -60,7 +86,7 @@ class Claims:
         own = self.folder / f".{name}.{self._me['id']}"
         own.write_text(json.dumps(self._me))
         try:
-            if not self._link(own, path) and not (self._clear_if_void(path, own) and self._link(own, path)):
+            if not link_once(own, path) and not (self._clear_if_void(path, own) and link_once(own, path)):
                 return False
         finally:
             own.unlink()
@@ -82,14 +108,6 @@ class Claims:
         self.release()
         self._stop.set()
         self._thread.join()
-
-    @staticmethod
-    def _link(own: Path, path: Path) -> bool:
-        try:
-            os.link(own, path)
-        except FileExistsError:
-            return False
-        return True
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:
@@ -117,7 +135,7 @@ class Claims:
         except FileNotFoundError:
             return True
         if self._read(moved) != owner:  # somebody was faster and this is already their claim
-            self._link(moved, path)
+            link_once(moved, path)
         moved.unlink()
         return True
 

@@ -540,6 +540,64 @@ def test_claims(tmp_path: Path) -> None:
     assert Counter(name.startswith(".") for name in names)[True] == 0
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_worker_that_was_taken_for_dead_leaves_the_shard_alone(
+    tmp_path: Path, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    """It sleeps over its first images; meanwhile its claim is taken, and its temporary file or its work."""
+    inputs, keys, expected = undisturbed
+    encode, tars = StandInTokenizer.encode, dict[str, int]()
+
+    def slow(tokenizer: StandInTokenizer, images: torch.Tensor) -> torch.Tensor:
+        monkeypatch.setattr(StandInTokenizer, "encode", encode)
+        (claim,), (own,) = tmp_path.glob(".pretokenize/claims/*.claim"), tmp_path.glob(".*.tmp")
+        claim.unlink()
+        kept = own.read_bytes()
+        own.unlink()
+        if finished:
+            run(inputs, tmp_path)
+            own.write_bytes(kept)
+            tars.update(
+                {path: at for path, at in everything_below(tmp_path).items() if path.endswith(".tar")}
+            )
+        return encode(tokenizer, images)
+
+    monkeypatch.setattr(StandInTokenizer, "encode", slow)
+    run(inputs, tmp_path)
+    assert contents(tmp_path) == expected
+    check_complete(tmp_path, keys)
+    assert len(tars) == 4 * finished and tars.items() <= everything_below(tmp_path).items()
+
+
+def test_a_link_whose_answer_was_lost_is_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS repeats a request whose answer was lost, and then finds the link that it has made itself."""
+    first, second = Claims(tmp_path), Claims(tmp_path)
+    link = os.link
+
+    def lossy(source: Path, target: Path) -> None:
+        link(source, target)
+        raise FileExistsError(errno.EEXIST, "File exists", str(target))
+
+    with monkeypatch.context() as lost:
+        lost.setattr(os, "link", lossy)
+        assert first.acquire("s") and first.still_held()
+    assert not second.acquire("s")
+    first.close()
+    second.close()
+
+
+def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    write_inputs(tmp_path / "in", shards=1)
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(
+        DatasetError, match="makes no hard links .Operation not permitted.*; write to a local"
+    ):
+        run(tmp_path / "in", tmp_path / "out")
+
+
 def test_the_command_with_a_real_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
     from dualtoken.visual_tokenizer_config import preset_config
