@@ -9,6 +9,8 @@ finished by running the same command again, and gives the same bytes.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -155,6 +157,7 @@ class _Run:
     ) -> None:
         self.plan, self.tokenizer, self.world_size, self.report = plan, tokenizer, world_size, report
         self.output, self.work = output, output / WORK_FOLDER
+        self.keys = self.work / "keys"
         decoder = tokenizer.decoder
         self.description = {
             "fingerprint": tokenizer.visual_tokenizer.fingerprint(),
@@ -203,7 +206,7 @@ class _Run:
 
     def agree_on_plan(self) -> None:
         """Write down what is to be done, or check that the run under way in the folder is this one."""
-        self.work.mkdir(parents=True, exist_ok=True)
+        self.keys.mkdir(parents=True, exist_ok=True)
         path = self.work / "plan.json"
         own = temporary_name(path)
         plan = {**self.description, "settings": self.settings, "shards": self.sources}
@@ -255,11 +258,16 @@ class _Run:
         started = time.monotonic()
         path = self.output / name
         rejected: list[Rejection] = []
+        first = last = ""
         try:
             with ShardWriter(path, self.tokenizer.geometry, claims.still_held) as writer:
                 prefix = f"{path.stem}/" if self.tokenizer.settings.prefix_keys else ""
                 for item in self.tokenizer(self.plan[name], prefix):
                     if isinstance(item, CodeSample):
+                        if not first:
+                            first = item.key
+                            self._check_key(first, name)
+                        last = item.key
                         writer.write(item)
                         self.images += len(item.codes)
                     else:
@@ -279,9 +287,32 @@ class _Run:
         entry.source = self.sources[name]
         self.seconds += time.monotonic() - started
         self.shards += 1
+        for key in {first, last} if entry.samples else ():
+            self._note_key(key, name)
         if claims.still_held():
             write_atomically(self._result_path(name), json.dumps(asdict(_ShardResult(entry, rejected))))
             self._report_shard(name, entry)
+
+    # Whether all keys are unique is seen only in the index, at the end. Where they repeat from shard to
+    # shard, the first or last one mostly does: those of finished shards are kept, in a file each.
+
+    def _key_path(self, key: str) -> Path:
+        return self.keys / hashlib.sha256(key.encode()).hexdigest()
+
+    def _check_key(self, key: str, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if (other := self._key_path(key).read_text()) != name:
+                raise DatasetError(
+                    f"{self.output}: key {key} occurs more than once, in {other} and {name}; keys must be "
+                    "unique in a data set: use --prefix-keys and another output folder"
+                )
+
+    def _note_key(self, key: str, name: str) -> None:
+        own = temporary_name(self._key_path(key))
+        own.write_text(name)
+        link_once(own, self._key_path(key))
+        own.unlink()
+        self._check_key(key, name)
 
     def _report_progress(self, name: str, started: float) -> None:
         now = time.monotonic()

@@ -28,6 +28,7 @@ class ShardCount:
     """Bytes up to the end of the last file."""
     samples: int = 0
     images: int = 0
+    first_key: str = ""
     trouble: str = ""
     """Why it cannot be read to its end."""
 
@@ -75,6 +76,15 @@ def plan_lines(
     for name, count in counts.items():
         if count.trouble:
             yield f"input: {plan[name]} {count.trouble}"
+    begins: dict[str, str] = {}
+    for name, count in counts.items():
+        other = begins.setdefault(count.first_key, name)
+        if count.first_key and other != name and not tokenizer.settings.prefix_keys:
+            yield (
+                f"input: {plan[other]} and {plan[name]} both begin with key {count.first_key}; "
+                "keys must be unique in a data set: use --prefix-keys"
+            )
+            break
     left = {name for name in plan if name not in done}
     images_left = sum(counts[name].images for name in counts if name in left)
     if origin:
@@ -136,6 +146,7 @@ def count_shard(url: str) -> ShardCount:
                     count.samples += split[0] != key
                     count.images += is_image_part(split[1])
                     key = split[0]
+                    count.first_key = count.first_key or key
                 skip(stream, member.size)
                 count.size = member.data_offset + member.size
     except (TarError, OSError, EOFError) as error:

@@ -496,6 +496,29 @@ def test_keys_that_repeat_from_shard_to_shard(tmp_path: Path) -> None:
     assert keys == ["000000-s/k", "000001-s/k"]
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_repeated_keys_are_told_early(tmp_path: Path, place: int) -> None:
+    """Of the first key before a second shard is encoded, of the last one after it."""
+    inputs, tokenizer = tmp_path / "in", StandInTokenizer()
+    inputs.mkdir()
+    for name in "abcd":
+        keys = [f"{name}{index}" for index in range(6)]
+        keys[place] = "same"
+        members = [[(f"{key}.png", picture(3)), (f"{key}.txt", b"text")] for key in keys]
+        write_tar(inputs / f"{name}.tar", sum(members, []))
+    decoder = build_image_decoder(SIZE, "pil")
+    what = ([str(inputs)], tokenizer, decoder, tmp_path / "out", Settings(batch_size=2))
+    message = r"key same occurs more than once, in a\.tar and b\.tar; .*: use --prefix-keys and another"
+    for most in (8 if place == 0 else 12, 20):
+        with pytest.raises(DatasetError, match=message):
+            pretokenize(*what)
+        assert tokenizer.images <= most  # started again, it does not go past the place either
+    if place == 0:
+        lines: list[str] = []
+        dry_run(*what[:3], tmp_path / "other", Settings(batch_size=2), report=lines.append)
+        assert re.search(r"/a\.tar and .*/b\.tar both begin with key same; .*--prefix-keys", lines[1])
+
+
 def test_inputs(tmp_path: Path) -> None:
     for name in ("a-00.tar", "a-01.tar", "b.tar"):
         write_tar(tmp_path / name, [])
