@@ -13,7 +13,7 @@ from data_pipeline.code_shards import CodeSample, encode_sample
 from data_pipeline.errors import DatasetError
 from data_pipeline.shard_sources import is_elsewhere, is_image_part, open_shard
 from data_pipeline.shard_tokenizer import ShardTokenizer
-from data_pipeline.tar_members import BLOCK, TarError, iterate_members, skip, split_name
+from data_pipeline.tar_members import BLOCK, DAMAGED_GZIP, TarError, iterate_members, skip, split_name
 
 MOST_COUNTED = 64
 _MOST_COUNTED_REMOTE = 2  # every byte of a remote shard may have to come over the network
@@ -149,7 +149,7 @@ def count_shard(url: str) -> ShardCount:
                     count.first_key = count.first_key or key
                 skip(stream, member.size)
                 count.size = member.data_offset + member.size
-    except (TarError, OSError, EOFError) as error:
+    except (TarError, OSError, *DAMAGED_GZIP) as error:
         count.trouble = f"cannot be read {'further' if count.samples else 'at all'}: {error}"
     return count
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import json
 import os
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from data_pipeline.remote_files import is_remote, stream_remote
 from data_pipeline.tar_members import iterate_samples
 
 _PIPE = "pipe:"
+_GZIP = b"\x1f\x8b"
 _DOCUMENT_FIELDS = {"parts", "texts", "text_list"}
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff"})
 
@@ -184,11 +187,9 @@ def open_shard(url: str) -> IO[bytes]:
     Raises:
         OSError: It cannot be opened, an address also after some tries.
     """
-    stream: Any
+    stream: IO[bytes]
     if url.startswith(_PIPE):
-        from webdataset import gopen
-
-        stream = gopen(url)
+        stream = io.BufferedReader(_Command(url.removeprefix(_PIPE)))
     elif is_remote(url):
         try:
             stream = stream_remote(url)
@@ -196,7 +197,32 @@ def open_shard(url: str) -> IO[bytes]:
             raise OSError(str(error)) from error
     else:
         stream = open(url, "rb")
-    return gzip.open(stream) if url.endswith((".tgz", ".tar.gz")) else stream  # type: ignore[return-value]
+    zipped = stream.peek(2)[:2] == _GZIP  # type: ignore[attr-defined]
+    return gzip.open(stream) if zipped else stream  # type: ignore[return-value]
+
+
+class _Command(io.RawIOBase):
+    """The output of a shell command; one that fails is an OSError and no early end."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+        self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        assert self._process.stdout is not None
+        count = self._process.stdout.readinto(buffer)  # type: ignore[attr-defined]
+        if not count and (code := self._process.wait()):
+            raise OSError(f"`{self._command}` ended with exit code {code}")
+        return count
+
+    def close(self) -> None:
+        if not self.closed and self._process.stdout is not None:
+            self._process.stdout.close()
+            self._process.wait()
+        super().close()
 
 
 def expand_inputs(inputs: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ _READ_AT_A_TIME = 1 << 20
 _CHECKSUM = re.compile(rb" *[0-7]+[ \0]*")
 # A sample is what lies before the first dot of the last path component, as in WebDataset and Energon.
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_PAX_LENGTH = re.compile(rb"([0-9]{1,15}) ")
 _META = re.compile(r"__[^/]*__($|/)")
 
 DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
@@ -123,11 +124,14 @@ def _long_name(content: bytes, kind: bytes) -> str | None:
     if kind == b"L":
         return content.rstrip(b"\0").decode("utf-8", "surrogateescape")
     while content:
-        length, _, rest = content.partition(b" ")
-        key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
+        match = _PAX_LENGTH.match(content)
+        length = int(match[1]) if match else 0
+        if match is None or not match.end() < length <= len(content):
+            raise TarError(f"damaged pax header: {content[:20]!r} where a length should be")
+        key, _, value = content[match.end() : length - 1].partition(b"=")
         if key == b"path":
             return value.decode("utf-8", "surrogateescape")
-        content = content[int(length) :]
+        content = content[length:]
     return None
 
 

@@ -1,6 +1,7 @@
 """Pretokenization: every sample in the output or rejected, same bytes after any kill, no shard done twice."""
 
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -27,9 +29,9 @@ from data_pipeline.errors import DatasetError
 from data_pipeline.image_decoding import build_image_decoder
 from data_pipeline.pretokenize import dry_run, main, pretokenize
 from data_pipeline.shard_claims import Claims
-from data_pipeline.shard_sources import expand_inputs, source_address
+from data_pipeline.shard_sources import expand_inputs, read_shard, source_address
 from data_pipeline.shard_tokenizer import Settings
-from data_pipeline.tar_members import locate_samples
+from data_pipeline.tar_members import TarError, iterate_samples, locate_samples
 from tests.command import call
 from tests.test_streams import write_tar
 
@@ -443,10 +445,64 @@ def test_names_and_texts_that_are_no_unicode_are_rejected(tmp_path: Path) -> Non
     assert "not in UTF-8" in reasons[latin] and reasons[f"{latin}2"] == "no caption"
 
 
-class BreakingFile(io.FileIO):
+def test_gzip_is_known_by_its_content(tmp_path: Path) -> None:
+    write_inputs(tmp_path / "in", shards=1)
+    whole = (tmp_path / "in" / "in-000.tar").read_bytes()
+    zipped = gzip.compress(whole, mtime=0)
+    (tmp_path / "in" / "in-000.tar").write_bytes(zipped)
+    expected = [key for key, _ in iterate_samples(io.BytesIO(whole))]
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/zipped/x.tgz?token=1", zipped)
+    path = tmp_path / "in" / "in-000.tar"
+    for url in (str(path), "memory://zipped/x.tgz?token=1", f"pipe:cat {path}", f"pipe:gzip -dc {path}"):
+        assert [key for key, _ in read_shard(url)] == expected
+    manifest = run(tmp_path / "in", tmp_path / "out")
+    assert manifest.samples_in == len(expected)
+
+
+def test_a_damaged_gzip_or_pax_header_is_a_damaged_shard(tmp_path: Path) -> None:
+    write_inputs(tmp_path / "in", shards=2)
+    first, second = (tmp_path / "in" / f"in-{shard:03d}.tar" for shard in range(2))
+    whole, zipper = first.read_bytes(), zlib.compressobj(wbits=31)
+    zipped = zipper.compress(whole[: len(whole) // 2]) + zipper.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 99
+    with pytest.raises(zlib.error):
+        gzip.decompress(zipped)
+    first.write_bytes(zipped)
+    name = "ä" * 30
+    write_tar(second, [("k.png", picture(1)), ("k.txt", b"k"), (f"{name}.png", b""), (f"{name}.txt", b"")])
+    whole = second.read_bytes()
+    second.write_bytes(re.sub(rb"[0-9]([0-9] path=)", rb"x\1", whole))
+    assert second.read_bytes() != whole
+    run(tmp_path / "in", tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").open()]
+    damaged = {line["shard"]: line["reason"] for line in lines if "the shard" in line["reason"]}
+    assert damaged.keys() == {first.name, second.name}
+    assert "cannot be read further: Error -3 while decompressing" in damaged[first.name]
+    assert "cannot be read further: damaged pax header: b'x" in damaged[second.name]
+    output: list[str] = []
+    what = ([str(tmp_path / "in")], StandInTokenizer(), build_image_decoder(SIZE, "pil"), tmp_path / "other")
+    dry_run(*what, report=output.append)
+    assert "in-000.tar cannot be read further: Error -3" in output[1] and "damaged pax" in output[2]
+
+
+def test_a_command_that_fails_is_no_end_of_a_shard(tmp_path: Path) -> None:
+    write_inputs(tmp_path, shards=1)
+    path = tmp_path / "in-000.tar"
+    half = f"head -c {path.stat().st_size // 2} {path}"
+    with pytest.raises(OSError, match="`head .* exit 3` ended with exit code 3"):
+        list(read_shard(f"pipe:{half}; exit 3"))
+    with pytest.raises(TarError, match="truncated"):
+        list(read_shard(f"pipe:{half}"))
+
+
+class BreakingFile(io.BufferedReader):
     """A file of which the second half cannot be read, as on a failing network file system."""
 
-    def read(self, size: int = -1) -> bytes:
+    def __init__(self, path: str) -> None:
+        super().__init__(io.FileIO(path))
+
+    def read(self, size: int | None = -1) -> bytes:
+        assert size is not None
         if self.tell() + size > os.fstat(self.fileno()).st_size // 2:
             raise OSError(errno.EIO, "Input/output error")
         return super().read(size)
