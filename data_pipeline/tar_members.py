@@ -1,7 +1,7 @@
 """The files in a tar and the samples they form, strictly: what ends early or is no tar is never passed over.
 
 `tarfile` takes a header that is cut off for the end of the archive, so that samples can be lost in silence;
-here a tar ends with the empty block that says so.
+here a tar ends with the empty block that says so, and what follows that is a tar as well.
 """
 
 from __future__ import annotations
@@ -61,14 +61,21 @@ def iterate_members(stream: IO[bytes], fragment: bool = False) -> Iterator[Membe
     """
     at = start = 0
     name: str | None = None
+    ended = False
     while True:
         header = stream.read(BLOCK)
-        if header == _EMPTY or (fragment and not header):
+        if not header and (fragment or ended):
             return
-        if len(header) < BLOCK:
+        if header == _EMPTY[: len(header)] and (ended or len(header) == BLOCK):
+            # Up to the end of the file there may be more of them, or another tar, as `tar -i` reads it.
+            ended = True
+            at = start = at + len(header)
+            continue
+        if len(header) < BLOCK and not ended:
             raise TarError("truncated: it ends without the empty block that a tar ends with")
         if not _CHECKSUM.fullmatch(header[148:156]) or _checksum(header) != _number(header[148:156]):
-            raise TarError(f"no tar header at byte {at}")
+            raise TarError(f"{'data after the end of the tar' if ended else 'no tar header'} at byte {at}")
+        ended = False
         size, kind = _number(header[124:136]), header[156:157]
         at += BLOCK
         padding = -size % BLOCK

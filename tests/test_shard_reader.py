@@ -72,6 +72,38 @@ def test_a_stretch_that_ends_early_is_noticed() -> None:
     assert [key for key, _ in iterate_samples(io.BytesIO(whole[:3072]), fragment=True)] == ["a"]
 
 
+def packed(*keys: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for key in keys:
+            info = tarfile.TarInfo(f"{key}.txt")
+            info.size = 600
+            tar.addfile(info, io.BytesIO(key.encode() * 600))
+    return buffer.getvalue()
+
+
+def test_tars_one_after_another_are_read_to_the_end(tmp_path: Path) -> None:
+    joined = packed("a", "b") + packed("c") + bytes(100)
+    found = dict(iterate_samples(io.BytesIO(joined)))
+    assert found == {key: {"txt": key.encode() * 600} for key in "abc"}
+    assert [place.key for place in locate_samples(io.BytesIO(joined))[0]] == list("abc")
+    (tmp_path / "a.tar").write_bytes(joined)
+    prepare_dataset(tmp_path)
+    shard = ShardInfo(name="a.tar", path=EPath(tmp_path / "a.tar"), count=3)
+    reader = LocalShardReader([shard])
+    assert [reader[index] and reader[index]["parts"]["txt"][:1] for index in range(3)] == [b"a", b"b", b"c"]
+    given = []
+    with pytest.raises(TarError, match=r"^data after the end of the tar at byte 10240$") as caught:
+        given += [key for key, _ in iterate_samples(io.BytesIO(packed("a", "b") + b"<html>" * 100))]
+    assert caught.value.unfinished == ("b", {"txt": b"b" * 600})
+    with pytest.raises(TarError, match="data after the end of the tar"):
+        list(iterate_samples(io.BytesIO(packed("a") + b"junk")))
+    with pytest.raises(TarError, match="truncated: it ends inside a file"):
+        locate_samples(io.BytesIO((packed("a") + packed("b"))[: 10240 + 700]))
+    with pytest.raises(TarError, match="truncated: it ends without the empty block"):
+        list(iterate_samples(io.BytesIO((packed("a") + packed("b"))[: 10240 + 1536])))
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> list[ShardInfo]:
     write_tar(tmp_path / "a.tar", [("x/k0.png", b"0"), ("x/k0.json", b"{}"), ("k1.0.png", b"1" * 700)])
