@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -370,10 +371,15 @@ def _checked_plan(inputs: Sequence[str], output: str | Path) -> dict[str, str]:
 def plan_outputs(shards: Sequence[str]) -> dict[str, str]:
     """Return name of the output shard -> input shard; names that repeat get the number of their shard."""
     names = [Path(source_address(shard)).name.partition(".")[0] for shard in shards]
-    return {
-        f"{name if names.count(name) == 1 else f'{index:06d}-{name}'}.tar": shard
-        for index, (name, shard) in enumerate(zip(names, shards))
-    }
+    counts = Counter(names)
+    plan: dict[str, str] = {}
+    for index, (name, shard) in enumerate(zip(names, shards)):
+        repeated = counts[name] > 1
+        while repeated:
+            name = f"{index:06d}-{name}"
+            repeated = name in counts  # a shard may have been called so
+        plan[f"{name}.tar"] = shard
+    return plan
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -27,7 +27,7 @@ from PIL import Image
 from data_pipeline.code_shards import DatasetManifest, iterate_shard, verify_dataset
 from data_pipeline.errors import DatasetError
 from data_pipeline.image_decoding import build_image_decoder
-from data_pipeline.pretokenize import dry_run, main, pretokenize
+from data_pipeline.pretokenize import dry_run, main, plan_outputs, pretokenize
 from data_pipeline.shard_claims import Claims
 from data_pipeline.shard_sources import expand_inputs, read_shard, source_address
 from data_pipeline.shard_tokenizer import Settings
@@ -550,6 +550,16 @@ def test_keys_that_repeat_from_shard_to_shard(tmp_path: Path) -> None:
     assert list(manifest.shards) == ["000000-s.tar", "000001-s.tar"]
     keys = [sample.key for name in manifest.shards for sample in iterate_shard(tmp_path / "out2" / name)]
     assert keys == ["000000-s/k", "000001-s/k"]
+
+
+def test_each_shard_has_an_output_of_its_own() -> None:
+    names = [
+        *["a/s.tar", "b/s.tar", "c/000000-s.tar", "d/000001-s.tar", "e/000001-s.tar", "f/x.tar"],
+        *["https://host/y.tgz?at=1/z.tar"],
+    ]
+    plan = plan_outputs(names)
+    assert list(plan.values()) == names
+    assert list(plan)[2] == "000000-s.tar" and list(plan)[-2:] == ["x.tar", "y.tar"]
 
 
 @pytest.mark.parametrize("place", [0, -1])
