@@ -61,9 +61,15 @@ def read_header(data: bytes, max_pixels: int) -> ImageHeader:
 def _jpeg(data: bytes) -> ImageHeader:
     position = 2
     while position + 4 <= len(data):
-        if data[position] != 0xFF:
-            raise BadImageError("damaged JPEG: no marker where one should be")
+        if data[position] != 0xFF:  # stray bytes before a marker, which libjpeg passes over
+            position = data.find(0xFF, position)
+            if position < 0:
+                break
+            continue
         marker = data[position + 1]
+        if marker == 0:  # no marker but a stray 0xFF
+            position += 2
+            continue
         if marker == 0xFF:  # fill byte
             position += 1
             continue

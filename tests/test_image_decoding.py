@@ -243,6 +243,20 @@ def test_header_tells_the_size(photograph, format, options):
         assert (header.format, header.width, header.height) == (format, *size)
 
 
+@pytest.mark.parametrize("stray", [b"\0", b"abc", b"\xff\0", b"\xff\0\0", b"\xff\xff"])
+def test_stray_bytes_before_a_marker_are_passed_over_as_by_libjpeg(photograph, stray):
+    data = encode(photograph, "JPEG")
+    at = data.index(b"\xff\xdb")
+    odd = data[:at] + stray + data[at:]
+    header = read_header(odd, 1 << 20)
+    assert (header.width, header.height) == photograph.size
+    for backend in ("pil", "torchvision"):
+        decoded = build_image_decoder(SIZE, backend)([data, odd])
+        assert decoded.kept == [0, 1] and torch.equal(*decoded.images)
+    with pytest.raises(BadImageError, match="no size in its header"):
+        read_header(data[:at] + b"no marker at all", 1 << 20)
+
+
 def test_header_marks_what_fast_decoders_get_wrong(pictures):
     special = {name for name, data in pictures.items() if read_header(data, 1 << 30).special}
     assert special == {
