@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -44,7 +44,8 @@ WORK_FOLDER = ".pretokenize"
 REJECTED = "rejected.jsonl"
 _FINISH = "finish"
 _REPORT_SECONDS = 10.0
-_WAIT_SECONDS = 0.2
+_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.2, 5.0
+_LOOK_SECONDS = 5.0
 
 
 @dataclass
@@ -97,12 +98,16 @@ def pretokenize(
         claims = Claims(run.work / "claims", claim_timeout)
         names = list(run.plan)
         start = len(names) * rank // world_size
+        left = deque(names[start:] + names[:start])
+        wait = _WAIT_SECONDS
         while not run.is_finished():
-            missing = [name for name in names[start:] + names[:start] if not run.has_result(name)]
-            claimed = next((name for name in missing or [_FINISH] if claims.acquire(name)), None)
+            claimed = run.claim_next(left, claims)
             if claimed is None:
-                time.sleep(_WAIT_SECONDS)  # the others are at it; should one die, its claim becomes void
-            elif run.is_finished():
+                time.sleep(wait)  # the others are at it; should one die, its claim becomes void
+                wait = min(1.5 * wait, _LONGEST_WAIT_SECONDS)
+                continue
+            wait = _WAIT_SECONDS
+            if run.is_finished():
                 pass  # meanwhile: its results were removed, not missing
             elif claimed == _FINISH:
                 run.finish()
@@ -139,7 +144,8 @@ def dry_run(
     if run.is_finished():
         run.finished_before()
     run.check_plan()
-    done = {name for name in run.plan if run.is_finished() or run.has_result(name)}
+    run.look_for_results()
+    done = set(run.plan) if run.is_finished() else run.done
     for line in plan_lines(run.plan, done, tokenizer, workers):
         report(line)
     report("dry run: nothing was written")
@@ -171,6 +177,9 @@ class _Run:
             **asdict(tokenizer.settings),
         }
         self.sources = {name: source_address(shard) for name, shard in plan.items()}
+        self.done: set[str] = set()
+        """Shards known to have a result; a result stays, so that they need not be looked up again."""
+        self._looked = 0.0
         self.shards = self.images = 0
         self.seconds, self._reported = 0.0, time.monotonic()
 
@@ -252,7 +261,34 @@ class _Run:
 
     def has_result(self, name: str) -> bool:
         """Whether a shard is done."""
-        return self._result_path(name).is_file()
+        if name not in self.done and self._result_path(name).is_file():
+            self.done.add(name)
+        return name in self.done
+
+    def look_for_results(self) -> None:
+        """Note which shards are done, now and then: one look at the folder in place of one at each shard."""
+        if self._looked and time.monotonic() - self._looked < _LOOK_SECONDS:
+            return
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.work) as entries:
+            found = {
+                entry.name.removesuffix(".json") for entry in entries if entry.name.endswith(".tar.json")
+            }
+            self.done |= found & self.plan.keys()
+        self._looked = time.monotonic()
+
+    def claim_next(self, left: deque[str], claims: Claims) -> str | None:
+        """Claim a shard of `left` or, once all are done, the end of the run; None if others hold the rest.
+
+        What is done is removed from `left`, what others are at goes to its end.
+        """
+        self.look_for_results()
+        for _ in range(len(left)):
+            name = left.popleft()
+            if not self.has_result(name):
+                left.append(name)
+                if claims.acquire(name):
+                    return name
+        return _FINISH if not left and claims.acquire(_FINISH) else None
 
     def tokenize_shard(self, name: str, claims: Claims) -> None:
         """Make one output shard and its result; given up if the claim is lost on the way."""
@@ -292,6 +328,7 @@ class _Run:
             self._note_key(key, name)
         if claims.still_held():
             write_atomically(self._result_path(name), json.dumps(asdict(_ShardResult(entry, rejected))))
+            self.done.add(name)
             self._report_shard(name, entry)
 
     # Whether all keys are unique is seen only in the index, at the end. Where they repeat from shard to
@@ -323,7 +360,8 @@ class _Run:
             self.report(f"{name}: {self.images} images by this worker, {rate:.1f} images/s")
 
     def _report_shard(self, name: str, entry: ShardEntry) -> None:
-        done = sum(self.has_result(other) for other in self.plan)
+        self.look_for_results()
+        done = len(self.done)
         left = len(self.plan) - done
         eta = left * self.seconds / self.shards / self.world_size
         ending = f", about {eta:.0f} s left" if left else ""

@@ -687,6 +687,25 @@ def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: 
         run(tmp_path / "in", tmp_path / "out")
 
 
+def test_results_are_looked_up_in_proportion_to_the_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look is a request where the folder is on a network file system."""
+    shards = 40
+    write_inputs(tmp_path / "in", shards=shards, samples=1, uncaptioned=lambda index: False)
+    stat, looks = os.stat, Counter[str]()
+
+    def counting(path: object, *arguments: object, **options: object) -> os.stat_result:
+        looks[Path(str(path)).name] += 1
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", counting)
+    lines: list[str] = []
+    run(tmp_path / "in", tmp_path / "out", report=lines.append)
+    assert 1 <= max(looks[f"in-{shard:03d}.tar.json"] for shard in range(shards)) <= 4
+    assert "; 40 of 40 shards, " in lines[-2]
+
+
 def test_the_command_with_a_real_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
     from dualtoken.visual_tokenizer_config import preset_config
