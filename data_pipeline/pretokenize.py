@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -461,6 +461,22 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def place_among_workers(environment: Mapping[str, str], local_rank: int = 0) -> tuple[int, int, int]:
+    """Return rank, number of workers and rank on this machine, as the launcher, array or `srun` says."""
+    if "RANK" in environment:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_ARRAY_TASK_ID" in environment:
+        names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "LOCAL_RANK")
+    elif "SLURM_PROCID" in environment:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, world_size, local = (
+        int(environment.get(name, default)) for name, default in zip(names, (0, 1, local_rank))
+    )
+    return rank % world_size, world_size, local
+
+
 def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> None:
     if not Path(options.visual_tokenizer).is_dir():
         raise DatasetError(
@@ -475,14 +491,11 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
     from data_pipeline.image_decoding import build_image_decoder
     from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
 
-    array = "SLURM_ARRAY_TASK_ID" in os.environ and "RANK" not in os.environ
-    rank, world_size = (
-        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}" if array else fallback, default))
-        for name, fallback, default in (("ID", "RANK", "0"), ("COUNT", "WORLD_SIZE", "1"))
-    )
+    rank, world_size, local_rank = place_among_workers(os.environ, options.local_rank)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", options.local_rank)))
+        # Slurm may show each task no device but its own.
+        device = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
     visual_tokenizer = DualTokenVisualTokenizer.from_pretrained(options.visual_tokenizer).to(device).eval()
     decoder = build_image_decoder(
         visual_tokenizer.config.image_size,
@@ -495,12 +508,12 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     what = (options.inputs, visual_tokenizer, decoder, options.output, settings)
     if options.dry_run:
-        if rank % world_size == 0:
+        if rank == 0:
             dry_run(*what, workers=options.workers or world_size, report=report)
         return
     pretokenize(
         *what,
-        rank=rank % world_size,
+        rank=rank,
         world_size=world_size,
         claim_timeout=options.claim_timeout,
         report=report,

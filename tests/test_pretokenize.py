@@ -27,7 +27,7 @@ from PIL import Image
 from data_pipeline.code_shards import DatasetManifest, iterate_shard, verify_dataset
 from data_pipeline.errors import DatasetError
 from data_pipeline.image_decoding import build_image_decoder
-from data_pipeline.pretokenize import dry_run, main, plan_outputs, pretokenize
+from data_pipeline.pretokenize import dry_run, main, place_among_workers, plan_outputs, pretokenize
 from data_pipeline.shard_claims import Claims
 from data_pipeline.shard_sources import expand_inputs, read_shard, source_address
 from data_pipeline.shard_tokenizer import Settings
@@ -734,6 +734,17 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytes
     assert main(["--inputs", str(tmp_path), "--visual-tokenizer", str(tmp_path), *output]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "no shard found" in lines[0]
+
+
+def test_the_place_among_the_workers() -> None:
+    srun = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+    array = {"SLURM_ARRAY_TASK_ID": "12", "SLURM_ARRAY_TASK_COUNT": "4"}
+    launcher = {"RANK": "3", "WORLD_SIZE": "6", "LOCAL_RANK": "2"}
+    assert place_among_workers({}) == (0, 1, 0)
+    assert place_among_workers({}, local_rank=3) == (0, 1, 3)
+    assert place_among_workers(srun) == (5, 8, 1)
+    assert place_among_workers({**srun, **array}) == (0, 4, 0)
+    assert place_among_workers({**srun, **array, **launcher}) == (3, 6, 2)
 
 
 def everything_below(folder: Path) -> dict[str, int]:
