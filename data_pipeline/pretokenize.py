@@ -1,9 +1,9 @@
 """Offline tokenization: image-text shards to dual-code shards, in parallel, resumable, nothing lost.
 
 Any number of workers run this on one output folder (under `deepspeed --module data_pipeline.pretokenize`,
-`torchrun`, Slurm arrays, or alone). Each claims input shards one by one and writes one output shard for each;
-the last to finish writes `rejected.jsonl`, the Energon index and `dataset.json`. A run that was killed is
-finished by running the same command again, and gives the same bytes.
+`torchrun`, `srun`, Slurm arrays, or alone). Each claims input shards one by one and writes one output shard
+for each; the last to finish writes `rejected.jsonl`, the Energon index and `dataset.json`. A run
+that was killed is finished by running the same command again, and gives the same bytes.
 """
 
 from __future__ import annotations
