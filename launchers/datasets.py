@@ -69,7 +69,8 @@ def show(folder: Path, key: str, visual_tokenizer: Path, output: Path) -> Iterat
         raise UserError(f"{folder} has no sample {key!r}; its keys look like {', '.join(examples)}")
     codes = torch.from_numpy(sample.codes.astype("int64")).to(tokenizer.device)
     targets = free_names(output, [f"{key}-{index}" for index in range(len(codes))])
-    for picture, target in zip(tokenizer.decode(codes).float().cpu(), targets, strict=True):
+    pictures = tokenizer.decode(codes).float().cpu() if targets else ()
+    for picture, target in zip(pictures, targets, strict=True):
         to_picture(picture).save(target)
     for part in sample.parts:
         learned = "learned" if part.get("loss", "text" in part) else "given"

@@ -2,10 +2,12 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.code_shards import CodeSample, DatasetManifest, ShardWriter
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer_config import preset_config
 from tests.command import call
@@ -62,6 +64,19 @@ def test_show(dualtoken, tmp_path):
     assert code == 2 and "no sample 'no-such'; its keys look like picture00" in errors[0]
     code, _, errors = dualtoken("show", "codes", "picture01", "--visual-tokenizer", "other")
     assert code == 2 and "pretokenize again" in errors[0]
+
+
+def test_show_of_a_sample_without_pictures(dualtoken, tmp_path):
+    codes = tmp_path / "codes"
+    manifest = DatasetManifest.load(codes)
+    with ShardWriter(codes / "text.tar", manifest.geometry) as writer:
+        writer.write(CodeSample("talk", np.zeros((0, *manifest.geometry.shape), "uint16"), [{"text": "hi"}]))
+    writer.entry.samples_in = 1
+    manifest.add("text.tar", writer.entry)
+    manifest.save(codes)
+    code, lines, errors = dualtoken("show", "codes", "talk", "--visual-tokenizer", "tokenizer")
+    assert (code, lines, errors) == (0, ["[learned] hi"], [])
+    assert not any((tmp_path / "shown").glob("*"))
 
 
 def test_stats(dualtoken):
