@@ -8,7 +8,6 @@ as they are: a `<|im_end|>` that a user typed stays ordinary characters.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,11 +94,11 @@ class _Parts:
         self.images += 1
 
 
-def _turns(conversation: Any, name: str, answered: bool) -> list[tuple[str, str]]:
-    """Check a conversation's form and return (role, text) per turn."""
+def _turns(conversation: Any, name: str, answered: bool) -> list[tuple[str, list[str]]]:
+    """Check a conversation's form and return per turn its role and its text, cut where images stand."""
     if not isinstance(conversation, list) or not conversation:
         raise ConversationError(f"{name}: conversations are {conversation!r:.60}, expected a list of turns")
-    turns: list[tuple[str, str]] = []
+    turns: list[tuple[str, list[str]]] = []
     for number, turn in enumerate(conversation, start=1):
         said = turn if isinstance(turn, dict) else {}
         role, text = said.get("from", said.get("role")), said.get("value", said.get("content"))
@@ -107,13 +106,13 @@ def _turns(conversation: Any, name: str, answered: bool) -> list[tuple[str, str]
             raise ConversationError(
                 f'{name}: turn {number} is {turn!r:.80}, expected {{"from": "human" or "gpt", "value": text}}'
             )
-        turns.append((_ROLES[role], text))
+        turns.append((_ROLES[role], [text] if said.get("words") is True else text.split(IMAGE_TAG)))
     spoken = turns[1:] if turns[0][0] == _SYSTEM else turns
-    for number, (role, text) in enumerate(spoken, start=1):
+    for number, (role, stretches) in enumerate(spoken, start=1):
         expected = _USER if number % 2 else _ASSISTANT
         if role != expected:
             raise ConversationError(f"{name}: turn {number} is the {role}'s, expected the {expected}'s")
-        if role == _ASSISTANT and not text.strip():
+        if role == _ASSISTANT and not IMAGE_TAG.join(stretches).strip():
             raise ConversationError(f"{name}: turn {number}, an answer, is empty")
     if answered and (not spoken or spoken[-1][0] != _ASSISTANT):
         raise ConversationError(
@@ -141,7 +140,8 @@ def conversation_parts(
     stands for the n-th image; one in a user's turn is read, one in an answer is generated.
 
     Args:
-        conversation: turns `{"from": "human" | "gpt" | "system", "value": text}` (`role` and `content` too).
+        conversation: turns `{"from": "human" | "gpt" | "system", "value": text}` (`role` and `content` too);
+            with `"words": true` an `<image>` in the text is what somebody wrote and stands for no image.
         num_images: how many images the sample has.
         template: `qwen`, `vicuna` (v1) or `plain` (LLaVA's captions: the user's words are left out), or one
             of your own.
@@ -159,27 +159,27 @@ def conversation_parts(
         raise ValueError(f"template is {template!r}, expected one of {', '.join(TEMPLATES)}")
     style = TEMPLATES[template] if isinstance(template, str) else template
     turns = _turns(conversation, name, answered)
-    tags = sum(text.count(IMAGE_TAG) for _, text in turns)
+    tags = sum(len(stretches) - 1 for _, stretches in turns)
     if tags != num_images:
         raise ConversationError(
             f"{name}: {tags} {IMAGE_TAG} tags for {num_images} images; every image needs one tag in the text"
         )
     parts = _Parts()
-    prompt = style.default_system if system is None else system
+    prompt, *more = (style.default_system if system is None else system).split(IMAGE_TAG)
     if turns[0][0] == _SYSTEM:
-        prompt = turns.pop(0)[1]
-    if IMAGE_TAG in prompt:
+        prompt, *more = turns.pop(0)[1]
+    if more:
         raise ConversationError(f"{name}: an {IMAGE_TAG} tag in the system turn")
     if style.system and prompt:
         before, after = style.system.split("{}")
         parts.text(before, loss=False, markup=True)
         parts.text(prompt, loss=False)
         parts.text(after, loss=False, markup=True)
-    for role, text in turns:
+    for role, stretches in turns:
         learned = role == _ASSISTANT
         before, after = style.assistant if learned else style.user
         parts.text(before, loss=False, markup=True)
-        _add_text_with_images(parts, text, learned, images_first, keep_text=learned or style.user_turns)
+        _add_text_with_images(parts, stretches, learned, images_first, keep_text=learned or style.user_turns)
         parts.text(after, loss=learned, markup=True)
         if learned:
             parts.text(style.after_assistant, loss=False, markup=True)
@@ -188,11 +188,13 @@ def conversation_parts(
     return parts.parts
 
 
-def _add_text_with_images(parts: _Parts, text: str, loss: bool, images_first: bool, keep_text: bool) -> None:
-    if images_first and IMAGE_TAG in text:
-        words = re.sub(rf"\s*{IMAGE_TAG}\s*", " ", text).strip()
-        text = f"{IMAGE_TAG}\n" * text.count(IMAGE_TAG) + words
-    for number, stretch in enumerate(text.split(IMAGE_TAG)):
+def _add_text_with_images(
+    parts: _Parts, stretches: list[str], loss: bool, images_first: bool, keep_text: bool
+) -> None:
+    if images_first and len(stretches) > 1:
+        words = " ".join(stretch.strip() for stretch in stretches).strip()
+        stretches = ["", *["\n"] * (len(stretches) - 2), f"\n{words}"]
+    for number, stretch in enumerate(stretches):
         if number:
             parts.image(loss)
         if keep_text:

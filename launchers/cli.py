@@ -450,12 +450,14 @@ def llava(
 
     Example: [bold]dualtoken import llava --json llava_v1_5_mix665k.json --images pictures --out shards[/]
     """
-    from data_pipeline.llava_import import REJECTED, import_llava
+    from data_pipeline.llava_import import REJECTED, TURNS_LEFT_OUT, import_llava
 
     made = import_llava(source, images, output, samples_per_shard)
     say(f"{output}: {made.samples} samples with {made.images} images in {made.shards} shards")
     if made.rejected:
         say(f"{made.rejected} samples left out; the reasons are in {output / REJECTED}")
+    if made.turns_left_out:
+        say(f"{made.turns_left_out} turns that LLaVA does not learn left out; {output / TURNS_LEFT_OUT}")
 
 
 convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints from and to other layouts.")

@@ -151,6 +151,18 @@ def test_a_template_of_ones_own():
     )
 
 
+@pytest.mark.parametrize("images_first", [False, True])
+def test_a_tag_may_be_words(images_first):
+    """Of a turn that says so; the tags of the others still have to match the images."""
+    asked = {"from": "human", "value": "What does <image> mean?", "words": True}
+    talk = [asked, {"from": "gpt", "value": "A picture."}, *LLAVA]
+    parts = conversation_parts(talk, 1, system="", images_first=images_first)
+    shown = written_out(parts)
+    assert "user\nWhat does <image> mean?<|im_end|>" in shown and "user\n<0>\nWhat is in" in shown
+    with pytest.raises(ConversationError, match="1 <image> tags for 0 images"):
+        conversation_parts(talk, 0)
+
+
 def test_a_system_turn_replaces_the_prompt():
     conversation = [{"from": "system", "value": "Be brief."}, *LLAVA]
     shown = written_out(conversation_parts(conversation, 1, system="ignored"))

@@ -1,5 +1,6 @@
 """docs/data.md: its examples, read from the page, through pretokenize and the document stream."""
 
+import errno
 import io
 import json
 import re
@@ -16,7 +17,7 @@ from PIL import Image
 from data_pipeline.code_shards import CodeGeometry, CodeSample, encode_sample, iterate_shard, verify_dataset
 from data_pipeline.llava_import import import_llava, iterate_records
 from data_pipeline.pretokenize import main
-from data_pipeline.shard_sources import is_image_part, read_shard
+from data_pipeline.shard_sources import is_image_part, read_sample, read_shard
 from data_pipeline.streams import BlendEntry, DatasetError, document_loader, prepare_dataset
 from data_pipeline.tar_members import split_name
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
@@ -230,14 +231,63 @@ def test_llava_with_lines_lists_of_pictures_and_mistakes(tmp_path: Path) -> None
         import_llava(source, images, tmp_path / "out")
 
 
+def talk(*values: str) -> list[dict[str, str]]:
+    """Turns by human and gpt in turn."""
+    return [{"from": ("human", "gpt")[n % 2], "value": value} for n, value in enumerate(values)]
+
+
+def test_llava_turns_that_are_not_learned(tmp_path: Path) -> None:
+    source, images = llava_files(tmp_path), tmp_path / "pictures"
+    picture_of = {"image": "coco/0001.jpg"}
+    records = [
+        {"id": "words", "conversations": talk("Write <image> in HTML.", "<img>")},
+        {"id": "gpt first", "conversations": [{"from": "gpt", "value": "Welcome"}, *talk("Hi", "Hello")]},
+        {"id": "empty", **picture_of, "conversations": talk("<image>\nWhat?", " ", "Colour?", "Red.")},
+        {"id": "all empty", **picture_of, "conversations": talk("<image>\nWhat?", "")},
+        {"id": "no place", **picture_of, "conversations": talk("Hi", "Hello", "<image>\nWhat?", "")},
+    ]
+    source.write_text(json.dumps(records))
+    made = import_llava(source, images, tmp_path / "out")
+    assert (made.samples, made.rejected, made.turns_left_out) == (3, 2, 3)
+    reasons = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").open()]
+    assert [(line["id"], line["reason"]) for line in reasons] == [
+        ("all empty", "no answer to learn"), ("no place", "no answer to learn"),
+    ]  # fmt: skip
+    left_out = [json.loads(line) for line in (tmp_path / "out" / "turns_left_out.jsonl").open()]
+    assert [[turn["value"] for turn in line["turns"]] for line in left_out] == [
+        ["Welcome"], ["<image>\nWhat?", " "],
+    ]  # fmt: skip
+    read = [read_sample(*sample) for sample in read_shard(str(tmp_path / "out" / "shard-000000.tar"))]
+    said = [
+        [part.get("text", "(picture)") for part in sample.parts if not part.get("markup")] for sample in read
+    ]
+    assert [texts[1:] for texts in said] == [
+        ["Write <image> in HTML.", "<img>"], ["Hi", "Hello"], ["(picture)", "\nColour?", "Red."],
+    ]  # fmt: skip
+
+
+def test_llava_stops_where_the_disk_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = llava_files(tmp_path)
+
+    def broken(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    with pytest.raises(OSError, match="Input/output error.*0001.jpg"):
+        import_llava(source, tmp_path / "pictures", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_json_lists_and_lines_are_the_same_records(tmp_path: Path) -> None:
     records = [{"id": index, "text": 'a "quoted" ] } ü' * (index % 7), "score": 0.5} for index in range(200)]
     path = tmp_path / "list.json"
     for text in (
-        json.dumps(records), json.dumps(records, indent=2), "\n".join(map(json.dumps, records))
+        json.dumps(records), " \n" + json.dumps(records, indent=2), "\n".join(map(json.dumps, records))
     ):  # fmt: skip
         path.write_text(text)
         assert list(iterate_records(path)) == records
+    path.write_text(r'[{"half": "a\ud83d b", "whole": "\ud83d\ude00"}]')
+    assert list(iterate_records(path)) == [{"half": "a? b", "whole": "\N{GRINNING FACE}"}]
 
 
 def run_block(name: str) -> SimpleNamespace:
