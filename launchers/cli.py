@@ -69,6 +69,37 @@ class Measure(StrEnum):
     LAYERS = "layers"
 
 
+class DecodingBackend(StrEnum):
+    """What decodes pictures."""
+
+    AUTO = "auto"
+    DALI = "dali"
+    TORCHVISION = "torchvision"
+    PIL = "pil"
+
+
+class Fit(StrEnum):
+    """How a picture is made square."""
+
+    RESIZE = "resize"
+    CROP = "crop"
+
+
+class TurnTemplate(StrEnum):
+    """What pretokenize puts around the turns of a conversation."""
+
+    QWEN = "qwen"
+    VICUNA = "vicuna"
+    PLAIN = "plain"
+
+
+class OnBadShard(StrEnum):
+    """What becomes of a run where a shard cannot be read."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
 def say(line: str) -> None:
     """Print a line for the user, at once also into a pipe."""
     typer.echo(line)
@@ -145,6 +176,26 @@ def pretokenize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell sizes and time from a measured sample; write nothing.")
     ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at a time.")] = 64,
+    backend: Annotated[DecodingBackend, typer.Option(help="What decodes pictures.")] = DecodingBackend.AUTO,
+    fit: Annotated[Fit, typer.Option(help="Take the whole picture, or its central square.")] = Fit.RESIZE,
+    default_language: Annotated[str, typer.Option(help="Language of captions that do not say it.")] = "en",
+    prefix_keys: Annotated[
+        bool, typer.Option("--prefix-keys", help="Put the shard's name before keys, where keys repeat.")
+    ] = False,
+    chat_template: Annotated[
+        TurnTemplate,
+        typer.Option(help="What stands around the turns of conversations; plain for bare captions."),
+    ] = TurnTemplate.QWEN,
+    images_first: Annotated[
+        bool, typer.Option("--images-first", help="Move the pictures of a turn to its start, as LLaVA does.")
+    ] = False,
+    generate_images: Annotated[
+        bool, typer.Option("--generate-images", help="Learn to draw the pictures of documents too.")
+    ] = False,
+    on_bad_shard: Annotated[
+        OnBadShard, typer.Option(help="Where nothing of a shard can be read: stop, or note it and go on.")
+    ] = OnBadShard.STOP,
 ) -> None:
     """Turn pictures in shards into codes, once, for training the unified model; resumes where it stopped.
 
@@ -155,6 +206,11 @@ def pretokenize(
 
     ranks = ranks or default_ranks()
     arguments = pretokenize_arguments(inputs or [str(learned_shard(RUN))], visual_tokenizer, output)
+    arguments += ["--batch-size", str(batch_size), "--backend", backend, "--fit", fit]
+    arguments += ["--default-language", default_language, "--chat-template", chat_template]
+    arguments += ["--on-bad-shard", on_bad_shard]
+    arguments += ["--prefix-keys"] * prefix_keys + ["--images-first"] * images_first
+    arguments += ["--generate-images"] * generate_images
     if dry_run:
         words = [*arguments, "--dry-run", "--workers", str(ranks)]
         _run(["python", "-m", "data_pipeline.pretokenize", *words], ranks)

@@ -67,6 +67,7 @@ def parses(arguments):
         (["report", "--run", "nowhere"], "nothing to report in nowhere"),
         (["reconstruct", "x.png", "--visual-tokenizer", "nowhere"], "no visual tokenizer in nowhere"),
         (["overfit"], "no visual tokenizer in runs/quickstart/tokenizer/export"),
+        (["pretokenize", "--fit", "squeeze"], "'squeeze' is not one of 'resize', 'crop'"),
         (["sample-data", "somewhere", "--image-size", "4"], "image_size is 4"),
     ],
 )
@@ -76,6 +77,33 @@ def test_a_mistake_is_one_line(arguments, message, capsys, tmp_path, monkeypatch
     assert code == 2
     assert err.startswith("error: ") and err.count("\n") == 1
     assert message in err
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_pretokenize_passes_its_options_on(capsys, monkeypatch, dry_run):
+    """With none given they are the program's own defaults."""
+    from data_pipeline.pretokenize import _parse_arguments
+    from launchers import processes
+
+    commands = []
+    monkeypatch.setattr(
+        processes, "run", lambda command, ranks: commands.append(command) or processes.Finished(0, 0, 0)
+    )
+
+    def passed_on(*options):
+        words = ["pretokenize", "in", "--output", "out", "--visual-tokenizer", "vt", "--ranks", "2"]
+        assert call([*words, *options, *["--dry-run"] * dry_run], capsys)[0] == 0
+        command = commands.pop()
+        return _parse_arguments(command[command.index("data_pipeline.pretokenize") + 1 :])
+
+    mandatory = ["--inputs", "in", "--output", "out", "--visual-tokenizer", "vt"]
+    own = [*mandatory, *["--dry-run", "--workers", "2"] * dry_run]
+    assert passed_on() == _parse_arguments(own)
+    options = shlex.split(
+        "--prefix-keys --images-first --generate-images --chat-template vicuna --on-bad-shard skip "
+        "--fit crop --default-language de --batch-size 8 --backend pil"
+    )
+    assert passed_on(*options) == _parse_arguments([*own, *options]) != _parse_arguments(own)
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
