@@ -1,12 +1,30 @@
 """What `dualtoken verify`, `show` and `stats` do with a dual-code data set."""
 
+import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
-from data_pipeline.code_shards import CodeSample, DatasetManifest, iterate_shard, verify_dataset
+import numpy as np
+
+from data_pipeline.code_shards import (
+    CODES_PART,
+    JSON_PART,
+    CodeGeometry,
+    CodeSample,
+    DatasetManifest,
+    decode_sample,
+    iterate_shard,
+    verify_dataset,
+)
+from data_pipeline.errors import DatasetError
+from data_pipeline.pretokenize import REJECTED
+from data_pipeline.shard_index import META_FOLDER, check_index
 from launchers.errors import UserError
 from launchers.use import free_names, with_progress
+
+_CODES_AT_A_TIME = 1 << 20
 
 
 def samples_of(folder: Path) -> Iterator[CodeSample]:
@@ -22,7 +40,7 @@ def samples_of(folder: Path) -> Iterator[CodeSample]:
 
 
 def verify(folder: Path, visual_tokenizer: Path | None) -> Iterator[str]:
-    """Recompute all that `dataset.json` says; with a tokenizer also whether the codes are its own.
+    """Recompute all that `dataset.json` says and check the index; with a tokenizer also whose the codes are.
 
     Raises:
         DatasetError: one line on the first thing that is wrong.
@@ -34,13 +52,24 @@ def verify(folder: Path, visual_tokenizer: Path | None) -> Iterator[str]:
 
         fingerprint = load_visual_tokenizer(visual_tokenizer).fingerprint()
     manifest = verify_dataset(folder, fingerprint)
+    if (indexed := check_index(folder)) != manifest.samples_out:
+        raise DatasetError(
+            f"{folder}: {indexed} samples in the index, {manifest.samples_out} in dataset.json; "
+            "prepare the data set again"
+        )
+    listed = folder / REJECTED
+    lines = listed.read_bytes().count(b"\n") if listed.is_file() else 0
+    if lines != manifest.rejected:
+        raise DatasetError(
+            f"{listed}: {lines} lines, dataset.json counts {manifest.rejected} rejected samples"
+        )
     geometry = manifest.geometry
     yield (
         f"{folder}: {len(manifest.shards)} shards, {manifest.samples_out} samples, {manifest.images} images "
         f"of {geometry.positions} positions x 2 codebooks x {geometry.num_quantizers} depths, "
         f"codes below {geometry.codebook_size}"
     )
-    yield "hashes, counts, keys, shapes and code ranges are right"
+    yield "hashes, counts, keys, shapes, code ranges and the index are right"
     whose = "those of this tokenizer" if fingerprint else "not compared (--visual-tokenizer)"
     yield f"codes of tokenizer {manifest.fingerprint[:12]}: {whose}"
 
@@ -50,6 +79,7 @@ def show(folder: Path, key: str, visual_tokenizer: Path, output: Path) -> Iterat
 
     Raises:
         UserError: no sample has this key.
+        DatasetError: the index is missing, or the sample cannot be read.
         ValueError: the codes are not the tokenizer's.
     """
     import torch
@@ -59,14 +89,7 @@ def show(folder: Path, key: str, visual_tokenizer: Path, output: Path) -> Iterat
     tokenizer = load_visual_tokenizer(visual_tokenizer)
     manifest = DatasetManifest.load(folder)
     manifest.require(folder, manifest.geometry, tokenizer.fingerprint())
-    examples = []
-    for sample in samples_of(folder):
-        if sample.key == key:
-            break
-        if len(examples) < 3:
-            examples.append(sample.key)
-    else:
-        raise UserError(f"{folder} has no sample {key!r}; its keys look like {', '.join(examples)}")
+    sample = _find(folder, key)
     codes = torch.from_numpy(sample.codes.astype("int64")).to(tokenizer.device)
     targets = free_names(output, [f"{key}-{index}" for index in range(len(codes))])
     pictures = tokenizer.decode(codes).float().cpu() if targets else ()
@@ -79,18 +102,48 @@ def show(folder: Path, key: str, visual_tokenizer: Path, output: Path) -> Iterat
         yield f"caption, {language}: {caption}"
 
 
+def _find(folder: Path, key: str) -> CodeSample:
+    """Read the sample of a key by Energon's index, which knows where it lies."""
+    from megatron.energon.epathlib import EPath
+    from megatron.energon.flavors.webdataset.itar_reader import SqliteITarEntryReader
+
+    check_index(folder)
+    if not (folder / META_FOLDER / "index.sqlite").is_file():
+        raise DatasetError(f"{folder}: {META_FOLDER}/index.sqlite is missing; prepare the data set again")
+    reader = SqliteITarEntryReader(EPath(folder.absolute()))
+    try:
+        reader.sqlite_reader.get_sample_pointer_by_key(key)
+    except KeyError:
+        examples = ", ".join(found for found, *_ in islice(reader.list_all_samples(), 3))
+        raise UserError(f"{folder} has no sample {key!r}; its keys look like {examples}") from None
+    try:
+        parts = reader[key]
+        return decode_sample(key, parts[CODES_PART], parts[JSON_PART])
+    except (tarfile.TarError, ValueError, KeyError) as error:
+        raise DatasetError(f"{folder}: sample {key!r} cannot be read: {error}") from error
+    finally:
+        reader.close()
+
+
+def _count_codes(samples: Iterable[np.ndarray], geometry: CodeGeometry) -> np.ndarray:
+    """Count each code of each codebook and depth: [2, D, K]; `samples` are [I, P, 2, D]."""
+    books = 2 * geometry.num_quantizers
+    offsets = np.arange(books) * geometry.codebook_size
+    flat = np.concatenate([codes.reshape(-1, books) for codes in samples]) + offsets
+    counts = np.bincount(flat.ravel(), minlength=books * geometry.codebook_size)
+    return counts.reshape(2, geometry.num_quantizers, geometry.codebook_size)
+
+
 def stats(folder: Path) -> Iterator[str]:
     """Sizes of a data set and the use of its codes, as lines.
 
     Raises:
         UserError: the data set is empty.
     """
-    import torch
-
     manifest = DatasetManifest.load(folder)
     geometry = manifest.geometry
-    shape = (2, geometry.num_quantizers, geometry.codebook_size)
-    counts = torch.zeros(shape, dtype=torch.int64)
+    counts = np.zeros((2, geometry.num_quantizers, geometry.codebook_size), dtype=np.int64)
+    waiting, size = list[np.ndarray](), 0  # codes that are not counted yet
     parts: Counter[str] = Counter()
     images_each: Counter[int] = Counter()
     letters: list[int] = []
@@ -98,17 +151,19 @@ def stats(folder: Path) -> Iterator[str]:
         parts.update("image" if "image" in part else "text" for part in sample.parts)
         images_each[len(sample.codes)] += 1
         letters.append(sum(len(part["text"]) for part in sample.parts if "text" in part))
-        codes = torch.from_numpy(sample.codes.astype("int64"))
-        for q in range(2):
-            for d in range(geometry.num_quantizers):
-                flat = codes[:, :, q, d].flatten()
-                counts[q, d] += torch.bincount(flat, minlength=geometry.codebook_size)
+        waiting.append(sample.codes)
+        size += sample.codes.size
+        if size >= _CODES_AT_A_TIME:
+            counts += _count_codes(waiting, geometry)
+            waiting, size = [], 0
     if not letters:
         raise UserError(f"{folder} holds no samples")
+    if waiting:
+        counts += _count_codes(waiting, geometry)
     total = sum(images_each[n] * n for n in images_each)
-    size = sum((folder / name).stat().st_size for name, entry in manifest.shards.items() if entry.samples)
+    on_disk = sum((folder / name).stat().st_size for name, entry in manifest.shards.items() if entry.samples)
     letters.sort()
-    yield f"{len(letters)} samples, {total} images, {size / max(total, 1):,.0f} bytes an image on disk"
+    yield f"{len(letters)} samples, {total} images, {on_disk / max(total, 1):,.0f} bytes an image on disk"
     yield "images a sample: " + ", ".join(f"{n}: {count}" for n, count in sorted(images_each.items()))
     yield f"parts: {parts['image']} images, {parts['text']} texts"
     yield f"letters of text a sample: median {letters[len(letters) // 2]}, longest {letters[-1]}"
@@ -116,6 +171,7 @@ def stats(folder: Path) -> Iterator[str]:
         yield f"{'codebook':<10}{'depth':>6}{'used':>8}{'perplexity':>12}   of {geometry.codebook_size} codes"
         for q, name in enumerate(("pixel", "semantic")):
             for d in range(geometry.num_quantizers):
-                share = counts[q, d].double() / counts[q, d].sum()
-                used, perplexity = (share > 0).double().mean(), (-torch.xlogy(share, share).sum()).exp()
-                yield f"{name:<10}{d + 1:>6}{float(used):>8.1%}{float(perplexity):>12.1f}"
+                found = counts[q, d][counts[q, d] > 0]
+                share = found / found.sum()
+                used, perplexity = found.size / geometry.codebook_size, np.exp(-(share * np.log(share)).sum())
+                yield f"{name:<10}{d + 1:>6}{used:>8.1%}{perplexity:>12.1f}"
