@@ -7,6 +7,7 @@ All rates are samples per second of CPU time of this one process.
 import argparse
 import io
 import json
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +39,9 @@ from data_pipeline.streams import (
     image_loader,
     prepare_dataset,
 )
-from dualtoken.sequence import add_special_tokens
+from data_pipeline.text_encoding import TextEncoder
+from data_pipeline.views import build_document
+from dualtoken.sequence import SpecialTokens, add_special_tokens, pack_documents, tokenize_document
 
 SHARDS = 4
 CAPTION = (
@@ -98,14 +101,36 @@ def plain_codes(folder: Path) -> Iterator[np.ndarray]:
             yield np.load(io.BytesIO(sample["codes.npy"])).astype(np.int64)
 
 
+def plain_packs(folder: Path, tokenizer: PreTrainedTokenizerFast, context: int) -> Iterator[int]:
+    """Read, tokenize and pack documents in order with WebDataset and numpy; yield how many; for ever."""
+    special, encoder = SpecialTokens.from_tokenizer(tokenizer), TextEncoder(tokenizer)
+    documents, used, draw = [], 0, random.Random(0)
+    while True:
+        dataset = webdataset.WebDataset(str(folder / f"{{000000..{SHARDS - 1:06d}}}.tar"), shardshuffle=False)
+        for sample in dataset:
+            record = json.loads(sample["json"])
+            codes = np.load(io.BytesIO(sample["codes.npy"])).astype(np.int64)
+            sample = CodeSample(sample["__key__"], codes, record["parts"], record["captions"])
+            document = build_document(sample, "generate", draw, [], "en", 0.1)
+            tokenized = tokenize_document(document, encoder, special)
+            if used + len(tokenized) > context:
+                pack_documents(documents, context)
+                yield len(documents)
+                documents, used = [], 0
+            documents.append(tokenized)
+            used += len(tokenized)
+
+
 def own_codes(folder: Path) -> Iterator[np.ndarray]:
-    """Read codes as the streams do, before anything is shuffled, tokenized or packed; for ever."""
+    """Read codes as the streams do, before shuffling, tokenizing and packing, as `plain_codes`; for ever."""
     shards = PreparedShards(str(folder), worker_config(0, 1, 0, 0), training=False, slice_length=1).shards
     reader = LocalShardReader(shards)
     while True:
         for index in range(sum(shard.count for shard in shards)):
             sample = reader[index]
-            yield decode_sample(sample["key"], sample["parts"]["codes.npy"], sample["parts"]["json"]).codes
+            parts = sample["parts"]
+            codes = decode_sample(sample["key"], parts["codes.npy"], parts["json"]).codes
+            yield codes.astype(np.int64)
 
 
 def rate(step: Callable[[], int], seconds: float) -> float:
@@ -150,10 +175,13 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     plain, own = plain_codes(folder / "codes"), own_codes(folder / "codes")
     plainly = rate(lambda: len(next(plain)[:1]), options.seconds)
     read = rate(lambda: len(next(own)[:1]), options.seconds)
-    print(
-        f"reading codes alone: {read:,.0f} samples/s, WebDataset + numpy: {plainly:,.0f} samples/s, ", end=""
-    )
-    print(f"{read / plainly:.1f}x")
+    print(f"reading codes to int64: WebDataset + numpy: {plainly:,.0f} samples/s; ", end="")
+    print(f"our reader alone: {read:,.0f} samples/s, {read / plainly:.1f}x; ", end="")
+    print(f"the trainer's stream, with all its work on text and packs: {streamed / plainly:.1f}x")
+    packs = plain_packs(folder / "codes", tokenizer, context)
+    packed = rate(lambda: next(packs), options.seconds)
+    print(f"the stream's documents by WebDataset + numpy, not shuffled: {packed:,.0f} documents/s; ", end="")
+    print(f"the stream: {streamed / packed:.1f}x")
 
     pictures = ImageStreamConfig(str(folder / "pictures"), shuffle_buffer_size=50)
     batches = image_loader(pictures, 16)
