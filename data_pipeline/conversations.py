@@ -207,7 +207,7 @@ def interleaved_parts(
     """Turn an interleaved document into parts; its texts are learned.
 
     Three forms are understood: a list of `{"text": ...}` and `{"image": i}` (also under `parts`, and with
-    their own `loss`); OBELICS, `texts` and `images` of one length with null where the other has something;
+    their own `loss`); OBELICS, `texts` and `images` of one length, where one of the two, or both, is null;
     MMC4, sentences `text_list` and `image_info` with the `matched_text_index` of the sentence that an image
     stands before.
 
@@ -271,7 +271,9 @@ def _obelics_parts(document: dict[str, Any], generate_images: bool, name: str) -
         raise ConversationError(f"{name}: `texts` and `images` must be lists of one length")
     parts = _Parts()
     for number, (text, image) in enumerate(zip(texts, images), start=1):
-        if (text is None) == (image is None) or not isinstance(text, str | None):
+        if text is None and image is None:  # a row of nothing
+            continue
+        if (text is not None and image is not None) or not isinstance(text, str | None):
             raise ConversationError(f"{name}: entry {number} must be either a text or an image")
         if text is None:
             parts.image(generate_images)

@@ -209,6 +209,7 @@ INTERLEAVED = [
         [{"text": "First "}, {"image": 0}, {"text": " then "}, {"image": 1}],
         {"parts": [{"text": "First "}, {"image": 0}, {"text": " then "}, {"image": 1}]},
         {"texts": ["First ", None, " then ", None], "images": [None, "a.jpg", None, "b.jpg"]},
+        {"texts": [None, "First ", None, " then ", None], "images": [None, None, "a.jpg", None, "b.jpg"]},
     ],
 )
 def test_interleaved_forms(document):
@@ -250,7 +251,8 @@ def test_own_loss_and_markup_of_parts_are_kept():
         ([], 0, "d: the document is empty"),
         ({"texts": ["a"], "images": []}, 0, "d: `texts` and `images` must be lists of one length"),
         ({"texts": ["a"], "images": ["b"]}, 1, "d: entry 1 must be either a text or an image"),
-        ({"texts": [None], "images": [None]}, 0, "d: entry 1 must be either"),
+        ({"texts": [None], "images": [None]}, 0, "d: the document is empty"),
+        ({"texts": [5], "images": [None]}, 0, "d: entry 1 must be either"),
         (
             {"text_list": ["a"], "image_info": [{"matched_text_index": 1}]},
             1,
