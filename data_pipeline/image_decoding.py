@@ -7,6 +7,7 @@ grey and CMYK made RGB, bicubic resize with antialias in uint8, then [-1, 1]. Sh
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +22,15 @@ from torch import Tensor
 
 from data_pipeline.image_header import BadImageError, ImageHeader, read_header
 
+logger = logging.getLogger(__name__)
+
 Backend = Literal["auto", "dali", "torchvision", "pil"]
 Fit = Literal["resize", "crop"]
 DEFAULT_MAX_PIXELS = 1 << 26
 """67 million pixels, 200 MB decoded: above what cameras give, below what exhausts a worker."""
 
-
 _CACHED_BYTES = 1 << 18  # of pixels that are normalised together
+_PIXELS_TOGETHER = 1 << 27  # of images that DALI decodes together: 400 MB decoded
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,7 @@ class TorchvisionDecoder(ImageDecoder):
 class DaliDecoder(TorchvisionDecoder):
     """Decodes and resizes with DALI: on a GPU `mixed` (nvJPEG), else its CPU operators.
 
+    Batches are cut where their images have too many pixels, by their headers, to be decoded at a time.
     A pipeline is no longer valid after an image it cannot decode; it is then built again without that image.
     Images with transparency, 16 bits or extended WebP go to PIL and torch. The GPU path has not been run: it
     was written without a GPU at hand.
@@ -321,41 +325,63 @@ class DaliDecoder(TorchvisionDecoder):
     def _decode_together(
         self, encoded: Sequence[bytes], headers: dict[int, ImageHeader], images: Tensor
     ) -> set[int]:
-        taken = [index for index, header in headers.items() if self._takes(header)]
-        while taken:
-            data = [encoded[index] for index in taken], [headers[index] for index in taken]
+        slots = {index: slot for slot, index in enumerate(headers)}
+        groups: list[list[int]] = []
+        room = 0
+        for index, header in headers.items():
+            if not self._takes(header):
+                continue
+            pixels = header.width * header.height
+            if not groups or pixels > room:
+                groups.append([])
+                room = _PIXELS_TOGETHER
+            groups[-1].append(index)
+            room -= pixels
+        done: set[int] = set()
+        while groups:
+            group = groups.pop(0)
+            data = [encoded[index] for index in group], [headers[index] for index in group]
             try:
                 batch = self._run(*data)
             except RuntimeError as error:
-                del taken[self._culprit(error, *data)]
+                groups[:0] = self._without_culprit(group, error, *data)
                 continue
-            if len(taken) == len(headers):
-                _normalise(batch, images)
-                return set(taken)
-            part = torch.empty(len(taken), *images.shape[1:], device=self.device)
-            _normalise(batch, part)
-            places = [slot for slot, index in enumerate(headers) if index in set(taken)]
-            images[torch.tensor(places, device=self.device)] = part
-            return set(taken)
-        return set()
+            places = [slots[index] for index in group]
+            if places[-1] - places[0] + 1 == len(places):
+                _normalise(batch, images[places[0] : places[-1] + 1])
+            else:
+                part = torch.empty(len(group), *images.shape[1:], device=self.device)
+                _normalise(batch, part)
+                images[torch.tensor(places, device=self.device)] = part
+            done.update(group)
+        return done
 
-    def _culprit(self, error: RuntimeError, encoded: list[bytes], headers: list[ImageHeader]) -> int:
-        """The position of an image that DALI failed on.
+    def _without_culprit(
+        self, group: list[int], error: RuntimeError, encoded: list[bytes], headers: list[ImageHeader]
+    ) -> list[list[int]]:
+        """Cut up a group that DALI failed on: without its bad image, or in halves where none is bad.
 
-        DALI names it; should it not, the images are tried one by one.
-
-        Raises:
-            RuntimeError: every image decodes alone, so that the failure is not one of an image.
+        DALI names the image; should it not, the images are tried one by one. Where every one decodes alone,
+        together they were too much for the memory.
         """
         named = re.search(r"[Ff]ailed to decode sample #(\d+)", str(error))
-        if named and int(named[1]) < len(encoded):
-            return int(named[1])
+        culprit = int(named[1]) if named and int(named[1]) < len(group) else None
+        if culprit is None and len(group) > 1:
+            culprit = self._tried_alone(encoded, headers)
+            if culprit is None:
+                logger.warning("DALI failed on %d images together, now in halves: %s", len(group), error)
+                return [group[: len(group) // 2], group[len(group) // 2 :]]
+        left = [index for position, index in enumerate(group) if position != (culprit or 0)]
+        return [left] if left else []
+
+    def _tried_alone(self, encoded: list[bytes], headers: list[ImageHeader]) -> int | None:
+        """Return the position of the first image that DALI cannot decode alone."""
         for position, (data, header) in enumerate(zip(encoded, headers, strict=True)):
             try:
                 self._run([data], [header])
             except RuntimeError:
                 return position
-        raise error
+        return None
 
 
 def build_image_decoder(

@@ -289,14 +289,45 @@ def test_dali_failure_that_names_no_sample_is_found_by_trying(photograph, monkey
     assert decoded.kept == [0, 1, 3] and [bad.index for bad in decoded.rejected] == [2]
     assert runs == [4, 1, 1, 1, 3]
 
-    def broken(encoded, headers):
-        if len(encoded) > 1:
+
+@pytest.mark.skipif(not HAS_DALI, reason="DALI")
+def test_dali_takes_fewer_where_together_they_are_too_much(photograph, monkeypatch, caplog):
+    decoder = build_image_decoder(SIZE, "dali")
+    run, runs = decoder._run, []
+
+    def out_of_memory(encoded, headers):
+        runs.append(len(encoded))
+        if len(encoded) > 2:
             raise RuntimeError("out of memory")
         return run(encoded, headers)
 
-    monkeypatch.setattr(decoder, "_run", broken)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        decoder([good, good])
+    monkeypatch.setattr(decoder, "_run", out_of_memory)
+    files = [encode(photograph.resize((side, 50)), "JPEG") for side in (40, 50, 60, 70, 80)]
+    decoded = decoder(files)
+    assert decoded.kept == [0, 1, 2, 3, 4] and not decoded.rejected
+    assert runs == [5, *[1] * 5, 2, 3, *[1] * 3, 1, 2]
+    assert "DALI failed on 5 images together, now in halves: out of memory" in caplog.text
+    assert torch.equal(decoded.images, build_image_decoder(SIZE, "dali")(files).images)
+
+
+@pytest.mark.skipif(not HAS_DALI, reason="DALI")
+@pytest.mark.parametrize("fit", ["resize", "crop"])
+def test_dali_decodes_no_more_pixels_at_a_time_than_it_may(pictures, photograph, monkeypatch, fit):
+    decoder = build_image_decoder(SIZE, "dali", fit=fit)
+    run, sizes = decoder._run, []
+
+    def noted(encoded, headers):
+        sizes.append([header.width for header in headers])
+        return run(encoded, headers)
+
+    monkeypatch.setattr(decoder, "_run", noted)
+    files = [encode(photograph.resize((side, 100)), "JPEG") for side in (40, 50, 60, 200, 30)]
+    files.insert(1, pictures["png with alpha"])  # not for DALI
+    whole = decoder(files)
+    monkeypatch.setattr(image_decoding, "_PIXELS_TOGETHER", 10_000)
+    cut = decoder(files)
+    assert sizes == [[40, 50, 60, 200, 30], [40, 50], [60], [200], [30]]
+    assert cut.kept == list(range(6)) and torch.equal(cut.images, whole.images)
 
 
 def test_choice_is_named_and_wrong_arguments_are_refused(monkeypatch):
