@@ -94,6 +94,10 @@ class StreamStatistics:
         """Share of the tokens handed out that is padding."""
         return self.padding / self.tokens if self.tokens else 0.0
 
+    def figures(self) -> dict[str, int]:
+        """What belongs into a job's metrics: counts since its start, under the same names on every rank."""
+        return {"left_out": sum(self.left_out.values())}
+
 
 class _DocumentTaskEncoder(DefaultTaskEncoder):
     """Samples to tokenized documents to packs."""

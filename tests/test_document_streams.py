@@ -333,6 +333,8 @@ def test_long_documents_are_split_or_counted_never_cut(
     stream = loader(config(BlendEntry(str(folder), "document"), context_length=6), split="val")
     assert all(len(batch.codes) == 0 for batch in stream)
     assert stream.statistics.left_out == {"an image longer than 6 tokens": images + 1}
+    assert stream.statistics.figures() == {"left_out": images + 1}
+    assert loader(config(BlendEntry(str(folder), "document"))).statistics.figures() == {"left_out": 0}
 
 
 def test_an_empty_batch_has_no_targets(pairs: Path) -> None:
