@@ -28,7 +28,7 @@ from data_pipeline.code_shards import (
     decode_sample,
 )
 from data_pipeline.image_decoding import build_image_decoder
-from data_pipeline.packing import best_fit
+from data_pipeline.packing import pack_lengths
 from data_pipeline.shard_reader import LocalShardReader, PreparedShards
 from data_pipeline.stream_loader import worker_config
 from data_pipeline.streams import (
@@ -202,7 +202,7 @@ def measure_packing() -> None:
     text = np.clip(rng.lognormal(6, 1, kinds.size), 20, 4000).astype(int)
     lengths = np.where(kinds < 0.5, pairs, np.where(kinds < 0.75, interleaved, text))
     start = time.process_time()
-    bins = best_fit(lengths.tolist(), 4096)
+    bins = pack_lengths(lengths.tolist(), 4096)
     seconds = time.process_time() - start
     packed = lengths.sum() / (4096 * len(bins))
     longest = lengths.sum() / (8 * lengths.reshape(-1, 8).max(axis=1)).sum()

@@ -22,7 +22,7 @@ from transformers import Qwen2Config
 
 from benchmarks.quantizer import processor
 from benchmarks.streams import byte_tokenizer
-from data_pipeline.packing import best_fit
+from data_pipeline.packing import pack_lengths
 from dualtoken.sequence import (
     Document,
     ImagePart,
@@ -87,7 +87,7 @@ def build_model(args: argparse.Namespace, special: SpecialTokens, vocabulary: in
 
 def packed(documents: list[TokenizedDocument], args: argparse.Namespace) -> list[PackedBatch]:
     """Fill contexts by best fit."""
-    bins = best_fit([len(document) for document in documents], args.context)
+    bins = pack_lengths([len(document) for document in documents], args.context)
     return [pack_documents([documents[i] for i in items], args.context) for items in bins]
 
 

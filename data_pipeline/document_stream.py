@@ -63,8 +63,8 @@ class DocumentStreamConfig:
     blend: list[BlendEntry] = field(default_factory=list)
     context_length: int = 4096
     """Tokens in a pack."""
-    open_packs: int = 32
-    """Packs per worker that are being filled at a time; more are filled better and hold more back."""
+    contexts_held: int = 8
+    """Contexts' worth of documents that wait per worker to be packed; more fill packs better."""
     prompt_dropout: float = 0.1
     """Share of prompts of the view `generate` that are dropped in training, for classifier-free guidance."""
     num_workers: int = 0
@@ -181,7 +181,7 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
         """Pack, in place of Energon's batching."""
         config = self.config
         return PackingDataset(
-            dataset, self._pack, config.context_length, config.open_packs, worker_config=worker_config
+            dataset, self._pack, config.context_length, config.contexts_held, worker_config=worker_config
         )
 
 

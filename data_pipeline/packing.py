@@ -1,82 +1,73 @@
-"""Which documents share a context: best fit, and splitting those that are longer than a context."""
+"""Which documents share a context: those that fill it best; and splitting those that are longer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from dualtoken.sequence import SpecialTokens, TokenizedDocument
 
 
-@dataclass
-class OpenBins:
-    """Bins filled by best fit as items come: each goes where it leaves the least room.
-
-    At most `limit` bins are open; where an item fits none, the fullest is closed and a new one opened. A full
-    bin is closed at once. What is closed is put on `closed`, for the caller to take.
-    """
-
-    capacity: int
-    limit: int = 32
-    bins: list[list[int]] = field(default_factory=list)
-    """Items of each open bin, oldest bin first."""
-    rooms: list[int] = field(default_factory=list)
-    """Room left in each open bin."""
-    closed: list[list[int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.capacity < 1 or self.limit < 1:
-            raise ValueError(f"capacity is {self.capacity} and limit {self.limit}, expected both at least 1")
-
-    def add(self, item: int, length: int) -> None:
-        """Place an item; ValueError if it is empty or longer than a bin."""
-        if not 0 < length <= self.capacity:
-            raise ValueError(f"item {item} has length {length}, expected 1 to the capacity {self.capacity}")
-        fitting = [index for index, room in enumerate(self.rooms) if room >= length]
-        if fitting:
-            best = min(fitting, key=self.rooms.__getitem__)
-        else:
-            if len(self.bins) == self.limit:
-                self._close(min(range(len(self.bins)), key=self.rooms.__getitem__))
-            self.bins.append([])
-            self.rooms.append(self.capacity)
-            best = len(self.bins) - 1
-        self.bins[best].append(item)
-        self.rooms[best] -= length
-        if self.rooms[best] == 0:
-            self._close(best)
-
-    def flush(self) -> None:
-        """Close all bins."""
-        while self.bins:
-            self._close(0)
-
-    def _close(self, index: int) -> None:
-        self.closed.append(self.bins.pop(index))
-        del self.rooms[index]
-
-
-def best_fit(lengths: Sequence[int], capacity: int, open_bins: int = 32) -> list[list[int]]:
-    """Divide items into bins by online best fit.
+def fullest_pack(lengths: Sequence[int], capacity: int) -> list[int]:
+    """Choose the first item and those others that leave the least room, exactly (subset sum).
 
     Args:
         lengths: Length of each item, 1 to `capacity`.
-        capacity: What a bin holds.
-        open_bins: How many bins may be open at a time.
+        capacity: What a pack holds.
 
     Returns:
-        Indices of the items of each bin, in the order in which the bins were closed.
+        Indices of the chosen items in their order; among equally full packs, the one of earlier items.
 
     Raises:
-        ValueError: An item is empty or longer than a bin.
+        ValueError: An item is empty or longer than a pack.
     """
-    bins = OpenBins(capacity, open_bins)
-    for index, length in enumerate(lengths):
-        bins.add(index, length)
-    bins.flush()
-    return bins.closed
+    for item, length in enumerate(lengths):
+        if not 0 < length <= capacity:
+            raise ValueError(f"item {item} has length {length}, expected 1 to the capacity {capacity}")
+    within = (1 << capacity + 1) - 1
+    sums = [1 << lengths[0]]  # bit n: some of the items so far, the first among them, have the length n
+    for length in lengths[1:]:
+        sums.append(sums[-1] | sums[-1] << length & within)
+    total = sums[-1].bit_length() - 1
+    chosen = []
+    for item in range(len(lengths) - 1, 0, -1):
+        if not sums[item - 1] >> total & 1:  # cannot be had without this one
+            chosen.append(item)
+            total -= lengths[item]
+    return [0, *reversed(chosen)]
+
+
+def pack_lengths(lengths: Sequence[int], capacity: int, contexts_held: int = 8) -> list[list[int]]:
+    """Divide items into packs as they come: the fullest pack with the oldest item, of those held.
+
+    Args:
+        lengths: Length of each item, 1 to `capacity`.
+        capacity: What a pack holds.
+        contexts_held: As many packs' worth of items are held to choose from.
+
+    Returns:
+        Indices of the items of each pack.
+
+    Raises:
+        ValueError: An item is empty or longer than a pack.
+    """
+    packs: list[list[int]] = []
+    held: list[int] = []
+
+    def close_pack() -> None:
+        places = fullest_pack([lengths[item] for item in held], capacity)
+        packs.append([held[place] for place in places])
+        for place in reversed(places):
+            del held[place]
+
+    for item in range(len(lengths)):
+        held.append(item)
+        while sum(lengths[other] for other in held) >= contexts_held * capacity:
+            close_pack()
+    while held:
+        close_pack()
+    return packs
 
 
 def split_document(

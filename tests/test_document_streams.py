@@ -78,7 +78,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(*blend: BlendEntry, **changes: object) -> DocumentStreamConfig:
-    settings = {"context_length": 64, "open_packs": 3, "shuffle_buffer_size": 8, "slice_length": 5}
+    settings = {"context_length": 64, "contexts_held": 2, "shuffle_buffer_size": 8, "slice_length": 5}
     return DocumentStreamConfig(blend=list(blend), **{**settings, **changes})
 
 

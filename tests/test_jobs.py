@@ -139,7 +139,7 @@ def mllm_words(folder: Path, run: str, world_size: int) -> list[str]:
         "model.heads={head_hidden_size: 24, head_num_layers: 1, head_num_attention_heads: 2}",
         "optimizer.lr=0.003",
         "data.context_length=128",
-        "data.open_packs=2",
+        "data.contexts_held=2",
         f"data.blend=[{blend}]",
         "validation_data.context_length=128",
         f"validation_data.blend=[{blend}]",

@@ -138,7 +138,7 @@ def words_of(folder, phase, *words):
         "steps=4",
         "global_batch_size=4",
         "data.context_length=64",
-        "data.open_packs=2",
+        "data.contexts_held=2",
         "data.num_workers=0",
         "log_every=1",
         "wandb.mode=disabled",

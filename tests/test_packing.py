@@ -1,37 +1,49 @@
 """Packing loses nothing, overlaps nothing, exceeds nothing; splitting never cuts an image."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.packing import best_fit, split_document
+from data_pipeline.packing import fullest_pack, pack_lengths, split_document
 from dualtoken.sequence import IGNORE_INDEX, SpecialTokens, TokenizedDocument
 
 SPECIAL = SpecialTokens(1, 2, 3, 4, 5, 6)
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 80), st.integers(1, 40))
-def test_each_item_is_in_one_bin_that_holds_it(lengths: list[int], capacity: int, open_bins: int) -> None:
-    bins = best_fit(lengths, capacity, open_bins)
-    assert sorted(index for items in bins for index in items) == list(range(len(lengths)))
-    assert all(0 < sum(lengths[index] for index in items) <= capacity for items in bins)
-    assert all(items == sorted(items) for items in bins)
-    assert bins == best_fit(lengths, capacity, open_bins)
+@given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 80), st.integers(1, 9))
+def test_each_item_is_in_one_pack_that_holds_it(lengths: list[int], capacity: int, held: int) -> None:
+    packs = pack_lengths(lengths, capacity, held)
+    assert sorted(index for items in packs for index in items) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[index] for index in items) <= capacity for items in packs)
+    assert all(items == sorted(items) for items in packs)
+    oldest = [min(index for items in packs[start:] for index in items) for start in range(len(packs))]
+    assert [items[0] for items in packs] == oldest  # nobody waits forever
 
 
-def test_best_fit_takes_the_tightest_bin() -> None:
-    assert best_fit([6, 5, 4, 3, 1], 10) == [[0, 2], [1, 3, 4]]
-    assert best_fit([6, 7, 8], 10, open_bins=2) == [[1], [0], [2]]  # the fullest makes room
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.integers(30, 60))
+def test_no_pack_could_be_fuller(lengths: list[int], capacity: int) -> None:
+    others = range(1, len(lengths))
+    sums = [
+        lengths[0] + sum(lengths[index] for index in chosen)
+        for count in range(len(lengths))
+        for chosen in itertools.combinations(others, count)
+    ]
+    chosen = fullest_pack(lengths, capacity)
+    assert chosen[0] == 0 and len(set(chosen)) == len(chosen)
+    assert sum(lengths[index] for index in chosen) == max(total for total in sums if total <= capacity)
 
 
-def test_items_that_fit_no_bin_are_refused() -> None:
+def test_items_that_fit_no_pack_are_refused() -> None:
     with pytest.raises(ValueError, match="length 11, expected 1 to the capacity 10"):
-        best_fit([3, 11], 10)
+        pack_lengths([3, 11], 10)
     with pytest.raises(ValueError, match="length 0"):
-        best_fit([0], 10)
+        pack_lengths([0], 10)
 
 
 def test_share_of_a_context_that_is_used() -> None:
@@ -42,9 +54,11 @@ def test_share_of_a_context_that_is_used() -> None:
     interleaved = rng.integers(1, 5, kinds.size) * 731 + rng.integers(50, 600, kinds.size)
     text = np.clip(rng.lognormal(6, 1, kinds.size), 20, 4000).astype(int)
     lengths = np.where(kinds < 0.5, pairs, np.where(kinds < 0.75, interleaved, text)).tolist()
-    bins = best_fit(lengths, 4096)
-    assert sum(lengths) / (4096 * len(bins)) > 0.975
-    assert len(best_fit(lengths, 4096, open_bins=1)) > 1.1 * len(bins)
+    packs = pack_lengths(lengths, 4096)
+    assert sum(lengths) / (4096 * len(packs)) > 0.98
+    assert len(pack_lengths(lengths, 4096, contexts_held=1)) > 1.05 * len(packs)
+    longest = sum(8 * max(lengths[start : start + 8]) for start in range(0, len(lengths), 8))
+    assert longest > 2.3 * 4096 * len(packs)
 
 
 def document(pieces: list[int]) -> TokenizedDocument:
