@@ -18,7 +18,6 @@ from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loade
 from dualtoken.backbone import FrozenTeacher, model_folder
 from dualtoken.quantizer import QuantizerStats
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer, VisualTokenizerOutput
-from dualtoken.visual_tokenizer_config import preset_config
 from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.discriminator import DiscriminatorConfig, PatchDiscriminator
@@ -35,16 +34,7 @@ from pretrain.losses import (
 )
 from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
-
-
-@dataclass
-class TokenizerModelConfig:
-    """Which tokenizer is built and what its towers start from."""
-
-    preset: str = "so400m_384"
-    overrides: dict[str, Any] = field(default_factory=dict)
-    backbone: str = MISSING  # folder or hub name of a SigLIP model: towers and teacher
-    init_from: str | None = None  # an exported tokenizer to go on from (the previous phase)
+from pretrain.tokenizer_model import TokenizerModelConfig, build_visual_tokenizer, freeze_codebooks
 
 
 @dataclass
@@ -319,15 +309,6 @@ class TokenizerTask:
             AutoTokenizer.from_pretrained(model_folder(self.config.model.backbone)).save_pretrained(directory)
 
 
-def build_visual_tokenizer(config: TokenizerModelConfig) -> DualTokenVisualTokenizer:
-    """Build the tokenizer: from the previous phase's export, or new on the backbone's weights."""
-    if config.init_from:
-        return DualTokenVisualTokenizer.from_pretrained(config.init_from)
-    return DualTokenVisualTokenizer.from_backbone(
-        preset_config(config.preset, **config.overrides), config.backbone
-    )
-
-
 def build_captions(
     tokenizer: DualTokenVisualTokenizer, config: TokenizerJobConfig, runtime: Runtime
 ) -> CaptionInput:
@@ -344,19 +325,6 @@ def build_captions(
         )
     text_tokenizer = load_text_tokenizer(str(model_folder(config.model.backbone)), "model.backbone")
     return CaptionInput(text_tokenizer, tokenizer.config.text.max_position_embeddings, config.seed, runtime)
-
-
-def freeze_codebooks(tokenizer: DualTokenVisualTokenizer, names: list[str]) -> None:
-    """Keep codebooks as they are: no statistics, no updates, no restarts.
-
-    Raises:
-        ConfigError: the tokenizer has no codebook of that name.
-    """
-    quantizers = tokenizer.quantizers()
-    for name in names:
-        if name not in quantizers:
-            raise ConfigError(f"frozen_codebooks: {name!r} is none of {', '.join(quantizers)}")
-        quantizers[name].frozen = True
 
 
 def codebook_figures(branch: str, stats: QuantizerStats) -> dict[str, float]:

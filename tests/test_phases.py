@@ -9,7 +9,7 @@ from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer_config import PRESETS, preset_config
 from pretrain.config import ConfigError, load_job_config
 from pretrain.optim import freeze_parameters
-from pretrain.tokenizer_task import freeze_codebooks
+from pretrain.tokenizer_model import freeze_codebooks
 from tests.distributed import run_function, run_module
 from tests.test_jobs import folder, tokenizer_run, tokenizer_words  # noqa: F401
 

@@ -1,0 +1,71 @@
+"""What a step of the tokenizer promises, and the settings that a phase's start takes or refuses."""
+
+import pytest
+import torch
+
+from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer_config import preset_config
+from pretrain.config import ConfigError
+from pretrain.tokenizer_model import TokenizerModelConfig, build_visual_tokenizer
+
+# -- going on from an export -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """A tokenizer that was given more than its preset says."""
+    folder = tmp_path_factory.mktemp("export")
+    torch.manual_seed(0)
+    config = preset_config("tiny", codebook_size=16, codebook_decay=0.9)
+    DualTokenVisualTokenizer(config).save_pretrained(folder)
+    return folder
+
+
+def go_on(export, preset="tiny", **overrides):
+    return build_visual_tokenizer(TokenizerModelConfig(preset, overrides, "unused", str(export)))
+
+
+def test_an_export_keeps_what_it_was_given_and_takes_training_settings(export):
+    as_it_is = go_on(export)
+    assert (as_it_is.config.codebook_size, as_it_is.quantizer_pixel.decay) == (16, 0.9)
+    changed = go_on(
+        export, codebook_decay=0.5, restart_threshold=0.25, restart_unused_codes=False, codebook_size=16
+    )
+    for quantizer in changed.quantizers().values():
+        assert (quantizer.decay, quantizer.restart_threshold) == (0.5, 0.25)
+        assert not quantizer.restart_unused_codes and quantizer.codebook_size == 16
+    assert changed.config.codebook_decay == 0.5  # and the next export says so
+    assert changed.fingerprint() == as_it_is.fingerprint()
+    assert go_on(export, preset=None).config.codebook_size == 16
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"codebook_size": 32}, r"^model.overrides.codebook_size=32: the tokenizer in .* has 16, .*take"),
+        ({"semantic_layer": 2}, r"^model.overrides.semantic_layer=2: .* has 3, "),
+        ({"decoder_channel_multipliers": (1, 2, 2)}, r"=\[1, 2, 2\]: .* has \[1, 1, 2\]"),
+        (
+            {"preset": "so400m_384"},
+            r"^model.preset=so400m_384 is not the tokenizer in .*hidden_size 32 there, 1152 in the preset"
+            r".*; give model.preset=tiny$",
+        ),
+        ({"codebook_sise": 16}, "unknown visual tokenizer field.* codebook_sise"),
+    ],
+)
+def test_what_does_not_fit_an_export_is_refused(export, settings, message):
+    with pytest.raises(ValueError, match=message):
+        go_on(export, **settings)
+
+
+def test_a_tower_of_no_preset_goes_on_without_one(tmp_path):
+    tower = {**preset_config("tiny").vision.to_dict(), "intermediate_size": 64}
+    DualTokenVisualTokenizer(preset_config("tiny", vision_config=tower)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="intermediate_size 64 there, 48 in .*; give model.preset=null$"):
+        go_on(tmp_path)
+    assert go_on(tmp_path, preset=None).config.vision.intermediate_size == 64
+
+
+def test_neither_preset_nor_export():
+    with pytest.raises(ConfigError, match="preset=null without model.init_from: give one of so400m_384"):
+        build_visual_tokenizer(TokenizerModelConfig(preset=None, backbone="unused"))
