@@ -125,7 +125,7 @@ class TokenizerTask:
         """Take one optimizer step of the tokenizer and, once it has started, of the discriminator.
 
         Codebooks move once per step, after the last micro-batch, from the statistics of all micro-batches and
-        ranks.
+        ranks; where the optimizer skips the step, they stay too.
         """
         averages = Averages(self.runtime.device)
         pictures = torch.zeros((), device=self.runtime.device)
@@ -154,6 +154,10 @@ class TokenizerTask:
                 averages.add(name, value)
         averages.add("count/images", pictures, 1 / self.runtime.world_size)
         figures: dict[str, Any] = dict(averages.reduce())
+        if not self.engines["tokenizer"].was_step_applied():  # gradients that are not finite on some rank
+            for quantizer in self.tokenizer.quantizers().values():
+                quantizer.reset_window()
+            return figures
         for branch, stats in self.tokenizer.update_codebooks().items():
             figures |= codebook_figures(branch, stats)
         return figures

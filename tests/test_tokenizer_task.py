@@ -5,8 +5,10 @@ import torch
 
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer_config import preset_config
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, load_job_config
 from pretrain.tokenizer_model import TokenizerModelConfig, build_visual_tokenizer
+from tests.distributed import run_function
+from tests.test_jobs import folder, tokenizer_words  # noqa: F401
 
 # -- going on from an export -------------------------------------------------------------------------------
 
@@ -14,11 +16,11 @@ from pretrain.tokenizer_model import TokenizerModelConfig, build_visual_tokenize
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     """A tokenizer that was given more than its preset says."""
-    folder = tmp_path_factory.mktemp("export")
+    path = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
     config = preset_config("tiny", codebook_size=16, codebook_decay=0.9)
-    DualTokenVisualTokenizer(config).save_pretrained(folder)
-    return folder
+    DualTokenVisualTokenizer(config).save_pretrained(path)
+    return path
 
 
 def go_on(export, preset="tiny", **overrides):
@@ -69,3 +71,69 @@ def test_a_tower_of_no_preset_goes_on_without_one(tmp_path):
 def test_neither_preset_nor_export():
     with pytest.raises(ConfigError, match="preset=null without model.init_from: give one of so400m_384"):
         build_visual_tokenizer(TokenizerModelConfig(preset=None, backbone="unused"))
+
+
+# -- a step ------------------------------------------------------------------------------------------------
+
+
+def build_task(arguments):
+    """The task, and the micro-batches that its rank has of eight given pictures."""
+    from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
+    from pretrain.engine import start_runtime
+    from pretrain.tokenizer_task import TokenizerTask
+
+    config = load_job_config(arguments)
+    runtime = start_runtime(config)
+    task = TokenizerTask(config, runtime)
+    whole = next(iter(image_loader(ImageStreamConfig(path=config.data.path), 8, seed=3)))
+    size = config.micro_batch_size
+    starts = range(runtime.rank * size, 8, runtime.world_size * size)
+    parts = [slice(start, start + size) for start in starts]
+    return task, [ImageTextBatch(whole.keys[p], whole.image_bytes[p], whole.captions[p]) for p in parts]
+
+
+def break_teacher(task, rank, micro_step):
+    """Make one micro-batch of one rank have targets, and so a loss, that are NaN."""
+    forward, calls = task.teacher.forward, []
+
+    def broken(images):
+        output = forward(images)
+        calls.append(len(images))
+        if task.runtime.rank == rank and len(calls) - 1 == micro_step:
+            output.pooled.fill_(float("nan"))
+        return output
+
+    task.teacher.forward = broken
+
+
+def state_of(task):
+    from pretrain.engine import full_state_dict
+
+    return {name: value.clone() for name, value in full_state_dict(task.engines["tokenizer"]).items()}
+
+
+def skipped_step(arguments):
+    """Weights and codebooks before and after a broken step, and after a sound one."""
+    task, micro_batches = build_task(arguments)
+    task.train_step(micro_batches)
+    states = [state_of(task)]
+    break_teacher(task, rank=1, micro_step=0)
+    for _ in range(2):
+        figures = task.train_step(micro_batches)
+        states.append(state_of(task))
+    books = [quantizer.codebook.clone() for quantizer in task.tokenizer.quantizers().values()]
+    return states, books, sorted(figures), task.engines["tokenizer"].skipped_steps
+
+
+def test_a_skipped_step_moves_neither_weights_nor_codebooks(folder):  # noqa: F811
+    words = [*tokenizer_words(folder, "skipped", 2), "micro_batch_size=2", "on_nonfinite=skip"]
+    found = run_function(skipped_step, words, process_group=False)
+    before, broken, sound = found[0][0]
+    assert found[0][3] == 1 and "codebook_pixel/usage" in found[0][2]
+    for name, value in before.items():
+        assert torch.equal(broken[name], value), name
+    for name in ("quantizer_pixel.codebook", "quantizer_semantic.codebook", "decoder.conv_out.weight"):
+        assert not torch.equal(sound[name], broken[name]), name
+    assert sound["quantizer_pixel.num_updates"] == 2
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(one, other)
