@@ -222,19 +222,23 @@ class TokenizerTask:
         """Return the gradient of the image losses at the reconstruction and the values of the losses."""
         weights = self.config.losses
         picture = output.reconstruction.detach().float().requires_grad_()
-        mse = F.mse_loss(picture, images.float())
-        loss = weights.mse * mse
-        metrics = {"loss/mse": mse}
+        terms = {"mse": F.mse_loss(picture, images.float())}
         if self.perceptual is not None and self.runtime.step >= weights.perceptual_start_step:
-            metrics["loss/perceptual"] = self.perceptual(picture, images.float())
-            loss = loss + weights.perceptual * metrics["loss/perceptual"]
-        (gradient,) = torch.autograd.grad(loss, picture)
-        metrics["loss/total"] = loss.detach()
+            terms["perceptual"] = self.perceptual(picture, images.float())
+        gradient, unweighted = torch.zeros_like(picture), torch.zeros_like(picture)
+        metrics = {"loss/total": torch.zeros((), device=picture.device)}
+        for name, loss in terms.items():
+            (gradient_of_term,) = torch.autograd.grad(loss, picture)
+            weight = getattr(weights, name)
+            gradient += weight * gradient_of_term
+            unweighted += gradient_of_term
+            metrics[f"loss/{name}"] = loss.detach()
+            metrics["loss/total"] = metrics["loss/total"] + weight * loss.detach()
         if self.gan_is_active:
             adversarial = generator_loss(self.discriminator(picture))
             (gan_gradient,) = torch.autograd.grad(adversarial, picture)
-            gan_weight = self.adaptive_weight(output.decoder_features, gradient, gan_gradient) * weights.gan
-            gradient = gradient + gan_weight * gan_gradient
+            gan_weight = self.adaptive_weight(output.decoder_features, unweighted, gan_gradient) * weights.gan
+            gradient += gan_weight * gan_gradient
             metrics |= {"loss/gan": adversarial, "gan_weight": gan_weight}
             metrics["loss/total"] = metrics["loss/total"] + (gan_weight * adversarial).detach()
         return gradient, metrics
@@ -245,7 +249,13 @@ class TokenizerTask:
         return self.engines["discriminator"].module
 
     def adaptive_weight(self, features: Tensor, gradient: Tensor, gan_gradient: Tensor) -> Tensor:
-        """Return the GAN weight from the gradients of all ranks at the decoder's last kernel."""
+        """Return the GAN weight from the gradients of all ranks at the decoder's last kernel.
+
+        Args:
+            features: the kernel's input, ``[B, C', H, W]``.
+            gradient: of MSE + LPIPS at the picture, without the recipe's weights, as in the released code.
+            gan_gradient: of the adversarial loss at the picture.
+        """
         shape = self.kernel_shape
         kernels = torch.stack([last_layer_gradient(features, shape, g) for g in (gradient, gan_gradient)])
         if self.runtime.world_size > 1:

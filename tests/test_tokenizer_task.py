@@ -137,3 +137,39 @@ def test_a_skipped_step_moves_neither_weights_nor_codebooks(folder):  # noqa: F8
     assert sound["quantizer_pixel.num_updates"] == 2
     for one, other in zip(found[0][1], found[1][1], strict=True):
         assert torch.equal(one, other)
+
+
+def first_gan_weight(arguments):
+    """What the step logs, and in one rank the formula by autograd through the decoder's last layer."""
+    import torch.nn.functional as F
+
+    from pretrain.losses import generator_loss
+
+    task, (batch,) = build_task(arguments)
+    with torch.enable_grad():
+        images, _ = task.read_images(batch)
+        output = task.tokenizer.eval()(images)
+        losses = [F.mse_loss(output.reconstruction, images) + task.perceptual(output.reconstruction, images)]
+        losses.append(generator_loss(task.discriminator(output.reconstruction)))
+        kernel = task.tokenizer.last_layer.weight
+        norms = [torch.autograd.grad(loss, kernel, retain_graph=True)[0].norm() for loss in losses]
+    task.tokenizer.train()
+    expected = (norms[0] / (norms[1] + 1e-4)).item()
+    return task.train_step([batch])["gan_weight"].item(), expected
+
+
+def test_the_adaptive_gan_weight_is_that_of_the_whole_batch(folder):  # noqa: F811
+    words = [
+        *tokenizer_words(folder, "adaptive", 1),
+        # A hundredth, so that the recipe's weights of the other losses would show.
+        "losses={gan: 0.01, gan_start_step: 0, gan_weight_range: [0, 1e9], mse: 5, perceptual: 0.1}",
+        "perceptual_network.trunk=stlpips",
+    ]
+    alone = [*words, "micro_batch_size=8"]
+    ((whole, expected),) = run_function(first_gan_weight, alone, world_size=1, process_group=False)
+    assert whole == pytest.approx(0.01 * expected, rel=1e-4)
+    halves = run_function(first_gan_weight, words, process_group=False)
+    # The ratios of the halves differ from each other and from the whole batch's.
+    ratios = [0.01 * ratio for _, ratio in halves]
+    assert all(abs(ratio / whole - 1) > 1e-2 for ratio in [*ratios, sum(ratios) / 2])
+    assert [weight for weight, _ in halves] == pytest.approx([whole] * 2, rel=1e-4)
