@@ -75,18 +75,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if it does not exist.
-        ValueError: if it is damaged, or holds more than tensors and plain containers.
+        ValueError: if it is damaged, holds more than tensors and plain containers, or is no dict.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is refused: it is not a plain file of tensors ({reason})") from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a dict with 'state_dict'")
+    return content
 
 
 # -- configuration -----------------------------------------------------------------------------------------
@@ -103,13 +106,13 @@ def config_from_released(
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
-        ValueError: if the config asks for something this model cannot be.
+        ValueError: if keys are missing (all are named), or the config asks for something this model cannot
+            be.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no released config at {path}")
-    released = json.loads(path.read_text())
-    released = released.get("rqvaesiglip", released)
+    released = _released_section(path)
     towers: Any = SiglipConfig.from_dict(_backbone_config(path, released, backbone_config))
     branches = {name: _branch(released, name) for name in ("sem", "pix")}
     if branches["sem"] != branches["pix"]:
@@ -142,6 +145,43 @@ def config_from_released(
             f"{len(decoder['ch_mult'])} levels make {config.reconstruction_size} pixels"
         )
     return config
+
+
+# What is read of a released config without a default.
+_DECODER_KEYS = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution")
+_BRANCH_KEYS = (
+    "bottleneck_type",
+    "n_embed",
+    "embed_dim",
+    "code_shape",
+    "decay",
+    "shared_codebook",
+    "restart_unused_codes",
+)
+_NEEDED = {"ddconfig": _DECODER_KEYS, "vq_sem": _BRANCH_KEYS, "vq_pix": _BRANCH_KEYS}
+
+
+def _released_section(path: Path) -> dict[str, Any]:
+    """Read the tokenizer's section of a released config, with every key that is needed."""
+    try:
+        released = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    released = released.get("rqvaesiglip", released) if isinstance(released, dict) else released
+    if not isinstance(released, dict):
+        raise ValueError(f"{path} holds a {type(released).__name__}; expected a released config, a dict")
+    missing = [name for name in ("layer_recon", "layer_sem") if name not in released]
+    for section, keys in _NEEDED.items():
+        found = released.get(section)
+        if not isinstance(found, dict):
+            missing.append(section)
+            continue
+        missing += [f"{section}.{key}" for key in keys if key not in found]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}; expected the config.json beside a released checkpoint"
+        )
+    return released
 
 
 def _backbone_config(path: Path, released: dict, given: str | Path | None) -> dict:

@@ -181,6 +181,9 @@ def test_damaged_missing_and_foreign_files_are_named(tmp_path):
     torch.save({"weights": {}}, tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match="no 'state_dict'; found weights"):
         load_released(tmp_path / "config.json", tmp_path / "foreign.pt")
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="list.pt holds a list; expected a dict with 'state_dict'"):
+        load_released(tmp_path / "config.json", tmp_path / "list.pt")
 
 
 # -- configuration -----------------------------------------------------------------------------------------
@@ -224,6 +227,24 @@ def test_impossible_configs_are_explained(tmp_path, change, message):
     path, _ = write(tmp_path, released, {})
     with pytest.raises(ValueError, match=message):
         config_from_released(path)
+
+
+def test_every_missing_key_of_a_config_is_named(tmp_path):
+    released = config()
+    section = released["rqvaesiglip"]
+    del (
+        section["layer_recon"],
+        section["vq_pix"],
+        section["ddconfig"]["resolution"],
+        section["vq_sem"]["decay"],
+    )
+    path, _ = write(tmp_path, released, {})
+    with pytest.raises(ValueError, match="lacks layer_recon, ddconfig.resolution, vq_sem.decay, vq_pix; exp"):
+        config_from_released(path)
+    for text, message in (("[1]", "config.json holds a list; expected a"), ("{", "is not valid JSON: ")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            config_from_released(path)
 
 
 def test_missing_config_files_are_named(tmp_path):
