@@ -93,6 +93,30 @@ def _plain(config: DualTokenVisualTokenizerConfig) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_diff_dict()))
 
 
+def expand_frozen(patterns: list[str], config: DualTokenVisualTokenizerConfig) -> list[str]:
+    """Patterns of parameter names, for one recipe to fit towers of every depth.
+
+    `<pixel` and `<semantic` as a part of a name become the numbers of the layers that the branch's latents
+    come through: `layers.<pixel.*` is `layers.0.*` to `layers.5.*` where the branch reads layer 6. Patterns
+    of the shortcut and of the text tower are left out where the tokenizer has none.
+    """
+    depths = {"<pixel": max(config.reconstruction_layer, config.shortcut_layer or 0)}
+    depths["<semantic"] = config.semantic_layer
+    absent: list[str] = []
+    if config.shortcut_layer is None:
+        absent.append("prequant_shortcut.")
+    if config.text_config is None:
+        absent += ["backbone.text_model.", "backbone.logit_"]
+    expanded: list[str] = []
+    for pattern in patterns:
+        if pattern.startswith(tuple(absent)):
+            continue
+        name = next((part for part in pattern.split(".") if part in depths), None)
+        numbers = range(depths[name]) if name else ()
+        expanded += [pattern.replace(name, str(number)) for number in numbers] if name else [pattern]
+    return expanded
+
+
 def freeze_codebooks(tokenizer: DualTokenVisualTokenizer, names: list[str]) -> None:
     """Keep codebooks as they are: no statistics, no updates, no restarts.
 

@@ -34,7 +34,12 @@ from pretrain.losses import (
 )
 from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
-from pretrain.tokenizer_model import TokenizerModelConfig, build_visual_tokenizer, freeze_codebooks
+from pretrain.tokenizer_model import (
+    TokenizerModelConfig,
+    build_visual_tokenizer,
+    expand_frozen,
+    freeze_codebooks,
+)
 
 
 @dataclass
@@ -70,7 +75,8 @@ class TokenizerJobConfig(JobConfig):
     # Gradients are taken through the discriminator outside its engine, which ZeRO-3 does not allow.
     discriminator_deepspeed: str = "zero1.json"
     images: ImageInputConfig = field(default_factory=ImageInputConfig)
-    # Patterns of parameter names; the released joint phase trains everything but text tower and logit scale.
+    # Patterns of parameter names, `layers.<semantic.*` among them (see expand_frozen); the released joint
+    # phase trains everything but text tower and logit scale.
     frozen: list[str] = field(default_factory=lambda: ["backbone.text_model.*", "backbone.logit_*"])
     frozen_codebooks: list[str] = field(default_factory=list)  # of "pixel", "semantic" ("merged")
     data: ImageStreamConfig = MISSING
@@ -83,7 +89,7 @@ class TokenizerTask:
     def __init__(self, config: TokenizerJobConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
         self.tokenizer = build_visual_tokenizer(config.model)
-        freeze_parameters(self.tokenizer, config.frozen)
+        freeze_parameters(self.tokenizer, expand_frozen(config.frozen, self.tokenizer.config))
         freeze_codebooks(self.tokenizer, config.frozen_codebooks)
         kernel_shape = self.tokenizer.last_layer.weight.shape  # ZeRO may flatten it later
         self.teacher = FrozenTeacher.from_pretrained(

@@ -1,5 +1,6 @@
 """The recipes of the tokenizer's phases: what each trains, and that the last one leaves the pixels alone."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer_config import PRESETS, preset_config
 from pretrain.config import ConfigError, load_job_config
 from pretrain.optim import freeze_parameters
-from pretrain.tokenizer_model import freeze_codebooks
+from pretrain.tokenizer_model import expand_frozen, freeze_codebooks
 from tests.distributed import run_function, run_module
 from tests.test_jobs import folder, tokenizer_run, tokenizer_words  # noqa: F401
 
@@ -18,12 +19,18 @@ PIXEL_PARTS = {"prequant_pixel", "prequant_shortcut", "postquant_pixel", "post_q
 SEMANTIC_PARTS = {"prequant_semantic", "postquant_semantic"}
 
 
-def trained_by(recipe: str) -> tuple[set[str], set[int], list[str]]:
-    """Parts of the paper's model that a phase trains, vision layers among them, and frozen codebooks."""
-    config = load_job_config([f"recipe={recipe}", "model.backbone=x", "data.path=y"], world_size=8)
+@functools.cache
+def model_of(preset: str) -> DualTokenVisualTokenizer:
     with torch.device("meta"):
-        model = DualTokenVisualTokenizer(preset_config(config.model.preset))
-    freeze_parameters(model, config.frozen)
+        return DualTokenVisualTokenizer(preset_config(preset))
+
+
+def trained_by(recipe: str, preset: str) -> tuple[set[str], set[int], list[str]]:
+    """Parts of a preset's model that a phase trains, vision layers among them, and frozen codebooks."""
+    words = [f"recipe={recipe}", f"model.preset={preset}", "model.backbone=x", "data.path=y"]
+    config = load_job_config(words, world_size=8)
+    model = model_of(preset).requires_grad_(True)
+    freeze_parameters(model, expand_frozen(config.frozen, model.config))
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     parts = {name.split(".")[0] for name in names if not name.startswith("backbone")}
     parts |= {".".join(name.split(".")[1:3]) for name in names if name.startswith("backbone")}
@@ -31,42 +38,71 @@ def trained_by(recipe: str) -> tuple[set[str], set[int], list[str]]:
     return parts, layers, config.frozen_codebooks
 
 
-def test_warmup_trains_the_new_parts_and_the_last_layer():
-    parts, layers, codebooks = trained_by("tokenizer_warmup")
-    assert parts >= PIXEL_PARTS | SEMANTIC_PARTS
-    assert layers == {26} and not codebooks
+def pixel_parts(preset: str) -> set[str]:
+    has_shortcut = model_of(preset).config.shortcut_layer is not None
+    return PIXEL_PARTS if has_shortcut else PIXEL_PARTS - {"prequant_shortcut"}
+
+
+# Vision layers in all, read by the pixel branch, read by the semantic branch (docs/tokenizer.md).
+LAYERS = {
+    "so400m_384": (27, 6, 26),
+    "siglip_l_256": (24, 6, 23),
+    "siglip2_so400m_256": (27, 6, 26),
+    "quickstart": (4, 1, 3),
+    "tiny": (4, 1, 3),
+}
+all_presets = pytest.mark.parametrize("preset", PRESETS)
+
+
+@all_presets
+def test_warmup_trains_the_new_parts_and_the_last_layer(preset):
+    parts, layers, codebooks = trained_by("tokenizer_warmup", preset)
+    assert parts >= pixel_parts(preset) | SEMANTIC_PARTS
+    total, _, semantic = LAYERS[preset]
+    assert layers == set(range(semantic, total)) and layers and not codebooks
     assert "vision_model.embeddings" not in parts and "text_model.encoder" not in parts
 
 
-def test_joint_trains_everything_but_the_text_tower():
-    parts, layers, codebooks = trained_by("tokenizer_joint")
-    assert parts >= PIXEL_PARTS | SEMANTIC_PARTS | {"vision_model.embeddings", "vision_model.head"}
-    assert layers == set(range(27)) and not codebooks
+@all_presets
+def test_joint_trains_everything_but_the_text_tower(preset):
+    parts, layers, codebooks = trained_by("tokenizer_joint", preset)
+    assert parts >= pixel_parts(preset) | SEMANTIC_PARTS | {"vision_model.embeddings", "vision_model.head"}
+    assert layers == set(range(LAYERS[preset][0])) and not codebooks
     assert not any(part.startswith(("text_model", "logit")) for part in parts)
 
 
+@all_presets
 @pytest.mark.parametrize("recipe", ["tokenizer_semantic", "tokenizer_contrastive"])
-def test_last_phases_train_nothing_that_pixels_pass(recipe):
-    parts, layers, codebooks = trained_by(recipe)
+def test_last_phases_train_nothing_that_pixels_pass(recipe, preset):
+    parts, layers, codebooks = trained_by(recipe, preset)
     assert not parts & PIXEL_PARTS and "vision_model.embeddings" not in parts
     assert parts >= SEMANTIC_PARTS
-    assert layers == set(range(6, 27)) and codebooks == ["pixel"]
+    total, pixel, _ = LAYERS[preset]
+    assert layers == set(range(pixel, total)) and codebooks == ["pixel"]
+
+
+def test_frozen_patterns_follow_the_config():
+    config = preset_config("tiny", shortcut_layer=2, text_config=None)
+    patterns = [
+        "a.<pixel.*",
+        "b.<semantic",
+        "prequant_shortcut.*",
+        "backbone.text_model.*",
+        "backbone.logit_*",
+    ]
+    expected = ["a.0.*", "a.1.*", "b.0", "b.1", "b.2", "prequant_shortcut.*"]
+    assert expand_frozen(patterns, config) == expected
+    with pytest.raises(ConfigError, match="'layers.<pixels.*' matches no parameter"):
+        freeze_parameters(model_of("tiny"), expand_frozen(["layers.<pixels.*"], config))
 
 
 @pytest.mark.parametrize("phase", ["semantic", "contrastive"])
 def test_last_phases_keep_pixel_codes_and_pictures(folder, tokenizer_run, phase):  # noqa: F811
     before = tokenizer_run / "export"
-    # The tiny tower has 4 layers and reads pixels after the first.
-    patterns = ["text_model.*", "logit_*", "vision_model.embeddings.*", "vision_model.encoder.layers.0.*"]
-    frozen = [f"backbone.{pattern}" for pattern in patterns]
-    frozen += [f"{part}.*" for part in sorted(PIXEL_PARTS - {"prequant_shortcut"})]
-    layer = preset_config("tiny").reconstruction_layer
-    assert layer == 1 and preset_config("tiny").shortcut_layer is None
     words = [
         f"recipe=tokenizer_{phase}",
         *tokenizer_words(folder, phase, 1)[1:],
         f"model.init_from={before}",
-        f"frozen=[{','.join(frozen)}]",
         "optimizer.warmup_steps=1",
     ]
     run_module("pretrain.train", words, 1).check()
