@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -66,7 +67,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class MiddleBlock(nn.Module):
+class MiddleBlock(GradientCheckpointingLayer):
     """Residual block, attention, residual block at the lowest resolution."""
 
     def __init__(self, channels: int) -> None:
@@ -80,7 +81,7 @@ class MiddleBlock(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-class UpLevel(nn.Module):
+class UpLevel(GradientCheckpointingLayer):
     """The residual blocks (and attention) of one resolution, and the way up to the next."""
 
     def __init__(self, channels: Sequence[int], with_attention: bool, with_upsample: bool) -> None:

@@ -163,7 +163,9 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         features = self.postquant_semantic(quantized)
         return features, pool(self.backbone.vision_model, features, self.config.semantic_layer)
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor | None = None) -> VisualTokenizerOutput:
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor | None = None, paint: bool = True
+    ) -> VisualTokenizerOutput:
         """Encode, quantize and decode ``pixel_values [B, 3, H, W]`` in [-1, 1].
 
         In training mode the quantizers add to their statistics; :meth:`update_codebooks` uses them, once per
@@ -172,6 +174,7 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         Args:
             pixel_values: the pictures.
             input_ids: captions ``[B, T]``, to have the text tower's vectors in the output too.
+            paint: False leaves out the decoder, and with it `reconstruction` and `decoder_features`.
 
         Raises:
             ValueError: on images of another size, or with NaN or infinite values; on captions without a text
@@ -184,7 +187,7 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         else:
             pixel = self.quantizer_pixel(latents_pixel)
             commitment_pixel = pixel.commitment_loss
-        reconstruction, decoder_features = self._decode_latents(pixel.quantized)
+        reconstruction, decoder_features = self._decode_latents(pixel.quantized) if paint else (None, None)
         semantic_features, pooled = self._pool_latents(semantic.quantized)
         text: dict[str, Tensor] = {}
         if input_ids is not None:  # here and not by the caller, so that every ZeRO level gathers what is read

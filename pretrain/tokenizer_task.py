@@ -79,6 +79,7 @@ class TokenizerJobConfig(JobConfig):
     # phase trains everything but text tower and logit scale.
     frozen: list[str] = field(default_factory=lambda: ["backbone.text_model.*", "backbone.logit_*"])
     frozen_codebooks: list[str] = field(default_factory=list)  # of "pixel", "semantic" ("merged")
+    gradient_checkpointing: bool = False  # of the towers' layers and the decoder's levels
     data: ImageStreamConfig = MISSING
     validation_data: ImageStreamConfig | None = None
 
@@ -91,6 +92,8 @@ class TokenizerTask:
         self.tokenizer = build_visual_tokenizer(config.model)
         freeze_parameters(self.tokenizer, expand_frozen(config.frozen, self.tokenizer.config))
         freeze_codebooks(self.tokenizer, config.frozen_codebooks)
+        if config.gradient_checkpointing:
+            self.tokenizer.activation_checkpointing_enable({"use_reentrant": False})
         kernel_shape = self.tokenizer.last_layer.weight.shape  # ZeRO may flatten it later
         self.teacher = FrozenTeacher.from_pretrained(
             config.model.backbone, semantic_layer=self.tokenizer.config.semantic_layer
@@ -173,6 +176,11 @@ class TokenizerTask:
         """Whether the adversarial loss has started."""
         return "discriminator" in self.engines and self.runtime.step >= self.config.losses.gan_start_step
 
+    @property
+    def has_image_losses(self) -> bool:
+        """Whether a loss reads the reconstruction; else a step does not run the decoder."""
+        return bool(self.config.losses.mse or self.perceptual or self.config.losses.gan)
+
     def generator_step(
         self, images: Tensor, input_ids: Tensor | None
     ) -> tuple[VisualTokenizerOutput, dict[str, Tensor]]:
@@ -183,8 +191,7 @@ class TokenizerTask:
             input_ids: their captions ``[B, T]`` where the contrastive loss is on.
         """
         weights = self.config.losses
-        output = self.engines["tokenizer"](images, input_ids)
-        image_gradient, metrics = self.image_losses(output, images)
+        output = self.engines["tokenizer"](images, input_ids, paint=self.has_image_losses)
         with torch.no_grad():
             teacher = self.teacher(images)
         semantic = semantic_distillation_loss(
@@ -197,19 +204,25 @@ class TokenizerTask:
             + weights.commitment_pixel * output.commitment_loss_pixel
             + weights.commitment_semantic * output.commitment_loss_semantic
         )
+        metrics: dict[str, Tensor] = {}
         if input_ids is not None:
             metrics["loss/contrastive"] = self.contrastive_loss(output)
             feature_loss = feature_loss + weights.contrastive * metrics["loss/contrastive"]
-        # The image losses enter through their gradient at the picture: the adaptive weight needs that
-        # gradient before the backward pass, and DeepSpeed allows one backward pass per forward pass.
-        image_term = (output.reconstruction.float() * image_gradient).sum()
-        backward_and_step(self.engines["tokenizer"], feature_loss + image_term)
+        loss, total = feature_loss, feature_loss
+        if self.has_image_losses:
+            image_gradient, image_metrics = self.image_losses(output, images)
+            # The image losses enter through their gradient at the picture: the adaptive weight needs that
+            # gradient before the backward pass, and DeepSpeed allows one backward pass per forward pass.
+            loss = feature_loss + (output.reconstruction.float() * image_gradient).sum()
+            total = image_metrics["loss/total"] + feature_loss
+            metrics |= image_metrics
+        backward_and_step(self.engines["tokenizer"], loss)
         metrics |= {
             "loss/semantic": semantic,
             "loss/pooled": pooled,
             "loss/commitment_pixel": output.commitment_loss_pixel,
             "loss/commitment_semantic": output.commitment_loss_semantic,
-            "loss/total": metrics["loss/total"] + feature_loss,
+            "loss/total": total,
         }
         return output, metrics
 

@@ -173,3 +173,56 @@ def test_the_adaptive_gan_weight_is_that_of_the_whole_batch(folder):  # noqa: F8
     ratios = [0.01 * ratio for _, ratio in halves]
     assert all(abs(ratio / whole - 1) > 1e-2 for ratio in [*ratios, sum(ratios) / 2])
     assert [weight for weight, _ in halves] == pytest.approx([whole] * 2, rel=1e-4)
+
+
+def two_steps(arguments, painting=None):
+    """Figures of two steps without their timing, and the state after them."""
+    from pretrain.tokenizer_task import TokenizerTask
+
+    with pytest.MonkeyPatch.context() as patch:
+        if painting is not None:
+            patch.setattr(TokenizerTask, "has_image_losses", painting)
+        task, micro_batches = build_task(arguments)
+        figures = [task.train_step(micro_batches) for _ in range(2)]
+        levels = [module.gradient_checkpointing for module in task.tokenizer.decoder.up]
+    return [{name: float(value) for name, value in of.items()} for of in figures], state_of(task), levels
+
+
+def variants(joint, semantic):
+    return {
+        "plain": two_steps(joint),
+        "saving": two_steps([*joint, "gradient_checkpointing=true"]),
+        "semantic": two_steps(semantic),
+        "semantic, painting": two_steps(semantic, painting=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def steps(folder):  # noqa: F811
+    words = tokenizer_words(folder, "variants", 1)
+    joint = [*words, "losses.gan_start_step=0"]
+    semantic = ["recipe=tokenizer_semantic", *words[1:], "optimizer.warmup_steps=1"]
+    (found,) = run_function(variants, joint, semantic, world_size=1, process_group=False)
+    return found
+
+
+def assert_same_state(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_gradient_checkpointing_is_a_setting_that_changes_no_figure(steps):
+    (plain, weights, off), (saving, same_weights, on) = steps["plain"], steps["saving"]
+    assert not any(off) and all(on)
+    assert saving == plain and "loss/gan" in plain[0]
+    assert_same_state(weights, same_weights)
+
+
+def test_a_phase_without_image_losses_does_not_paint(steps):
+    (blind, weights, _), (painting, same_weights, _) = steps["semantic"], steps["semantic, painting"]
+    assert "loss/mse" not in blind[0] and blind[0].keys() | {"loss/mse"} == painting[0].keys()
+    for figures, expected in zip(blind, painting, strict=True):
+        assert figures == {name: value for name, value in expected.items() if name != "loss/mse"}
+    assert blind[1]["loss/semantic"] != blind[0]["loss/semantic"]  # it learns
+    assert_same_state(weights, same_weights)

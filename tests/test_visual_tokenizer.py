@@ -173,10 +173,21 @@ def test_autocast_trains_and_searches_in_fp32():
     assert latents.dtype == torch.float32 and output.commitment_loss_pixel.dtype == torch.float32
 
 
+def saved_tensors(model):
+    """Elements that autograd keeps for the backward pass through the decoder."""
+    kept = []
+    latents = torch.randn(2, model.config.decoder_in_channels, *[model.config.latent_size] * 2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        model.train().decoder.features(latents.requires_grad_())
+    return sum(kept)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients_and_statistics():
     plain, saving = build(), build()
-    saving.activation_checkpointing_enable()
+    saving.activation_checkpointing_enable({"use_reentrant": False})
     assert saving.backbone.vision_model.encoder.layers[0].gradient_checkpointing
+    kept = [saved_tensors(model) for model in (plain, saving)]
+    assert kept[1] < 0.5 * kept[0], "the decoder keeps its activations"
     for model in (plain, saving):
         model.train()
         backward(model(images()))
@@ -185,6 +196,20 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_statistics():
         if one.grad is not None:
             torch.testing.assert_close(one.grad, two.grad)
     assert torch.equal(plain.quantizer_pixel.window, saving.quantizer_pixel.window)
+
+
+def test_without_painting_all_else_is_the_same():
+    plain, blind = build(), build()
+    outputs = plain(images()), blind(images(), paint=False)
+    assert outputs[1].reconstruction is None and outputs[1].decoder_features is None
+    for name in ("codes", "semantic_features", "pooled", "commitment_loss_pixel", "commitment_loss_semantic"):
+        assert torch.equal(outputs[0][name], outputs[1][name]), name
+    for output in outputs:
+        (output.pooled.square().sum() + output.commitment_loss_pixel).backward()
+    for (name, one), two in zip(plain.named_parameters(), blind.parameters()):
+        assert (one.grad is None) == (two.grad is None) and (
+            one.grad is None or torch.equal(one.grad, two.grad)
+        ), name
 
 
 # -- teacher and backbone ----------------------------------------------------------------------------------
