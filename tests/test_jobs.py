@@ -157,13 +157,12 @@ def test_two_ranks_train_the_unified_model_like_one(folder, mllm_run):
     assert_same_losses(mllm_run, folder / "mllm_alone", tolerance=1e-3)
 
 
-def test_a_killed_unified_model_run_goes_on_exactly(folder, mllm_run):
-    run = folder / "mllm_killed"
-    words = [*mllm_words(folder, "mllm_killed", 2), "checkpoint_every=2"]
+def kill_and_go_on(run: Path, words: list[str], after_step: int) -> None:
+    """Kill both ranks once a step is logged, then start the same command again."""
     with Ranks("pretrain.train", words) as ranks:
         deadline = time.monotonic() + 300
         metrics = run / "metrics.jsonl"
-        while not (metrics.exists() and '"step": 3' in metrics.read_text()):
+        while not (metrics.exists() and f'"step": {after_step}' in metrics.read_text()):
             assert time.monotonic() < deadline, ranks.output_of(0)
             time.sleep(0.01)
         ranks.send(signal.SIGKILL)
@@ -171,6 +170,44 @@ def test_a_killed_unified_model_run_goes_on_exactly(folder, mllm_run):
     assert not (run / "done.json").exists()
     resumed = run_module("pretrain.train", words).check()
     assert "resumed from" in resumed.outputs[0]
+
+
+def test_a_killed_tokenizer_run_goes_on_exactly(folder, tokenizer_run):
+    """Two engines with their optimizers, codebooks with their averages, what is known of broken pictures."""
+    run = folder / "tokenizer_killed"
+    kill_and_go_on(run, [*tokenizer_words(folder, run.name, 2), "checkpoint_every=3"], after_step=4)
+    assert losses(run) == losses(tokenizer_run)
+    assert {"loss/gan", "loss/discriminator"} <= losses(run)[3].keys()  # they began before the checkpoint
+    found, expected = last_checkpoint(run), last_checkpoint(tokenizer_run)
+    assert found.keys() == expected.keys()
+    parts = " ".join(expected)
+    assert all(part in parts for part in ("exp_avg", "embed_sum", "num_updates", "rejected_keys"))
+    for place, value in expected.items():
+        same = torch.equal(found[place], value) if isinstance(value, torch.Tensor) else found[place] == value
+        assert same, place
+
+
+def last_checkpoint(run: Path) -> dict[str, torch.Tensor | list[str]]:
+    """Tensors of all engines and ranks, and which broken pictures each rank knows, by their place."""
+    found: dict[str, torch.Tensor | list[str]] = {}
+
+    def collect(value, place: str) -> None:
+        if isinstance(value, torch.Tensor) or place.endswith("rejected_keys"):
+            found[place] = value
+        elif isinstance(value, dict | list | tuple):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, inner in items:
+                collect(inner, f"{place}/{key}")
+
+    folder = run / "checkpoints" / f"step_{STEPS:08d}"
+    for path in sorted(folder.rglob("*.pt")):
+        collect(torch.load(path, map_location="cpu", weights_only=False), str(path.relative_to(folder)))
+    return found
+
+
+def test_a_killed_unified_model_run_goes_on_exactly(folder, mllm_run):
+    run = folder / "mllm_killed"
+    kill_and_go_on(run, [*mllm_words(folder, run.name, 2), "checkpoint_every=2"], after_step=3)
     assert losses(run) == losses(mllm_run)
 
 
