@@ -26,6 +26,7 @@ from .chunked_loss import TextHead
 from .depth_transformer import VisualHead
 from .projection import AttentionProjection
 from .sequence import IGNORE_INDEX
+from .strict_loading import load_strictly
 from .unified_model_config import DualTokenConfig, padded_vocabulary
 from .visual_embedder import CODEBOOKS, Codebooks, GeluMLP, VisualEmbedder
 from .visual_features import FeatureCache, PostQuantization, require_whole_images
@@ -123,7 +124,9 @@ class DualTokenForCausalLM(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # Only modules that hold parameters themselves: transformers skips others in code that is not its own.
         if isinstance(module, VisualHead):
-            module.init_weights()
+            # One loaded in part under ZeRO-3 is not whole here; `load_strictly` refuses it.
+            if all(parameter.numel() for parameter in module.parameters()):
+                module.init_weights()
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
@@ -145,9 +148,13 @@ class DualTokenForCausalLM(PreTrainedModel):
 
         The embedding is enlarged (to a multiple of 64 rows) if the special tokens do not fit into it; rows
         beyond the text tokenizer's length, as Qwen's checkpoints have, are used as they are.
+
+        Raises:
+            ValueError: the decoder's weights do not fit its config (`load_strictly`).
         """
-        llm: Any = AutoModelForCausalLM.from_pretrained(
-            path, attn_implementation=DOCUMENT_ATTENTION, **kwargs
+        llm: Any
+        llm, _ = load_strictly(
+            AutoModelForCausalLM.from_pretrained, path, attn_implementation=DOCUMENT_ATTENTION, **kwargs
         )
         rows = llm.get_input_embeddings().num_embeddings
         needed = padded_vocabulary(rows, max(config.special.ids()) + 1)
@@ -160,13 +167,23 @@ class DualTokenForCausalLM(PreTrainedModel):
         return cls._from_config(config, dtype=llm.dtype, llm=llm)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a saved model; arguments and result as of `PreTrainedModel.from_pretrained`."""
-        loaded: Any = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a saved model, strictly; arguments and result as of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: the weights do not fit the config (`load_strictly`).
+        """
+        load = super().from_pretrained
+        model, report = load_strictly(load, pretrained_model_name_or_path, *args, **kwargs)
         if model.post_quantization is not None:
             model.post_quantization.requires_grad_(False)  # loading puts trainable parameters in their place
-        return loaded
+        return (model, report) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the decoder's token embedding."""

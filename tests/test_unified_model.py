@@ -1,9 +1,11 @@
 """The unified model's loss against equations (5) to (8) written out, and its behaviour around them."""
 
 import math
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen2Config
 
 from dualtoken.chunked_loss import TextHead
@@ -404,6 +406,43 @@ def test_built_around_a_pretrained_decoder(tmp_path, rows, expected):
     model.save_pretrained(tmp_path / "unified")
     loaded = DualTokenForCausalLM.from_pretrained(tmp_path / "unified")
     assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def rewrite_weights(folder, change):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+
+
+DAMAGES = [
+    (lambda w, n: w.pop(n), r"1 missing \({name}\); expected a whole checkpoint"),
+    (lambda w, n: w.update({n + "_2": w[n].clone()}), r"1 unexpected \({name}_2\)"),
+    (lambda w, n: w.update({n: w[n][:-1].clone()}), r"1 mismatched \({name} \(.*\) there, \(.*\) here\)"),
+]
+
+
+@pytest.mark.parametrize("damage, message", DAMAGES)
+@pytest.mark.parametrize("decoder", ["qwen2", "llama"])
+def test_weights_that_do_not_fit_are_refused(tmp_path, decoder, damage, message):
+    tiny_model(decoder=decoder).save_pretrained(tmp_path / "unified")
+    AutoModelForCausalLM.from_config(tiny_config(decoder).text_config).save_pretrained(tmp_path / "base")
+    loads = {
+        "pixel_head.classifier": lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "unified"),
+        "codebooks.vectors": lambda: DualTokenForCausalLM.from_pretrained(tmp_path / "unified"),
+        "model.layers.0.mlp.down_proj.weight": lambda: DualTokenForCausalLM.from_base(
+            tiny_config(), str(tmp_path / "base")
+        ),
+    }
+    for name, load in loads.items():
+        folder = tmp_path / ("base" if name.startswith("model.") else "unified")
+        whole = (folder / "model.safetensors").read_bytes()
+        load()
+        rewrite_weights(folder, lambda weights, name=name: damage(weights, name))
+        with pytest.raises(ValueError, match=message.format(name=re.escape(name))) as caught:
+            load()
+        assert "\n" not in str(caught.value)
+        (folder / "model.safetensors").write_bytes(whole)
 
 
 def test_wrong_inputs_are_named():

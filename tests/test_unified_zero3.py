@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dualtoken.sequence import Document, PackedBatch, TextPart, pack_documents
@@ -121,6 +121,10 @@ def worker(output: Path) -> None:
     for name, model in sharded.items():
         state = {**full_state(model), **dict(model.named_buffers())}
         torch.save({k: v for k, v in state.items()}, output / f"{name}_{rank}.pt")
+    try:
+        DualTokenForCausalLM.from_pretrained(output / "incomplete")
+    except ValueError as error:
+        (output / f"refused_{rank}.txt").write_text(str(error))
     assert alive is not None
     torch.distributed.barrier()
     sys.stdout.flush()
@@ -138,6 +142,10 @@ def full_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def runs(tmp_path_factory):
     output = tmp_path_factory.mktemp("zero3")
     tiny_model(seed=3).save_pretrained(output / "unified")
+    tiny_model(seed=3).save_pretrained(output / "incomplete")
+    weights = load_file(output / "incomplete" / "model.safetensors")
+    del weights["pixel_head.classifier"]
+    save_file(weights, output / "incomplete" / "model.safetensors", {"format": "pt"})
     small = tiny_config(initializer_range=0.1).text_config
     small.vocab_size = 258
     AutoModelForCausalLM.from_config(small).save_pretrained(output / "base")
@@ -193,6 +201,12 @@ def test_sharded_loading(runs):
         assert torch.equal(state[f"llm.{name}"][: len(value)], value), name
     assert state["llm.model.embed_tokens.weight"].shape == (320, 32)
     assert 0 < state["pixel_head.classifier"].std() < 0.1
+
+
+def test_sharded_loading_is_strict(runs):
+    for rank in range(2):
+        refused = (runs / f"refused_{rank}.txt").read_text()
+        assert "do not fit their config: 1 missing (pixel_head.classifier)" in refused
 
 
 if __name__ == "__main__":
