@@ -144,7 +144,8 @@ class DualTokenForCausalLM(PreTrainedModel):
         Args:
             config: its `text_config` is replaced by the decoder's.
             path: a folder (or name) that `AutoModelForCausalLM.from_pretrained` reads.
-            kwargs: passed on to it, such as `dtype`.
+            kwargs: passed on to it, such as `dtype`; fp32 by default, whatever the decoder is stored in,
+                for what is trained is drawn and kept in fp32.
 
         The embedding is enlarged (to a multiple of 64 rows) if the special tokens do not fit into it; rows
         beyond the text tokenizer's length, as Qwen's checkpoints have, are used as they are.
@@ -152,10 +153,9 @@ class DualTokenForCausalLM(PreTrainedModel):
         Raises:
             ValueError: the decoder's weights do not fit its config (`load_strictly`).
         """
+        settings = {"attn_implementation": DOCUMENT_ATTENTION, "dtype": torch.float32, **kwargs}
         llm: Any
-        llm, _ = load_strictly(
-            AutoModelForCausalLM.from_pretrained, path, attn_implementation=DOCUMENT_ATTENTION, **kwargs
-        )
+        llm, _ = load_strictly(AutoModelForCausalLM.from_pretrained, path, **settings)
         rows = llm.get_input_embeddings().num_embeddings
         needed = padded_vocabulary(rows, max(config.special.ids()) + 1)
         if needed > rows:

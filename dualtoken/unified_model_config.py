@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
@@ -129,7 +130,17 @@ class DualTokenConfig(PretrainedConfig):
 
         If the decoder's vocabulary is smaller than the text tokenizer's, it is enlarged to the next
         multiple of 64.
+
+        Raises:
+            ValueError: an override is no field of this class, or has a value that does not fit.
         """
+        for name in overrides:
+            if name not in cls.__annotations__:
+                near = difflib.get_close_matches(name, cls.__annotations__, n=1, cutoff=0.0)
+                raise ValueError(
+                    f"{name} is no field of the unified model's config; did you mean {near[0]}? known: "
+                    f"{', '.join(sorted(cls.__annotations__))}"
+                )
         visual = visual_tokenizer.config
         reads_features = overrides.get("visual_features") == "post_quantization"
         fields = {

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline.code_shards import CodeGeometry
 from data_pipeline.streams import DocumentLoader, DocumentStreamConfig, document_loader
+from dualtoken.processing import DualTokenProcessor
 from dualtoken.sequence import PackedBatch, SpecialTokens, add_special_tokens
 from dualtoken.unified_model import DualTokenForCausalLM, DualTokenOutput
 from dualtoken.unified_model_config import DualTokenConfig
@@ -106,20 +107,27 @@ class MllmTask:
         """Build the unified model around the visual tokenizer's codebooks, sharded under ZeRO-3.
 
         Raises:
-            ConfigError: `init_from` is no folder with a model.
+            ConfigError: `init_from` is no folder with a model, or there is another model beside it.
             ValueError: `init_from` was trained with another visual or text tokenizer.
         """
         parts = self.config.model
         visual_tokenizer = DualTokenVisualTokenizer.from_pretrained(parts.visual_tokenizer)
         fingerprint = visual_tokenizer.fingerprint()
         if parts.init_from:
+            if parts.llm or parts.llm_config:
+                given = "llm" if parts.llm else "llm_config"
+                raise ConfigError(
+                    f"model.{given} beside model.init_from={parts.init_from}: expected one of the two, the "
+                    f"phase before brings its own language model; leave model.{given} out"
+                )
             if not (Path(parts.init_from) / "config.json").is_file():
                 raise ConfigError(
                     f"model.init_from={parts.init_from}: expected the export folder of a unified model, "
                     "such as the previous phase leaves in its run_dir"
                 )
             with sharded_construction(self.config, self.runtime):
-                model = DualTokenForCausalLM.from_pretrained(parts.init_from)
+                # Exports hold fp32; their config names the precision they were trained in.
+                model = DualTokenForCausalLM.from_pretrained(parts.init_from, dtype=torch.float32)
             if model.config.tokenizer_fingerprint != fingerprint:
                 raise ValueError(
                     f"{parts.init_from} speaks codes of tokenizer {model.config.tokenizer_fingerprint[:12]}, "
@@ -242,11 +250,12 @@ class MllmTask:
         """Take back what :meth:`state_dict` gave."""
 
     def export(self, directory: Path) -> None:
-        """Write the model in fp32 with its text tokenizer, for `AutoModelForCausalLM.from_pretrained`."""
+        """Write the model in fp32 with its processor and text tokenizer, as the Auto classes load them."""
         state = full_state_dict(self.engines["model"])
         if self.runtime.is_main:
             self.model.save_pretrained(directory, state_dict=state)
-            self.text_tokenizer.save_pretrained(directory)
+            processor = DualTokenProcessor.for_config(self.model.config, self.text_tokenizer)
+            processor.save_pretrained(directory)
 
 
 def add_figures(averages: Averages, output: DualTokenOutput) -> None:

@@ -8,20 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoProcessor, Qwen2Config
 
 from data_pipeline.streams import prepare_dataset
+from dualtoken.processing import DualTokenProcessor
 from dualtoken.sequence import Document, ImagePart, TextPart, pack_documents
 from dualtoken.unified_model import DualTokenForCausalLM
 from dualtoken.unified_model_config import DualTokenConfig
 from dualtoken.visual_tokenizer_config import preset_config
+from eval.inputs import load_unified_model, load_visual_tokenizer
 from pretrain.config import ConfigError, load_job_config
 from pretrain.engine import Runtime, count_parameters
 from pretrain.mllm_task import MllmTask
 from pretrain.optim import build_optimizer, freeze_parameters, parameter_groups
 from tests.distributed import run_module
 from tests.test_config import missing_words
-from tests.tiny_run import make_tiny_run
+from tests.tiny_run import make_tiny_run, picture
 from tests.unified_support import (
     FEATURES,
     byte_tokenizer,
@@ -141,6 +143,7 @@ def words_of(folder, phase, *words):
         "data.contexts_held=2",
         "data.num_workers=0",
         "log_every=1",
+        "precision=fp32",
         "wandb.mode=disabled",
         *words,
     ]
@@ -154,7 +157,8 @@ def runs(tmp_path_factory):
     decoder = tiny_config(decoder="llama", initializer_range=0.1).text_config
     decoder.vocab_size = 16  # fewer rows than the text tokenizer has tokens
     torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(decoder).save_pretrained(folder / "llm")
+    # Stored in bf16 as real ones are, trained in fp32.
+    AutoModelForCausalLM.from_config(decoder, dtype=torch.bfloat16).save_pretrained(folder / "llm")
     align = words_of(
         folder,
         "align",
@@ -176,6 +180,24 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("phase", ["align", "generate"])
+def test_auto_classes_load_the_export(runs, phase):
+    export = runs / phase / "export"
+    processor = AutoProcessor.from_pretrained(export)
+    assert isinstance(processor, DualTokenProcessor)
+    model, text_tokenizer = load_unified_model(export)
+    assert processor.text_tokenizer.get_vocab() == text_tokenizer.get_vocab()
+    assert processor.special == model.config.special
+    config = model.config
+    codes = torch.zeros(config.positions_per_image, 2, config.num_quantizers, dtype=torch.long)
+    inputs = processor(text="red <image> blue", codes=[codes])
+    assert model(**inputs).text_count == 0  # no targets without labels, but the layout fits
+    visual_tokenizer = load_visual_tokenizer(runs / "tokenizer" / "export")
+    assert processor.image_size == visual_tokenizer.config.image_size
+    document = processor.documents("<image> red", images=[picture(0)], visual_tokenizer=visual_tokenizer)[0]
+    assert document.parts[0].codes.shape == codes.shape
+
+
 def changed_parts(before, after):
     assert before.keys() == after.keys()
     return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
@@ -186,7 +208,11 @@ def test_phases_go_on_from_each_other(runs):
     first = load_file(runs / "align" / "export" / "model.safetensors")
     second = load_file(runs / "generate" / "export" / "model.safetensors")
     for name, value in base.items():
-        assert torch.equal(first[f"llm.{name}"][: len(value)], value), name
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(first[f"llm.{name}"][: len(value)], value.float()), name
+    for name in (*WRITERS, *EMBEDDER):  # drawn in fp32, not in what the base is stored in
+        drawn = max((v for k, v in first.items() if k.startswith(name)), key=torch.Tensor.numel)
+        assert drawn.dtype == torch.float32 and not torch.equal(drawn.bfloat16().float(), drawn), name
     tokenizer = load_file(runs / "tokenizer" / "export" / "model.safetensors")
     for name, value in tokenizer.items():
         if name.startswith("postquant_"):
@@ -209,6 +235,12 @@ def test_phases_go_on_from_each_other(runs):
         (["model.init_from=nowhere"], "init_from=nowhere: expected the export folder of a unified model"),
         (["model.text_tokenizer={other}"], r"the text tokenizer .* expected the one it was trained with"),
         (["model.text_tokenizer=nowhere"], "text_tokenizer=nowhere: expected a folder with a Hugging Face"),
+        (["model.llm=base"], r"model\.llm beside model\.init_from=.*: expected one .*; leave model\.llm out"),
+        (["model.llm_config={{model_type: qwen2}}"], r"model\.llm_config beside model\.init_from"),
+        (
+            ["model.init_from=null", "model.llm={llm}", "model.heads={{head_num_layer: 1}}"],
+            "head_num_layer is no field of the unified model's config; did you mean head_num_layers",
+        ),
         (["model.heads.head_num_layers=3"], r"layers=3, but .* has head_num_layers=1: leave it"),
         (["frozen=[lm.*]"], r"frozen: 'lm\.\*' matches no parameter"),
     ],
@@ -217,7 +249,7 @@ def test_what_does_not_fit_the_phase_before_is_named(runs, tmp_path, words, mess
     byte_tokenizer().save_pretrained(tmp_path / "other")
     exported = runs / "align" / "export"
     settings = [f"model.text_tokenizer={exported}", f"model.init_from={exported}", "deepspeed=zero1.json"]
-    settings += [word.format(other=tmp_path / "other") for word in words]
+    settings += [word.format(other=tmp_path / "other", llm=runs / "llm") for word in words]
     config = load_job_config(words_of(runs, "generate", *settings), world_size=1)
     runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32, 0, 4, tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
