@@ -75,8 +75,9 @@ def split_document(
 ) -> tuple[list[TokenizedDocument], int]:
     """Split a document that is longer than a context, between tokens but never inside an image.
 
-    Each piece opens with `<|endoftext|>` and takes as much as fits; only the last is closed. An image that
-    does not fit a context by itself is left out and counted. Labels and codes stay with their tokens.
+    Each piece opens with the document's first token and takes as much as fits; only the last is closed. An
+    image that does not fit a context by itself is left out and counted. Labels and codes stay with their
+    tokens.
 
     Args:
         document: The whole document.

@@ -1,8 +1,10 @@
 """Special tokens, documents of text and images, and packs of documents: the sequences the model reads.
 
-A document is laid out as ``<|endoftext|> part part ... <|endoftext|>``. Text parts are their tokens. An
-image the model reads stands between ``<|vision_start|>`` and ``<|vision_end|>``, one it has to generate
-between ``<|image_gen_start|>`` and ``<|image_gen_end|>``; in between, each of its P positions holds
+A document is laid out as ``BEGIN part part ... END``. END is ``<|endoftext|>`` where the text tokenizer has
+it, as Qwen's do, and else the tokenizer's own end token; BEGIN is the tokenizer's own begin token, or END if
+it has none. So a LLaMA reads the ``<s> ... </s>`` that it knows. Text parts are their tokens. An image the
+model reads stands between ``<|vision_start|>`` and ``<|vision_end|>``, one it has to generate between
+``<|image_gen_start|>`` and ``<|image_gen_end|>``; in between, each of its P positions holds
 ``<|image_pad|>`` and its codes travel beside the tokens. Labels follow the transformers convention:
 ``labels[i]`` is the token at ``i``, to be predicted from the positions before it, or -100.
 
@@ -44,35 +46,52 @@ class SpecialTokens:
     image_pad: int
     image_gen_start: int
     image_gen_end: int
+    begin_of_text: int = -1
+    """What opens a document; -1, and where saved without, for `end_of_text`."""
+
+    def __post_init__(self) -> None:
+        if self.begin_of_text < 0:
+            object.__setattr__(self, "begin_of_text", self.end_of_text)
 
     @classmethod
     def from_tokenizer(cls, text_tokenizer: Any) -> SpecialTokens:
         """Look up the ids in a transformers tokenizer; ValueError names the tokens it lacks."""
         vocabulary = text_tokenizer.get_vocab()
-        missing = [token for token in SPECIAL.values() if token not in vocabulary]
+        missing = _missing(text_tokenizer)
         if missing:
             raise ValueError(
                 f"the text tokenizer lacks the special tokens {', '.join(missing)}; "
                 "add them with dualtoken.sequence.add_special_tokens(text_tokenizer) and save it again"
             )
-        return cls(**{field: vocabulary[token] for field, token in SPECIAL.items()})
+        found = {field: vocabulary.get(token) for field, token in SPECIAL.items()}
+        if found["end_of_text"] is None:
+            found["end_of_text"] = text_tokenizer.eos_token_id
+        begin = text_tokenizer.bos_token_id
+        return cls(**found, begin_of_text=-1 if begin is None else begin)
 
     def ids(self) -> set[int]:
-        """Return the six ids."""
+        """Return the ids, six or seven."""
         return {getattr(self, field.name) for field in fields(self)}
 
 
 def add_special_tokens(text_tokenizer: Any) -> int:
     """Add those special tokens that the text tokenizer lacks and return how many were added.
 
+    ``<|endoftext|>`` is not added where the tokenizer has an end token of its own, which the model knows.
     A model built for the tokenizer before has to be resized when the result is not zero.
     """
     from transformers import AddedToken
 
-    vocabulary = text_tokenizer.get_vocab()
-    missing = [token for token in SPECIAL.values() if token not in vocabulary]
+    missing = _missing(text_tokenizer)
     tokens = [AddedToken(token, special=True, normalized=False) for token in missing]
     return text_tokenizer.add_tokens(tokens, special_tokens=True) if tokens else 0
+
+
+def _missing(text_tokenizer: Any) -> list[str]:
+    vocabulary = text_tokenizer.get_vocab()
+    has_end = text_tokenizer.eos_token_id is not None
+    needed = [token for field, token in SPECIAL.items() if field != "end_of_text" or not has_end]
+    return [token for token in needed if token not in vocabulary]
 
 
 @dataclass
@@ -139,8 +158,8 @@ def tokenize_document(
     """Lay a document out as tokens, codes and labels.
 
     Targets are the tokens of text parts with loss, ``<|image_gen_start|>`` of images with loss, and the
-    closing ``<|endoftext|>`` if the last part has loss. The token after an image's last position is forced
-    when generating, so it is never a target.
+    closing END if the last part has loss; an END that the last part spells out is not repeated. The token
+    after an image's last position is forced when generating, so it is never a target.
 
     Args:
         document: the parts, in order.
@@ -152,7 +171,7 @@ def tokenize_document(
         ValueError: on codes that are not [P, 2, D] or differ in shape between the images of the document.
     """
     builder = _Builder(text_tokenizer, special)
-    builder.add([special.end_of_text], loss=False)
+    builder.add([special.begin_of_text], loss=False)
     for part in document.parts:
         if isinstance(part, TextPart):
             builder.add_text(part, document.key)
@@ -163,7 +182,8 @@ def tokenize_document(
                 f"document {document.key!r}: a part is a {type(part).__name__}, "
                 "expected TextPart or ImagePart"
             )
-    if end:
+    ended = len(builder.input_ids) > 1 and builder.input_ids[-1] == special.end_of_text
+    if end and not ended:
         builder.add([special.end_of_text], loss=bool(document.parts) and document.parts[-1].loss)
     return builder.build(document.key)
 
@@ -189,8 +209,10 @@ class _Builder:
         ids = self.text_tokenizer(part.text, add_special_tokens=False, split_special_tokens=not part.markup)[
             "input_ids"
         ]
-        if part.markup and (found := self.special.ids().intersection(ids)):
-            names = self.text_tokenizer.convert_ids_to_tokens(sorted(found))
+        found = sorted(self.special.ids().intersection(ids)) if part.markup else []
+        # A tokenizer's own end token may end the turns of a chat, as Vicuna's do.
+        names = [n for n in self.text_tokenizer.convert_ids_to_tokens(found) if n in SPECIAL.values()]
+        if names:
             raise ValueError(
                 f"document {key!r}: the text spells out {', '.join(names)}, which only the layout may place; "
                 "put images in as ImagePart"

@@ -98,7 +98,8 @@ class DualTokenConfig(PretrainedConfig):
             )
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size={self.chunk_size}; expected at least 1")
-        if self.special_tokens is not None and set(self.special_tokens) != set(SPECIAL):
+        # Configs saved before `begin_of_text` existed come without it.
+        if self.special_tokens is not None and set(self.special_tokens) - {"begin_of_text"} != set(SPECIAL):
             raise ValueError(
                 f"special_tokens has the keys {sorted(self.special_tokens)}, expected {sorted(SPECIAL)}; "
                 "take them from SpecialTokens.from_tokenizer(text_tokenizer)"

@@ -16,7 +16,7 @@ from dualtoken.sequence import (
     pack_documents,
     tokenize_document,
 )
-from tests.unified_support import IDS, TOKENIZER, byte_tokenizer
+from tests.unified_support import IDS, TOKENIZER, byte_tokenizer, llama_tokenizer
 
 
 def image(positions=4, depth=3, start=0, dtype=np.uint16):
@@ -90,6 +90,40 @@ def test_markup_reads_the_tokenizers_own_marks():
     marked = tokenize_document(Document([TextPart("<|im_end|>", markup=True)]), text_tokenizer, ids)
     assert mark not in plain.input_ids.tolist()
     assert marked.input_ids.tolist()[1:-1] == [mark]
+
+
+def test_a_llama_reads_its_own_begin_and_end():
+    text_tokenizer = llama_tokenizer()
+    assert add_special_tokens(text_tokenizer) == 5 and add_special_tokens(text_tokenizer) == 0
+    assert "<|endoftext|>" not in text_tokenizer.get_vocab()
+    special = SpecialTokens.from_tokenizer(text_tokenizer)
+    begin, end = text_tokenizer.bos_token_id, text_tokenizer.eos_token_id
+    assert (special.begin_of_text, special.end_of_text) == (begin, end) and len(special.ids()) == 7
+    cat = text_ids("cat")
+    document = tokenize_document(Document([TextPart("cat")]), text_tokenizer, special)
+    assert document.input_ids.tolist() == [begin, *cat, end]
+    assert document.labels.tolist() == [-100, *cat, end]
+    # Vicuna's turns end with the same token: the last of them ends the document.
+    turns = [TextPart("Q", loss=False), TextPart("cat"), TextPart("</s>", markup=True)]
+    document = tokenize_document(Document(turns * 2), text_tokenizer, special)
+    turn = [*text_ids("Q"), *cat, end]
+    assert document.input_ids.tolist() == [begin, *turn, *turn]
+    assert document.labels.tolist() == [-100, *([-100, *cat, end] * 2)]
+    opened = tokenize_document(Document([]), text_tokenizer, special, end=False)
+    assert opened.input_ids.tolist() == [begin]
+    with pytest.raises(ValueError, match=r"spells out <\|image_pad\|>, which"):
+        tokenize_document(Document([TextPart("<|image_pad|></s>", markup=True)]), text_tokenizer, special)
+
+
+def test_a_qwen_keeps_its_end_of_text_whatever_its_eos_is():
+    """Qwen2.5 has no begin token; its base model's end token is `<|endoftext|>`, the chat model's not."""
+    for eos in ("<|endoftext|>", "<|im_end|>"):
+        text_tokenizer = byte_tokenizer()
+        text_tokenizer.add_special_tokens({"eos_token": eos})
+        special = SpecialTokens.from_tokenizer(text_tokenizer)
+        assert special == IDS and special.begin_of_text == special.end_of_text
+        empty = tokenize_document(Document([]), text_tokenizer, special)
+        assert empty.input_ids.tolist() == [IDS.end_of_text] * 2
 
 
 @pytest.mark.parametrize(

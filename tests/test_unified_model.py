@@ -408,6 +408,15 @@ def test_built_around_a_pretrained_decoder(tmp_path, rows, expected):
     assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
+def test_begin_token_in_saved_configs(tmp_path):
+    """Configs saved before there was one open documents as they did."""
+    six = {name: value for name, value in vars(IDS).items() if name != "begin_of_text"}
+    for given, begin in ((six, IDS.end_of_text), ({**six, "begin_of_text": 1}, 1)):
+        tiny_config(special_tokens=given).save_pretrained(tmp_path)
+        special = AutoConfig.from_pretrained(tmp_path).special
+        assert special.begin_of_text == begin and special.end_of_text == IDS.end_of_text
+
+
 def rewrite_weights(folder, change):
     file = folder / "model.safetensors"
     weights = load_file(file)

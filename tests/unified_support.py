@@ -32,6 +32,13 @@ def byte_tokenizer(special: bool = True) -> PreTrainedTokenizerFast:
     return text_tokenizer
 
 
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """One with LLaMA's marks: `<s>` opens a document, `</s>` ends it, there is no `<|endoftext|>`."""
+    text_tokenizer = byte_tokenizer(special=False)
+    text_tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    return text_tokenizer
+
+
 TOKENIZER = byte_tokenizer()
 IDS = SpecialTokens.from_tokenizer(TOKENIZER)
 
