@@ -27,7 +27,7 @@ from .depth_transformer import VisualHead
 from .projection import AttentionProjection
 from .sequence import IGNORE_INDEX
 from .strict_loading import load_strictly
-from .unified_model_config import DualTokenConfig, padded_vocabulary
+from .unified_model_config import DualTokenConfig, padded_vocabulary, require_plain_logits
 from .visual_embedder import CODEBOOKS, Codebooks, GeluMLP, VisualEmbedder
 from .visual_features import FeatureCache, PostQuantization, require_whole_images
 
@@ -102,6 +102,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         super().__init__(config)
         if llm is None:
             llm = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=DOCUMENT_ATTENTION)
+        require_decoder(llm)
         if not isinstance(llm.get_output_embeddings(), TextHead):
             llm.set_output_embeddings(TextHead(llm.get_output_embeddings(), config.chunk_size))
         self.llm = llm
@@ -409,6 +410,20 @@ class DualTokenForCausalLM(PreTrainedModel):
                 )
             self._codebooks_checked = True
         return codes.long()
+
+
+def require_decoder(llm: PreTrainedModel) -> None:
+    """Raise ValueError unless a decoder keeps packed documents apart and has logits as `TextHead` makes them.
+
+    Documents are told apart by the attention alone: a state that is carried from token to token (Mamba and
+    its hybrids), or attention that cannot be replaced, would leak from one to the next.
+    """
+    require_plain_logits(llm.config)
+    if llm._is_stateful or not llm._supports_attention_backend:
+        raise ValueError(
+            f"{type(llm).__name__} does not leave all mixing of tokens to transformers' attention interface, "
+            "so packed documents would leak into each other; take a decoder that does, such as Qwen2.5"
+        )
 
 
 def _visual_head(config: DualTokenConfig) -> VisualHead:

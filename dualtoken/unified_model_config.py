@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from .visual_tokenizer import DualTokenVisualTokenizer
 
 
+LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Fields by which transformers' decoders cap or scale their logits."""
+
+
 class DualTokenConfig(PretrainedConfig):
     """Every figure of a `DualTokenForCausalLM`; the defaults are the paper's 384 px model (arXiv 2503.14324).
 
     Args:
-        text_config: config of the decoder, of any kind that `AutoModelForCausalLM` builds.
+        text_config: config of the decoder, of a kind that `AutoModelForCausalLM` builds.
         codebook_size: K.
         codebook_dim: E, width of a code vector.
         num_quantizers: D.
@@ -91,6 +95,7 @@ class DualTokenConfig(PretrainedConfig):
                 f"{self.post_quantization_dim}; expected the width of the visual tokenizer's tower for "
                 "'post_quantization' and None for 'code_vectors'; DualTokenConfig.for_tokenizers fills it in"
             )
+        require_plain_logits(self.text_config)
         if self.head_hidden_size % self.head_num_attention_heads:
             raise ValueError(
                 f"head_hidden_size={self.head_hidden_size} is not divisible by "
@@ -160,6 +165,21 @@ class DualTokenConfig(PretrainedConfig):
         decoder: Any = config.text_config
         decoder.vocab_size = padded_vocabulary(decoder.vocab_size, len(text_tokenizer))
         return config
+
+
+def require_plain_logits(text_config: Any) -> None:
+    """Raise ValueError if the decoder changes its logits after the output layer, which `TextHead` does not.
+
+    Gemma 2 caps them, Cohere and Granite scale them: their likelihoods would be wrong without a word.
+    """
+    for name in LOGIT_FIELDS:
+        value = getattr(text_config, name, None)
+        if value not in (None, 1.0):
+            raise ValueError(
+                f"a {text_config.model_type!r} decoder with {name}={value} changes its logits after the "
+                "output layer, which this model leaves out; take a decoder that does not, such as Qwen2.5, "
+                f"or turn {name} off in the config of one that is trained from scratch"
+            )
 
 
 def padded_vocabulary(rows: int, needed: int) -> int:

@@ -417,6 +417,49 @@ def test_begin_token_in_saved_configs(tmp_path):
         assert special.begin_of_text == begin and special.end_of_text == IDS.end_of_text
 
 
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 264, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("gemma2", "a 'gemma2' decoder with final_logit_softcapping=30.0 changes its logits .* Qwen2.5"),
+        ("cohere", "a 'cohere' decoder with logit_scale=0.0625 changes its logits"),
+        ("granite", "a 'granite' decoder with logits_scaling=8.0 changes its logits"),
+        ("mamba", "MambaForCausalLM does not leave all mixing of tokens to .* take a decoder that does"),
+        ("jamba", "JambaForCausalLM does not leave all mixing"),
+    ],
+)
+def test_decoders_that_would_be_wrong_in_silence_are_refused(tmp_path, kind, message):
+    given = {**SIZES, **({"logits_scaling": 8.0} if kind == "granite" else {})}
+    decoder = AutoConfig.for_model(kind, **given)
+    with pytest.raises(ValueError, match=message) as caught:
+        DualTokenForCausalLM._from_config(tiny_config(text_config=decoder))
+    assert "\n" not in str(caught.value)
+    AutoModelForCausalLM.from_config(decoder).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        DualTokenForCausalLM.from_base(tiny_config(), str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mistral", "phi3", "gemma2", "granite"])
+def test_other_decoders_keep_documents_apart_and_have_their_own_likelihoods(kind):
+    plain_logits = {"gemma2": {"final_logit_softcapping": None}, "granite": {"logits_scaling": 1.0}}
+    decoder = AutoConfig.for_model(kind, **SIZES, **plain_logits.get(kind, {}))
+    model = tiny_model(text_config=decoder)
+    rows = documents()
+    packed = model(**pack_documents(rows).model_inputs())
+    alone = [model(**pack_documents([row]).model_inputs()) for row in rows]
+    torch.testing.assert_close(packed.text_nll, sum(one.text_nll for one in alone), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed.visual_nll, sum(one.visual_nll for one in alone), rtol=1e-4, atol=1e-4)
+    ids = rows[2].input_ids[None]
+    logits = model.llm(input_ids=ids).logits[0].log_softmax(-1)
+    nll = -logits[:-1].gather(1, ids[0, 1:, None])[rows[2].labels[1:] != -100].sum()
+    torch.testing.assert_close(alone[2].text_nll, nll, rtol=1e-4, atol=1e-4)
+
+
 def rewrite_weights(folder, change):
     file = folder / "model.safetensors"
     weights = load_file(file)
