@@ -392,11 +392,20 @@ class DualTokenForCausalLM(PreTrainedModel):
                 f"codes have shape {tuple(codes.shape)}, expected [V, {expected[0]}, {expected[1]}]; "
                 "they come from another visual tokenizer"
             )
-        places = int((input_ids == self.config.special.image_pad).sum())
+        codes = codes.long()
+        found = (input_ids == self.config.special.image_pad).sum()
+        # Counted and measured together, so that the device is waited for only once.
+        places, *extremes = torch.stack([found, *(codes.aminmax() if len(codes) else ())]).tolist()
         if places != len(codes):
             raise ValueError(
                 f"{places} image-pad tokens but {len(codes)} visual positions in codes; "
                 f"an image takes {self.config.positions_per_image} of each"
+            )
+        size = self.config.codebook_size
+        if extremes and not (extremes[0] >= 0 and extremes[1] < size):
+            raise ValueError(
+                f"codes go from {extremes[0]} to {extremes[1]}, expected 0 to {size - 1}: the codebooks have "
+                f"{size} codes; take the codes from the visual tokenizer the model was trained with"
             )
         if places and not self._codebooks_checked:
             if not bool(self.codebooks.vectors.any()):
@@ -409,7 +418,7 @@ class DualTokenForCausalLM(PreTrainedModel):
                     "visual_tokenizer.postquant_pixel, visual_tokenizer.postquant_semantic)"
                 )
             self._codebooks_checked = True
-        return codes.long()
+        return codes
 
 
 def require_decoder(llm: PreTrainedModel) -> None:

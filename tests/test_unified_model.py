@@ -506,6 +506,12 @@ def test_wrong_inputs_are_named():
         model(**{**batch, "codes": batch["codes"][:8]})
     with pytest.raises(ValueError, match=r"codes have shape \(20, 2, 2\), expected \[V, 2, 3\]"):
         model(**{**batch, "codes": batch["codes"][..., :2]})
+    for wrong, extremes in ((CODES, "0 to 11"), (-1, "-1 to 10")):
+        codes = batch["codes"].clone()
+        codes[0, 0, 0], codes[1, 0, 0], codes[2, 0, 0] = 0, CODES - 1, wrong
+        message = f"codes go from {extremes}, expected 0 to 10: the codebooks have 11 codes; take the codes"
+        with pytest.raises(ValueError, match=message):
+            model(**{**batch, "codes": codes})
     with pytest.raises(ValueError, match=r"input_ids have shape \(2, 5\), expected \[1, T\]"):
         model(torch.zeros(2, 5, dtype=torch.long))
     with pytest.raises(
