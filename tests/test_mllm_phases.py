@@ -44,6 +44,7 @@ TRAINED = {
     "mllm_understand": {"llm"} | EMBEDDER,
     "mllm_generate": WRITERS,
     "mllm_joint": {"llm"} | EMBEDDER | WRITERS,
+    "mllm_joint_second": {"llm"} | EMBEDDER | WRITERS,
     "llava15_align": EMBEDDER,
     "llava15_finetune": {"llm"} | EMBEDDER,
 }
