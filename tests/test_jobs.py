@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.distributed import Ranks, run_module
 from tests.test_contrastive import write_pictures, write_text_tokenizer
@@ -48,6 +49,15 @@ def assert_same_losses(found: Path, expected: Path, tolerance: float) -> None:
     assert list(found_losses) == list(expected_losses) == list(range(1, STEPS + 1))
     for step, figures in expected_losses.items():
         assert found_losses[step] == pytest.approx(figures, rel=tolerance, abs=tolerance), f"step {step}"
+
+
+def assert_same_weights(found: Path, expected: Path, tolerance: float) -> None:
+    weights, others = (load_file(folder / "model.safetensors") for folder in (found, expected))
+    assert weights.keys() == others.keys()
+    for name, value in others.items():
+        torch.testing.assert_close(
+            weights[name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def common(run: Path, world_size: int) -> list[str]:
@@ -131,7 +141,7 @@ def mllm_words(folder: Path, run: str, world_size: int) -> list[str]:
     return [
         "job=mllm",
         *common(folder / run, world_size),
-        "global_batch_size=2",
+        "global_batch_size=4",  # two micro-batches on each of two ranks
         "micro_batch_size=1",
         "deepspeed=zero3.json",
         f"model.visual_tokenizer={folder / 'tokenizer' / 'export'}",
@@ -154,8 +164,10 @@ def mllm_run(folder, codes) -> Path:
 
 
 def test_two_ranks_train_the_unified_model_like_one(folder, mllm_run):
+    """Two micro-batches on each of two ranks, and four on one: every step the same, to the last weight."""
     run_module("pretrain.train", mllm_words(folder, "mllm_alone", 1), 1).check()
     assert_same_losses(mllm_run, folder / "mllm_alone", tolerance=1e-3)
+    assert_same_weights(mllm_run / "export", folder / "mllm_alone" / "export", tolerance=1e-5)
 
 
 def kill_and_go_on(run: Path, words: list[str], after_step: int) -> None:
