@@ -15,9 +15,10 @@ def redistribute_states(
     """Turn the loader states of all ranks into those of another number of ranks and workers.
 
     A reader, the worker of a rank, owns a share of the samples, its shuffling and its waiting documents, so
-    the readers stay what they are and only change ranks: 2 ranks x 2 workers become 4 x 1 or 1 x 4. What follows
-    is what would have followed, no sample twice and none lost; where each rank has taken the same number of
-    batches from each of its workers, in the same order too. `energon checkpoint redist` does the same.
+    the readers stay what they are and only change ranks: 2 ranks x 2 workers become 4 x 1 or 1 x 4. What
+    follows is what would have followed, no sample twice and none lost; where each rank has taken the same
+    number of batches from each of its workers, in the same order too. `energon checkpoint redist` does the
+    same.
 
     Args:
         states: Of rank 0, 1, ..., saved at the same step.

@@ -44,7 +44,8 @@ class DualTokenConfig(PretrainedConfig):
         head_num_layers: their layers.
         head_num_attention_heads: their attention heads.
         head_intermediate_size: width of their MLPs; None for four times head_hidden_size.
-        chunk_size: positions whose logits are computed at a time in training.
+        chunk_size: positions whose logits are computed at a time in training; fewer need less memory and
+            more time.
         special_tokens: field of `SpecialTokens` -> id.
         tokenizer_fingerprint: of the visual tokenizer whose codes the model speaks.
     """
@@ -67,7 +68,7 @@ class DualTokenConfig(PretrainedConfig):
     head_num_layers: int = 3
     head_num_attention_heads: int = 16
     head_intermediate_size: int | None = None
-    chunk_size: int = 256
+    chunk_size: int = 128
     special_tokens: dict[str, int] | None = None
     tokenizer_fingerprint: str = ""
     tie_word_embeddings: bool = False

@@ -204,6 +204,8 @@ class MllmTask:
         # Packs are what the recipe counts, documents what papers call a batch.
         documents = sum(len(batch.keys) for batch in micro_batches)
         averages.add("documents", documents, 1 / self.runtime.world_size)
+        for name, total in self.train_loader.statistics.figures().items():
+            averages.add(name, total, 1 / self.runtime.world_size)
         return averages.reduce()
 
     def supervised_positions(self, micro_batches: list[PackedBatch]) -> Tensor:
