@@ -19,7 +19,7 @@ from data_pipeline.code_shards import (
     verify_dataset,
 )
 from data_pipeline.errors import DatasetError
-from data_pipeline.pretokenize import REJECTED
+from data_pipeline.pretokenize_run import REJECTED
 from data_pipeline.shard_index import META_FOLDER, check_index
 from launchers.errors import UserError
 from launchers.use import free_names, with_progress

@@ -27,7 +27,8 @@ from PIL import Image
 from data_pipeline.code_shards import DatasetManifest, iterate_shard, verify_dataset
 from data_pipeline.errors import DatasetError
 from data_pipeline.image_decoding import build_image_decoder
-from data_pipeline.pretokenize import dry_run, main, place_among_workers, plan_outputs, pretokenize
+from data_pipeline.pretokenize import dry_run, main, place_among_workers, pretokenize
+from data_pipeline.pretokenize_run import plan_outputs
 from data_pipeline.shard_claims import Claims
 from data_pipeline.shard_sources import expand_inputs, read_shard, source_address
 from data_pipeline.shard_tokenizer import Settings
