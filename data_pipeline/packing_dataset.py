@@ -82,6 +82,7 @@ class PackingDataset(BaseWrapperDataset[DocumentSample, Pack]):
 
     def __iter__(self) -> Iterator[Pack]:
         self._samples.worker_start()
+        lengths = [len(sample.document) for sample in self._samples.buffer if sample.document is not None]
         for sample in self.dataset:
             if sample.document is None:
                 self._left_out.append((sample.__key__, sample.reason))
@@ -91,20 +92,21 @@ class PackingDataset(BaseWrapperDataset[DocumentSample, Pack]):
                     )
                 continue
             self._samples.append(sample)
-            if sum(self._lengths()) >= self.contexts_held * self.context_length:
-                yield self._next_pack()
-        while self._samples.buffer:
-            yield self._next_pack()
+            lengths.append(len(sample.document))
+            if sum(lengths) >= self.contexts_held * self.context_length:
+                yield self._next_pack(lengths)
+        while lengths:
+            yield self._next_pack(lengths)
         if self._left_out:
             left_out, self._left_out = self._left_out, []
             yield Pack(None, [], left_out)
 
-    def _lengths(self) -> list[int]:
-        return [len(sample.document) for sample in self._samples.buffer if sample.document is not None]
-
-    def _next_pack(self) -> Pack:
-        places = fullest_pack(self._lengths(), self.context_length)
+    def _next_pack(self, lengths: list[int]) -> Pack:
+        """Take a pack's documents, which have these lengths, out of those that wait."""
+        places = fullest_pack(lengths, self.context_length)
         samples = [self._samples.pop(place) for place in reversed(places)][::-1]
+        for place in reversed(places):
+            del lengths[place]
         left_out, self._left_out = self._left_out, []
         documents = [sample.document for sample in samples if sample.document is not None]
         return Pack(self.pack(documents), [sample.entry for sample in samples], left_out)
