@@ -54,17 +54,20 @@ def pack_lengths(lengths: Sequence[int], capacity: int, contexts_held: int = 8) 
     """
     packs: list[list[int]] = []
     held: list[int] = []
+    waiting = 0  # their length
 
-    def close_pack() -> None:
+    def close_pack() -> int:
         places = fullest_pack([lengths[item] for item in held], capacity)
         packs.append([held[place] for place in places])
         for place in reversed(places):
             del held[place]
+        return sum(lengths[item] for item in packs[-1])
 
-    for item in range(len(lengths)):
+    for item, length in enumerate(lengths):
         held.append(item)
-        while sum(lengths[other] for other in held) >= contexts_held * capacity:
-            close_pack()
+        waiting += length
+        while waiting >= contexts_held * capacity:
+            waiting -= close_pack()
     while held:
         close_pack()
     return packs
