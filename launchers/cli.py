@@ -170,7 +170,9 @@ def pretokenize(
             help="Image-text shards: folders, tars, patterns, addresses; by default the quickstart's."
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the dual-code shards.")] = RUN / "codes" / "train",
+    output: Annotated[Path, typer.Option("--out", "--output", help="Folder for the dual-code shards.")] = RUN
+    / "codes"
+    / "train",
     visual_tokenizer: TokenizerOption = TOKENIZER,
     ranks: RanksOption = None,
     dry_run: Annotated[
@@ -241,7 +243,7 @@ def overfit(
     / "sample_data"
     / "text_tokenizer",
     output: Annotated[
-        Path, typer.Option("--out", help="Folder; one for each number of pairs is made in it.")
+        Path, typer.Option("--out", "--output", help="Folder; one for each number of pairs is made in it.")
     ] = Path("runs/overfit"),
     ranks: RanksOption = None,
     seed: Annotated[int, typer.Option(help="Of the choice of the pairs.")] = 0,
@@ -276,7 +278,9 @@ def overfit(
 def reconstruct(
     images: ImagesArgument,
     visual_tokenizer: TokenizerOption = TOKENIZER,
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("reconstructed"),
+    output: Annotated[Path, typer.Option("--out", "--output", help="Folder for the results.")] = Path(
+        "reconstructed"
+    ),
 ) -> None:
     """Send pictures through the visual tokenizer and back; writes input and output side by side.
 
@@ -300,7 +304,9 @@ def generate(
     ] = None,
     model: ModelOption = MODEL,
     visual_tokenizer: TokenizerOption = TOKENIZER,
-    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("generated"),
+    output: Annotated[Path, typer.Option("--out", "--output", help="Folder for the pictures.")] = Path(
+        "generated"
+    ),
     guidance_scale: GuidanceOption = 1.5,
     temperature: TemperatureOption = 0.0,
     top_k: TopKOption = 0,
@@ -366,7 +372,9 @@ def chat(
         str | None,
         typer.Option(help="System prompt instead of the template's; empty for none.", show_default=False),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the pictures it draws.")] = Path("generated"),
+    output: Annotated[
+        Path, typer.Option("--out", "--output", help="Folder for the pictures it draws.")
+    ] = Path("generated"),
     guidance_scale: GuidanceOption = 1.5,
     temperature: TemperatureOption = 0.0,
     top_k: TopKOption = 0,
@@ -405,9 +413,9 @@ def analyze_layers(
     / "siglip"
     / "export",
     count: Annotated[int, typer.Option(min=1, help="Pictures at most.")] = 1000,
-    output: Annotated[Path, typer.Option("--out", help="Folder for layers.json and layers.png.")] = Path(
-        "layers"
-    ),
+    output: Annotated[
+        Path, typer.Option("--out", "--output", help="Folder for layers.json and layers.png.")
+    ] = Path("layers"),
 ) -> None:
     """Compare a SigLIP's layers on pictures; proposes which to read for pixels and which for meaning.
 
@@ -447,7 +455,9 @@ def show(
         str, typer.Argument(help="Key of the sample: its files' name in the shard up to the first dot.")
     ],
     visual_tokenizer: TokenizerOption = TOKENIZER,
-    output: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("shown"),
+    output: Annotated[Path, typer.Option("--out", "--output", help="Folder for the pictures.")] = Path(
+        "shown"
+    ),
 ) -> None:
     """Show one sample of a dual-code data set: its text, and its pictures decoded from the codes.
 
@@ -474,9 +484,9 @@ def stats(dataset: DatasetArgument) -> None:
 @app.command(rich_help_panel="Measure")
 def ablate(
     run: RunOption = RUN,
-    output: Annotated[Path, typer.Option("--out", help="Folder for the runs and the table.")] = Path(
-        "runs/ablation"
-    ),
+    output: Annotated[
+        Path, typer.Option("--out", "--output", help="Folder for the runs and the table.")
+    ] = Path("runs/ablation"),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each training.")] = 200,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each variant.")] = 3,
     ranks: RanksOption = None,
@@ -499,7 +509,7 @@ app.add_typer(imports, name="import", rich_help_panel="Data")
 def llava(
     source: Annotated[Path, typer.Option("--json", help="LLaVA's json, a list of conversations.")],
     images: Annotated[Path, typer.Option(help="Folder that the pictures' names in it start from.")],
-    output: Annotated[Path, typer.Option("--out", help="Folder for the shards.")],
+    output: Annotated[Path, typer.Option("--out", "--output", help="Folder for the shards.")],
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples of each shard.")] = 2000,
 ) -> None:
     """Make shards of LLaVA's conversations and pictures, for pretokenize.
@@ -528,7 +538,7 @@ class Layout(StrEnum):
 
 @convert.command("tokenizer")
 def convert_tokenizer(
-    output: Annotated[Path, typer.Option("--out", help="New folder for the result.")],
+    output: Annotated[Path, typer.Option("--out", "--output", help="New folder for the result.")],
     source: Annotated[
         Layout | None, typer.Option("--from", help="Layout of --config and --checkpoint.", show_default=False)
     ] = None,
@@ -581,7 +591,9 @@ def evaluate(
         Path | None, typer.Option(help="Visual tokenizer instead of the run's.")
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Unified model instead of the run's.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for results instead of the run's.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", "--output", help="Folder for results instead of the run's.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of what is chosen at random.")] = 0,
 ) -> None:
     """Measure the models of a run on held-out and on seen data.

@@ -37,6 +37,20 @@ def test_every_command_shows_an_example_that_parses(command, capsys, monkeypatch
     assert parses(shlex.split(example[1])[1:]), example[1]
 
 
+def test_the_folder_for_results_has_one_name_everywhere():
+    import typer
+
+    def options(group):
+        for command in group.commands.values():
+            yield from options(command) if hasattr(command, "commands") else command.params
+
+    named = [
+        set(option.opts) for option in options(typer.main.get_command(cli.app)) if option.name == "output"
+    ]
+    assert [names for names in named if names not in ({"--out", "--output"}, {"output"})] == []
+    assert named.count({"--out", "--output"}) >= 10
+
+
 def cli_docstring(command):
     return getattr(cli, command.replace("-", "_")).__doc__
 
