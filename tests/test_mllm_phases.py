@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor, Qwen2Config
+from webdataset import TarWriter
 
 from data_pipeline.streams import prepare_dataset
 from dualtoken.processing import DualTokenProcessor
@@ -150,6 +151,14 @@ def words_of(folder, phase, *words):
     ]
 
 
+def base_words(folder):
+    return [
+        f"model.text_tokenizer={folder / 'siglip' / 'export'}",
+        f"model.llm={folder / 'llm'}",
+        "model.heads={head_hidden_size: 24, head_num_layers: 1, head_num_attention_heads: 2}",
+    ]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Phases align and generate, each on two ranks under ZeRO-3, from a tiny language model."""
@@ -160,14 +169,7 @@ def runs(tmp_path_factory):
     torch.manual_seed(1)
     # Stored in bf16 as real ones are, trained in fp32.
     AutoModelForCausalLM.from_config(decoder, dtype=torch.bfloat16).save_pretrained(folder / "llm")
-    align = words_of(
-        folder,
-        "align",
-        f"model.text_tokenizer={folder / 'siglip' / 'export'}",
-        f"model.llm={folder / 'llm'}",
-        "model.heads={head_hidden_size: 24, head_num_layers: 1, head_num_attention_heads: 2}",
-    )
-    run_module("pretrain.train", align).check()
+    run_module("pretrain.train", words_of(folder, "align", *base_words(folder))).check()
     exported = folder / "align" / "export"
     generate = words_of(
         folder,
@@ -261,3 +263,39 @@ def test_what_does_not_fit_the_phase_before_is_named(runs, tmp_path, words, mess
 def test_a_forward_pass_takes_one_pack():
     with pytest.raises(ConfigError, match="micro_batch_size=2: expected 1, a forward pass takes one pack"):
         recipe_of("mllm_align", "micro_batch_size=2")
+
+
+@pytest.mark.slow
+def test_all_phases_one_after_the_other(runs):
+    """Understand, generate, both halves of joint, and LLaVA-1.5's stages, after the align of `runs`."""
+    texts = runs / "text"
+    texts.mkdir()
+    with TarWriter(str(texts / "shard-000000.tar"), encoder=False) as writer:
+        for number in range(12):
+            writer.write({"__key__": f"{number:03d}", "txt": b"red green blue yellow black orange " * 3})
+    prepare_dataset(texts)
+    codes = runs / "codes" / "train"
+    blends = {
+        "understand": [texts],
+        "chained_generate": [],
+        "joint": [codes, codes, texts],
+        "joint_second": [codes, codes, texts],
+        "llava15_align": [],
+        "llava15_finetune": [],
+    }
+    before = "align"
+    for phase, more in blends.items():
+        recipe = phase if phase.startswith("llava15") else f"mllm_{phase.removeprefix('chained_')}"
+        exported = runs / before / "export"
+        start = [f"model.text_tokenizer={exported}", f"model.init_from={exported}"]
+        if phase == "llava15_align":
+            start = base_words(runs)
+        blend = [f"data.blend.{number}.path={path}" for number, path in enumerate(more, start=1)]
+        words = [f"recipe={recipe}", *words_of(runs, phase, *start, *blend)[1:]]
+        run_module("pretrain.train", words).check()
+        before = phase
+        weights = load_file(runs / phase / "export" / "model.safetensors")
+        assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
+        if phase != "llava15_align":
+            changed = changed_parts(load_file(exported / "model.safetensors"), weights)
+            assert changed == TRAINED[recipe], phase
