@@ -21,6 +21,7 @@ from eval.inputs import (
     load_unified_model,
     load_visual_tokenizer,
     require_same_codes,
+    stack_codes,
     to_picture,
 )
 from eval.metrics import recall_at_1
@@ -74,7 +75,7 @@ class _Split:
         self.output = output
         self.folder = output / "generation" / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.codes = [torch.from_numpy(sample.codes[0].astype("int64")) for sample in samples]
+        self.codes = list(stack_codes(samples))
         pictures = load_pictures(images, tokenizer.config.image_size)
         place = {key: index for index, key in enumerate(pictures.keys)}
         missing = [sample.key for sample in samples if sample.key not in place]

@@ -170,6 +170,11 @@ def load_codes(folder: Path, count: int | None = None, seed: int = 0) -> list[Co
     return chosen
 
 
+def stack_codes(samples: Sequence[CodeSample]) -> Tensor:
+    """The codes of each sample's one image as int64: [N, P, Q, D]."""
+    return torch.stack([torch.from_numpy(sample.codes[0].astype("int64")) for sample in samples])
+
+
 def draw_prompts(samples: Sequence[CodeSample]) -> list[dict]:
     """One prompt for each sample, the languages taking turns."""
     prompts = []

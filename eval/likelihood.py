@@ -14,7 +14,14 @@ from data_pipeline.views import caption_document, generation_document
 from dualtoken.likelihood import document_nll
 from dualtoken.sequence import Document, TextPart, tokenize_document
 from dualtoken.unified_model import CODEBOOKS, DualTokenForCausalLM
-from eval.inputs import EvaluationPaths, draw_prompts, load_codes, load_unified_model, require_same_codes
+from eval.inputs import (
+    EvaluationPaths,
+    draw_prompts,
+    load_codes,
+    load_unified_model,
+    require_same_codes,
+    stack_codes,
+)
 from eval.results import write_json
 
 DOCUMENTS = {"held_out": 96, "seen": 32}  # at most
@@ -64,7 +71,7 @@ def unigram(training: Sequence[CodeSample], codes: Tensor, codebook_size: int) -
         codes: [N, P, Q, D] to predict.
         codebook_size: K.
     """
-    seen = torch.stack([torch.from_numpy(sample.codes[0].astype("int64")) for sample in training])
+    seen = stack_codes(training)
     nll = torch.empty(codes.shape[2:], dtype=torch.float64)
     for q, d in torch.cartesian_prod(torch.arange(codes.shape[2]), torch.arange(codes.shape[3])).tolist():
         counts = torch.bincount(seen[..., q, d].flatten(), minlength=codebook_size).double() + 1
@@ -86,7 +93,7 @@ def measure_codes(
     bare = [generation_document(sample.codes[0], "") for sample in samples]
     with_prompt = score(model, text_tokenizer, prompted).per_code()
     without = score(model, text_tokenizer, bare).per_code()
-    codes = torch.stack([torch.from_numpy(sample.codes[0].astype("int64")) for sample in samples])
+    codes = stack_codes(samples)
     frequencies = unigram(training, codes, model.config.codebook_size)
     return [
         {

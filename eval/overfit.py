@@ -15,7 +15,7 @@ from dualtoken.unified_model import DualTokenForCausalLM
 from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
 from eval.comparisons import Baseline, Comparison
 from eval.generation import decode_codes, write_captions
-from eval.inputs import draw_prompts, to_picture
+from eval.inputs import draw_prompts, stack_codes, to_picture
 from eval.metrics import recall_at_1
 from eval.report import data_uri
 from eval.results import write_json
@@ -112,7 +112,7 @@ def reproduce(
         progress: called with (positions drawn, P) of each batch.
     """
     rows = draw_prompts(samples)
-    codes = torch.stack([torch.from_numpy(sample.codes[0].astype("int64")) for sample in samples])
+    codes = stack_codes(samples)
     prompts = [row["prompt"] for row in rows]
     drawn = torch.cat(
         [
@@ -148,7 +148,7 @@ def write_results(
     output: Path,
 ) -> None:
     """Write `overfit.json`, the pictures, and `overfit.html`: original | drawn, with the captions."""
-    codes = torch.stack([torch.from_numpy(sample.codes[0].astype("int64")) for sample in samples])
+    codes = stack_codes(samples)
     pictures = output / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     originals, drawings = (decode_codes(visual_tokenizer, given) for given in (codes, result.drawn))
