@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,6 @@ def import_llava(
         DatasetError: The json or the pictures are not there, the output is, or no sample can be used.
         OSError: A picture is there but cannot be read: the disk or network may be at fault, not the sample.
     """
-    import webdataset
-
     source, images, output = Path(source), Path(images), Path(output)
     if samples_per_shard < 1:
         raise DatasetError(f"samples_per_shard is {samples_per_shard}, expected 1 or more")
@@ -62,9 +61,9 @@ def import_llava(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DatasetError(f"{output}: is there already; choose another folder or remove it")
     counts = LlavaImport()
-    writer = None
     with (
         whole_folder(output) as folder,
+        _shard_writer(folder, samples_per_shard) as writer,
         open(folder / REJECTED, "w", encoding="utf-8") as rejected,
         open(folder / TURNS_LEFT_OUT, "w", encoding="utf-8") as turns_left_out,
     ):
@@ -81,20 +80,20 @@ def import_llava(
                 line = {"number": number, "id": record.get("id"), "turns": left_out}
                 turns_left_out.write(json.dumps(line, ensure_ascii=False) + "\n")
                 counts.turns_left_out += len(left_out)
-            if counts.samples % samples_per_shard == 0:
-                if writer is not None:
-                    writer.close()
-                path = str(folder / f"shard-{counts.shards:06d}.tar")
-                writer = webdataset.TarWriter(path, encoder=False, mtime=0)
-                counts.shards += 1
-            assert writer is not None
             writer.write(sample)
             counts.samples += 1
             counts.images += len(sample) - 2  # without key and json
-        if writer is None:
+        if not counts.samples:
             raise DatasetError(f"{source}: none of its {counts.rejected} samples can be used")
-        writer.close()
+        counts.shards = writer.shard
     return counts
+
+
+def _shard_writer(folder: Path, samples_per_shard: int) -> Any:
+    import webdataset
+
+    pattern = f"{folder}/".replace("%", "%%") + "shard-%06d.tar"
+    return webdataset.ShardWriter(pattern, samples_per_shard, math.inf, verbose=0, encoder=False, mtime=0)
 
 
 def _sample(key: str, record: Any, images: Path) -> tuple[dict[str, Any], list[Any]]:
