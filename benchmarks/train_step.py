@@ -1,10 +1,10 @@
 """Time of a training step of the unified model: packed documents against padding each batch to its longest.
 
 One optimizer step (forward, backward, AdamW) on the same documents, a mix of captions, pictures to generate,
-interleaved documents and text. "packed" fills contexts by best fit; "padded" takes the documents as they
-come and pads each batch to its longest; both then run the same model, in which padding costs what tokens
-cost, but no classifier. Useful tokens are those that are not padding. CPU time of one thread, the contenders
-in turn, best of some rounds; the losses have to agree. Run: ``python -m benchmarks.train_step``.
+interleaved documents and text. "packed" fills contexts as the streams do; "padded" takes the documents as
+they come and pads each batch to its longest; both then run the same model, in which padding costs what
+tokens cost, but no classifier. Useful tokens are those that are not padding. CPU time of one thread, the
+contenders in turn, best of some rounds; the losses have to agree. Run: ``python -m benchmarks.train_step``.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def build_model(args: argparse.Namespace, special: SpecialTokens, vocabulary: in
 
 
 def packed(documents: list[TokenizedDocument], args: argparse.Namespace) -> list[PackedBatch]:
-    """Fill contexts by best fit."""
+    """Fill contexts as the streams do."""
     bins = pack_lengths([len(document) for document in documents], args.context)
     return [pack_documents([documents[i] for i in items], args.context) for items in bins]
 

@@ -104,7 +104,7 @@ def _read(stream: IO[bytes], size: int) -> bytes:
 
 def skip(stream: IO[bytes], size: int) -> None:
     """Leave out the content of a member; where the stream can, without reading it."""
-    if getattr(stream, "seekable", bool)():  # webdataset's pipes do not say
+    if stream.seekable():
         stream.seek(size, io.SEEK_CUR)
         return
     while size:
