@@ -43,9 +43,8 @@ class KeyValueCache:
 class ProjectionAttention(nn.Module):
     """Self-attention that changes the width of its input.
 
-    Narrowing: as many heads as ``in_features // out_features``, each ``out_features`` wide, *averaged* (this
-        is how the
-    released checkpoints were trained). Widening: heads as wide as the input, concatenated.
+    Narrowing: as many heads as ``in_features // out_features``, each ``out_features`` wide, *averaged* (this is
+    how the released checkpoints were trained). Widening: heads as wide as the input, concatenated.
     """
 
     zero_k_bias: Tensor
@@ -70,7 +69,8 @@ class ProjectionAttention(nn.Module):
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Map ``[B, N, in_features]`` to ``[B, N, out_features]``; N is 1 once there is something cached."""
         batch, length, _ = x.shape
-        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        # DeepSpeed casts parameters to the training precision and leaves buffers as they are.
+        bias = torch.cat([self.q_bias, self.zero_k_bias.to(self.q_bias.dtype), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).view(batch, length, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head_dim]
         if cache is not None:

@@ -159,11 +159,24 @@ def choose_precision(config: JobConfig, device: torch.device) -> torch.dtype:
             )
         precision = "bf16" if in_json else "fp32"
     if precision == "auto":
-        precision = "bf16" if _computes_in_bf16(device) else "fp32"
+        precision = "bf16" if computes_in_bf16(device) else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def _computes_in_bf16(device: torch.device) -> bool:
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bf16, which is what `precision: auto` asks.
+
+    The environment variable DUALTOKEN_NATIVE_BF16 (0 or 1) answers in its place: one machine then runs what
+    `auto` would choose on another.
+
+    Raises:
+        ConfigError: the variable is neither.
+    """
+    answer = os.environ.get("DUALTOKEN_NATIVE_BF16", "")
+    if answer not in ("", "0", "1"):
+        raise ConfigError(f"DUALTOKEN_NATIVE_BF16={answer}: expected 0, 1, or not set to ask the hardware")
+    if answer:
+        return answer == "1"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     features = torch.cpu.get_capabilities()
