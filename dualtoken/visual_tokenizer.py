@@ -358,11 +358,15 @@ class DualTokenVisualTokenizer(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs
     ):
-        """Load a saved tokenizer, strictly.
+        """Load a saved tokenizer, strictly, and in fp32 unless `dtype` says otherwise.
+
+        Codes depend on the precision of the layers in front of the quantizers, so there is one that does not
+        depend on where the tokenizer was trained.
 
         Raises:
             ValueError: if weights are missing, superfluous or of another shape than the config says.
         """
+        kwargs.setdefault("dtype", torch.float32)
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )

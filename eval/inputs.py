@@ -193,7 +193,8 @@ def load_unified_model(folder: Path) -> tuple[DualTokenForCausalLM, PreTrainedTo
     """
     require_export(folder, "unified model", "dualtoken train quickstart_mllm")
     transformers_logging.disable_progress_bar()
-    model = DualTokenForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    # Exports are fp32; one that somebody saved in another type is measured in fp32 like the others.
+    model = DualTokenForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     return model.to(default_device()), AutoTokenizer.from_pretrained(folder)
 
 

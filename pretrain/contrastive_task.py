@@ -20,7 +20,14 @@ from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loade
 from dualtoken.backbone import pool
 from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig
-from pretrain.engine import Runtime, backward_and_step, build_engine, count_parameters, full_state_dict
+from pretrain.engine import (
+    Runtime,
+    backward_and_step,
+    build_engine,
+    count_parameters,
+    full_state_dict,
+    save_in_fp32,
+)
 from pretrain.image_input import ImageInput, ImageInputConfig
 from pretrain.metrics import Averages
 
@@ -250,7 +257,7 @@ class ContrastiveTask:
             return
         prefix = "siglip."
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        self.siglip.save_pretrained(directory, state_dict=state)
+        save_in_fp32(self.siglip, directory, state)
         self.text_tokenizer.save_pretrained(directory)
         size = {"height": self.image_size, "width": self.image_size}
         SiglipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(directory)

@@ -28,6 +28,8 @@ from pretrain.engine import (
     count_parameters,
     full_state_dict,
     gathered_for_writing,
+    save_in_fp32,
+    saved_weights,
     sharded_construction,
 )
 from pretrain.metrics import Averages
@@ -251,11 +253,27 @@ class MllmTask:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave."""
 
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """What a bf16 engine rounded of the parts that this phase leaves alone, from where they came.
+
+        Under ZeRO-3 they are rounded while they are loaded, so they are read once more. A base language model
+        is taken as the engine has it: those are released in bf16.
+        """
+        if self.runtime.dtype == torch.float32 or not self.runtime.is_main:
+            return {}
+        parts = self.config.model
+        names = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+        if parts.init_from:
+            return saved_weights(parts.init_from, {name: name for name in names})
+        prefix = "post_quantization."
+        originals = {f"postquant_{n.removeprefix(prefix)}": n for n in names if n.startswith(prefix)}
+        return saved_weights(parts.visual_tokenizer, originals)
+
     def export(self, directory: Path) -> None:
         """Write the model in fp32 with its processor and text tokenizer, as the Auto classes load them."""
-        state = full_state_dict(self.engines["model"])
+        state = full_state_dict(self.engines["model"], self.frozen_weights())
         if self.runtime.is_main:
-            self.model.save_pretrained(directory, state_dict=state)
+            save_in_fp32(self.model, directory, state)
             processor = DualTokenProcessor.for_config(self.model.config, self.text_tokenizer)
             processor.save_pretrained(directory)
 

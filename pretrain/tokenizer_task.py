@@ -21,7 +21,15 @@ from dualtoken.visual_tokenizer import DualTokenVisualTokenizer, VisualTokenizer
 from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.discriminator import DiscriminatorConfig, PatchDiscriminator
-from pretrain.engine import Runtime, backward_and_step, build_engine, count_parameters, full_state_dict
+from pretrain.engine import (
+    Runtime,
+    backward_and_step,
+    build_engine,
+    count_parameters,
+    full_state_dict,
+    rounded_by_engine,
+    save_in_fp32,
+)
 from pretrain.image_input import ImageInput, ImageInputConfig
 from pretrain.losses import (
     PerceptualConfig,
@@ -101,6 +109,7 @@ class TokenizerTask:
         self.perceptual: PerceptualLoss | None = None
         if config.losses.perceptual > 0 and config.perceptual_network.trunk != "none":
             self.perceptual = PerceptualLoss(config.perceptual_network).to(runtime.device)
+        self.frozen_weights = rounded_by_engine(self.tokenizer, runtime)
         self.engines = {"tokenizer": build_engine(self.tokenizer, config, runtime)}
         if config.losses.gan > 0:
             self.engines["discriminator"] = build_engine(
@@ -334,10 +343,10 @@ class TokenizerTask:
 
     def export(self, directory: Path) -> None:
         """Write the tokenizer in fp32 and the backbone's text tokenizer, for `from_pretrained`."""
-        state = full_state_dict(self.engines["tokenizer"])
+        state = full_state_dict(self.engines["tokenizer"], self.frozen_weights)
         if not self.runtime.is_main:
             return
-        self.tokenizer.save_pretrained(directory, state_dict=state)
+        save_in_fp32(self.tokenizer, directory, state)
         if self.tokenizer.config.text_config is not None:
             AutoTokenizer.from_pretrained(model_folder(self.config.model.backbone)).save_pretrained(directory)
 
