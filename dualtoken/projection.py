@@ -43,8 +43,8 @@ class KeyValueCache:
 class ProjectionAttention(nn.Module):
     """Self-attention that changes the width of its input.
 
-    Narrowing: as many heads as ``in_features // out_features``, each ``out_features`` wide, *averaged* (this is
-    how the released checkpoints were trained). Widening: heads as wide as the input, concatenated.
+    Narrowing: as many heads as ``in_features // out_features``, each ``out_features`` wide, *averaged* (this
+    is how the released checkpoints were trained). Widening: heads as wide as the input, concatenated.
     """
 
     zero_k_bias: Tensor

@@ -364,7 +364,7 @@ def full_state_dict(engine: DeepSpeedEngine, frozen: Mapping[str, Tensor] | None
 
     Args:
         engine: the engine.
-        frozen: parameters by name to take in place of the engine's, which in bf16 has rounded the frozen ones.
+        frozen: parameters by name to take in place of the engine's, which in bf16 has rounded them.
 
     Returns:
         The state dict on the main rank, an empty one on the others.

@@ -65,6 +65,7 @@ def words(folder: Path, run: str, *more: str) -> list[str]:
         f"vision={{image_size: 16, patch_size: 8, {tower}}}",
         f"text={{max_position_embeddings: 4, {tower}}}",
         "wandb.mode=disabled",
+        "precision=fp32",  # figures are compared exactly
         "log_every=1",
         "optimizer.lr=0.01",
         "captions_per_picture=2",

@@ -68,6 +68,7 @@ def common(run: Path, world_size: int) -> list[str]:
         "log_every=1",
         f"data.num_workers={2 if world_size == 1 else 0}",
         "wandb.mode=disabled",
+        "precision=fp32",  # figures are compared exactly
         "resume=auto",
     ]
 

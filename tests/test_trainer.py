@@ -19,6 +19,7 @@ TOY = [
     "micro_batch_size=4",
     "log_every=1",
     "wandb.mode=disabled",
+    "precision=fp32",  # figures are compared exactly
     "optimizer.lr=0.01",
     "optimizer.warmup_steps=2",
     "optimizer.weight_decay=0.1",
