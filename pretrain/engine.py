@@ -308,8 +308,22 @@ def build_engine(
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{deepspeed_file or config.deepspeed}: {key}: {first['msg']}") from error
+    _keep_muon_in_fp32(engine)
     engine.train()
     return engine
+
+
+def _keep_muon_in_fp32(engine: DeepSpeedEngine) -> None:
+    """Let ZeRO-2 hand Muon gradients in the type they are to be added up in (`data_types` of the JSON).
+
+    DeepSpeed 0.19.8 hands it those of the last backward pass, in bf16, adds micro-batches up in them, and
+    keeps the momentum in the same type; at the other levels all three are in fp32.
+    """
+    zero = engine.optimizer
+    if not hasattr(zero, "get_all_grad_tensors"):  # ZeRO-3 has another way
+        return
+    gradients = zero.get_all_grad_tensors
+    zero.get_all_grad_tensors = lambda tensors, dtype: [g.to(dtype) for g in gradients(tensors, dtype)]
 
 
 def backward_and_step(

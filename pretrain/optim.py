@@ -69,30 +69,34 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         return torch.optim.AdamW(groups, lr=config.lr, **settings)
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    _let_muon_take_kernels()
+    _adapt_muon(next(p.dtype for p in model.parameters() if p.requires_grad))
     return MuonWithAuxAdam(groups, torch.optim.AdamW, settings)
 
 
-def _let_muon_take_kernels() -> None:
-    """Make DeepSpeed's Muon see a kernel `[out, in, h, w]` as the matrix `[out, in * h * w]`.
+def _adapt_muon(dtype: torch.dtype) -> None:
+    """Make DeepSpeed's Muon see a kernel `[out, in, h, w]` as a matrix, and iterate in fp32 in fp32 runs.
 
-    DeepSpeed 0.19.8 flattens it halfway only: its last line broadcasts the two-dimensional update against
-    the four-dimensional gradient.
+    DeepSpeed 0.19.8 flattens a kernel halfway only: its last line broadcasts the two-dimensional update
+    against the four-dimensional gradient. Its Newton-Schulz iteration runs in fp16 wherever the hardware has
+    it, some CPUs too, so that what a run in fp32 learns would depend on the machine.
     """
     from deepspeed.runtime.zero.muon import original_muon
 
-    update_of_matrix = original_muon.muon_update
-    if getattr(update_of_matrix, "takes_kernels", False):
-        return
+    if not hasattr(original_muon.ns_compute_dtype, "deepspeeds"):
+        deepspeeds, update_of_matrix = original_muon.ns_compute_dtype, original_muon.muon_update
 
-    def muon_update(grad: Tensor, momentum: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if grad.ndim != 4:
-            return update_of_matrix(grad, momentum, *args, **kwargs)
-        update = update_of_matrix(grad.flatten(1), momentum.view(len(grad), -1), *args, **kwargs)
-        return update.reshape(grad.shape)
+        def ns_compute_dtype(ns_method: str = "gram") -> torch.dtype:
+            return torch.float32 if ns_compute_dtype.run_dtype == torch.float32 else deepspeeds(ns_method)
 
-    muon_update.takes_kernels = True
-    original_muon.muon_update = muon_update
+        def muon_update(grad: Tensor, momentum: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if grad.ndim != 4:
+                return update_of_matrix(grad, momentum, *args, **kwargs)
+            update = update_of_matrix(grad.flatten(1), momentum.view(len(grad), -1), *args, **kwargs)
+            return update.reshape(grad.shape)
+
+        ns_compute_dtype.deepspeeds = deepspeeds
+        original_muon.ns_compute_dtype, original_muon.muon_update = ns_compute_dtype, muon_update
+    original_muon.ns_compute_dtype.run_dtype = dtype
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:
