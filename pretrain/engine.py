@@ -30,7 +30,7 @@ import deepspeed
 from deepspeed import DeepSpeedEngine
 
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
-from pretrain.optim import LearningRateSchedule, build_optimizer
+from pretrain.optim import LearningRateSchedule, build_optimizer, parameter_groups
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
@@ -215,7 +215,8 @@ def deepspeed_settings(
             )
         settings[key] = value
     if "reduce_scatter" in settings.get("zero_optimization", {}):
-        # ZeRO-3 with Muon needs the gradients of whole matrices.
+        # ZeRO-3 with Muon needs the gradients of whole matrices. ZeRO-2 of DeepSpeed 0.19.8 says that it does
+        # not, but with gradients added up in fp32 it loses those of matrices that lie on two ranks.
         uses_muon = (optimizer or config.optimizer).name == "muon"
         if settings["zero_optimization"]["reduce_scatter"] == "auto":
             settings["zero_optimization"]["reduce_scatter"] = not uses_muon
@@ -295,6 +296,16 @@ def build_engine(
 
     optimizer = optimizer or config.optimizer
     settings = deepspeed_settings(config, runtime, deepspeed_file, optimizer)
+    bf16 = runtime.dtype == torch.bfloat16
+    if optimizer.name == "muon" and bf16 and settings["zero_optimization"]["stage"] == 1:
+        parameter_groups(model, optimizer)  # marks what Muon takes
+        for name, parameter in model.named_parameters():
+            if getattr(parameter, "use_muon", False) and parameter.ndim > 2:
+                raise ConfigError(
+                    f"{deepspeed_file or config.deepspeed} with optimizer.name=muon in bf16: there DeepSpeed's "
+                    f"Muon takes matrices only, and {name} has {parameter.ndim} dimensions; take zero2.json or "
+                    "zero3.json, or precision=fp32"
+                )
     try:
         engine, *_ = deepspeed.initialize(
             model=model,

@@ -82,6 +82,9 @@ def scenarios_on_two_ranks(folder: Path) -> dict[str, list[str]]:
         run(f"{level}/nan", level, ["nan_at_step=2", "checkpoint_every=2"])
     for level in ("zero2", "zero3"):
         run(f"{level}/skip", level, ["nan_at_step=2", "on_nonfinite=skip"])
+        run(f"{level}/bf16_nan", level, ["nan_at_step=2", "checkpoint_every=2", "precision=bf16"])
+    for level in ("zero1", "zero2", "zero3"):
+        run(f"{level}/bf16_skip", level, ["nan_at_step=2", "on_nonfinite=skip", "precision=bf16"])
     bf16 = ["precision=bf16", "noise=true"]
     run("bf16/whole", "zero3", bf16)
     run("bf16/resumed", "zero3", [*bf16, "signal_at_step=2"], [*bf16, "seed=1"])
@@ -180,14 +183,25 @@ def test_two_ranks_equal_plain_torch_on_the_whole_batch(runs, level):
     assert reference[5][0] < 0.8 * reference[0][0]
 
 
-@pytest.mark.parametrize("level", ["zero1", "zero3"])
-def test_gradients_that_are_not_finite_end_a_run(runs, level):
+@pytest.mark.parametrize("name", ["zero1/nan", "zero3/nan", "zero2/bf16_nan", "zero3/bf16_nan"])
+def test_gradients_that_are_not_finite_end_a_run(runs, name):
     folder, ended = runs
-    (message,) = ended[f"{level}/nan"]
+    (message,) = ended[name]
     assert "step 3: gradients are not finite (loss/model nan)" in message
     assert "on_nonfinite=error" in message
-    assert not (folder / level / "nan" / "done.json").exists()
-    assert (folder / level / "nan" / "checkpoints" / "latest").read_text() == "step_00000002"
+    assert not (folder / name / "done.json").exists()
+    assert (folder / name / "checkpoints" / "latest").read_text() == "step_00000002"
+
+
+@pytest.mark.parametrize("level", ["zero1", "zero2", "zero3"])
+def test_gradients_that_are_not_finite_are_skipped_in_bf16(runs, level):
+    folder, ended = runs
+    assert ended[f"{level}/bf16_skip"] == ["finished"]
+    skipped = figures(folder / level / "bf16_skip")
+    assert skipped[3]["loss/model"] is None and skipped[4]["lr"] == skipped[3]["lr"]
+    assert [skipped[step].get("skipped_steps") for step in (2, 3, 6)] == [None, 1, 1]
+    weights = exported(folder / level / "bf16_skip").values()
+    assert all(torch.as_tensor(value).isfinite().all() for value in weights)
 
 
 @pytest.mark.parametrize("level", ["zero2", "zero3"])
