@@ -296,16 +296,9 @@ def build_engine(
 
     optimizer = optimizer or config.optimizer
     settings = deepspeed_settings(config, runtime, deepspeed_file, optimizer)
-    bf16 = runtime.dtype == torch.bfloat16
-    if optimizer.name == "muon" and bf16 and settings["zero_optimization"]["stage"] == 1:
-        parameter_groups(model, optimizer)  # marks what Muon takes
-        for name, parameter in model.named_parameters():
-            if getattr(parameter, "use_muon", False) and parameter.ndim > 2:
-                raise ConfigError(
-                    f"{deepspeed_file or config.deepspeed} with optimizer.name=muon in bf16: there DeepSpeed's "
-                    f"Muon takes matrices only, and {name} has {parameter.ndim} dimensions; take zero2.json or "
-                    "zero3.json, or precision=fp32"
-                )
+    level, uses_muon = settings["zero_optimization"]["stage"], optimizer.name == "muon"
+    if uses_muon and level == 1 and settings["bf16"]["enabled"]:
+        _require_matrices(model, optimizer, deepspeed_file or config.deepspeed)
     try:
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -322,6 +315,17 @@ def build_engine(
     _keep_muon_in_fp32(engine)
     engine.train()
     return engine
+
+
+def _require_matrices(model: nn.Module, optimizer: OptimizerConfig, name_of_file: str) -> None:
+    """Raise ConfigError if Muon is to take stacks or kernels, which DeepSpeed's ZeRO-1 in bf16 does not."""
+    parameter_groups(model, optimizer)  # marks what Muon takes
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "use_muon", False) and parameter.ndim > 2:
+            raise ConfigError(
+                f"{name_of_file} with optimizer.name=muon in bf16 takes matrices only, and {name} has "
+                f"{parameter.ndim} dimensions; take zero2.json or zero3.json, or precision=fp32"
+            )
 
 
 def _keep_muon_in_fp32(engine: DeepSpeedEngine) -> None:

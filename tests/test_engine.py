@@ -244,7 +244,7 @@ def muon_losses(here, deepspeed_file: str) -> list[float]:
     losses = []
     for step in range(MUON_STEPS):
         x, y = (part.chunk(2)[here.rank] for part in painter_batch(step))
-        loss = (engine(x) - y).square().mean()
+        loss = (engine(x.to(here.dtype)).float() - y).square().mean()
         backward_and_step(engine, loss)
         losses.append(loss.item())
     return losses
@@ -252,6 +252,7 @@ def muon_losses(here, deepspeed_file: str) -> list[float]:
 
 def engines_on_two_ranks(folder: Path) -> dict:
     """Everything that needs two processes, in one pair of them."""
+    from deepspeed.accelerator import get_accelerator
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from pretrain.engine import build_engine, full_state_dict, sharded_construction, start_runtime
@@ -307,8 +308,23 @@ def engines_on_two_ranks(folder: Path) -> dict:
 
     here.dtype = torch.float32
     here.micro_steps = 1
-    sharded_muon = write(folder / str(rank), zero_optimization=small | {"reduce_scatter": "auto"})
-    found["muon"] = {level: muon_losses(here, level) for level in ("zero1.json", "zero2.json", sharded_muon)}
+    in_fp32 = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    sharded_muon = write(folder / str(rank), zero_optimization=small | {"reduce_scatter": "auto"}, **in_fp32)
+    levels = ("zero1.json", "zero2.json", sharded_muon)
+    # A processor that multiplies in fp16 must not make a run in fp32 another one. First, since DeepSpeed asks
+    # while it compiles.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+        found["muon"] = {"fp16 processor": muon_losses(here, "zero2.json")}
+    torch.compiler.reset()
+    found["muon"] |= {level: muon_losses(here, level) for level in levels}
+    here.dtype = torch.bfloat16
+    found["muon_bf16"] = {level: muon_losses(here, level) for level in levels[1:]}
+    try:
+        muon_losses(here, "zero1.json")
+    except ConfigError as error:
+        found["muon_bf16_zero1"] = str(error)
+    here.dtype = torch.float32
     try:
         wrong = write(folder / str(rank), zero_optimization={"stage": 1, "bucket": 3})
         build_engine(nn.Linear(2, 2), job(wrong), here)
@@ -352,6 +368,20 @@ def test_muon_equals_the_formula_under_every_zero_level(two_ranks):
     for losses in zip(*(found["muon"].values() for found in two_ranks), strict=True):
         over_ranks = [sum(step) / 2 for step in zip(*losses, strict=True)]
         assert over_ranks == pytest.approx(expected, rel=2e-4)
+
+
+def test_muon_in_fp32_does_not_ask_the_processor(two_ranks):
+    for found in two_ranks:
+        assert found["muon"]["fp16 processor"] == found["muon"]["zero2.json"]
+
+
+def test_muon_in_bf16_is_close_to_the_formula(two_ranks):
+    expected = plain_muon()
+    for losses in zip(*(found["muon_bf16"].values() for found in two_ranks), strict=True):
+        over_ranks = [sum(step) / 2 for step in zip(*losses, strict=True)]
+        assert over_ranks == pytest.approx(expected, rel=0.03)
+    message = two_ranks[0]["muon_bf16_zero1"]
+    assert "stack has 3 dimensions; take zero2.json or zero3.json" in message and "\n" not in message
 
 
 def test_unknown_key_in_the_json(two_ranks):

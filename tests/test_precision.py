@@ -23,17 +23,20 @@ CONSTANT = "optimizer.schedule=constant"
 MUON = ["optimizer.name=muon", "optimizer.muon_lr=0.01", "gradient_clipping=0"]
 PERCEPTUAL = ["perceptual_network={net: vgg, trunk: stlpips}", "losses.perceptual=0.1"]
 RESUMED = ["tokenizer_zero2_muon", "mllm_zero3_muon"]
-# How far losses may part in a step, relative and absolute. bf16 keeps 8 bits, 0.4 %, in every layer; where codes
-# are chosen, and where cosines of untrained towers are learned, small differences grow.
-TOLERANCE = {name: 0.02 for name in ("contrastive", "tokenizer_zero1", "tokenizer_zero2_muon", "tokenizer_zero3")}
-TOLERANCE |= {"semantic": 0.02} | {name: 1e-3 for name in ("mllm_zero1", "mllm_zero2_muon")}
-TOLERANCE |= {name: 1e-3 for name in ("mllm_zero3_muon", "generate")}
 NOISY = {"loss/total", "loss/gan"}  # sums of the others, and a weight times a discriminator's answer near 0
 # Phases that leave parts alone, by the beginnings of their names.
 FROZEN = {
     "semantic": ("prequant_pixel", "postquant_pixel", "decoder", "backbone.vision_model.embeddings"),
     "generate": ("llm.", "visual_embedder."),
 }
+
+
+def tolerance(name: str) -> float:
+    """How far a loss in bf16 may part from that in fp32, by step, relative and absolute.
+
+    bf16 keeps 8 bits, 0.4 %, in every layer. Where codes are chosen, small differences grow.
+    """
+    return 1e-3 if name.startswith(("mllm", "generate")) else 0.02
 
 
 def runs_in_order(folder: Path) -> dict[str, list[str]]:  # noqa: F811
@@ -110,8 +113,8 @@ def test_bf16_learns_like_fp32(runs, name):
         keys = {key for key in expected if key.startswith(("loss", "nll", "z_loss"))}
         assert keys and keys == {k for k in half[step] if k.startswith(("loss", "nll", "z_loss"))}
         for key in keys - NOISY:
-            tolerance = {"rel": TOLERANCE[name] * step, "abs": TOLERANCE[name] * step}
-            assert half[step][key] == pytest.approx(expected[key], **tolerance), (step, key)
+            bound = step * tolerance(name)
+            assert half[step][key] == pytest.approx(expected[key], rel=bound, abs=bound), (step, key)
     for key in (key for key in single[1] if key.startswith("gradient_norm")):
         assert half[1][key] == pytest.approx(single[1][key], rel=0.05), key
 
