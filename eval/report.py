@@ -125,6 +125,12 @@ def missing_parts(run: Path, results: dict[str, dict]) -> list[str]:
     return missing
 
 
+def trained_in(run: Path) -> dict[str, str]:
+    """Precision of each finished training job; measures and exports are fp32 in any case."""
+    done = {job: read_json(run / job / "done.json") or {} for job in JOBS}
+    return {job: record["precision"] for job, record in done.items() if "precision" in record}
+
+
 def report_data(run: Path, results: dict[str, dict]) -> dict:
     """Everything the report states as a number, for report.json."""
     comparisons = compare_all(results)
@@ -142,6 +148,7 @@ def report_data(run: Path, results: dict[str, dict]) -> dict:
         "missing": missing_parts(run, results),
         "results": results,
         "jobs": {job: read_json(run / job / "done.json") for job in JOBS},
+        "precisions": trained_in(run),
         "chain": read_json(run / "chain.json"),
         "sample_data": read_json(run / "sample_data" / "summary.json"),
     }

@@ -76,10 +76,25 @@ def test_missing_and_broken_json(tmp_path):
 
 def test_precision(tmp_path, monkeypatch):
     cpu = torch.device("cpu")
+    monkeypatch.delenv("DUALTOKEN_NATIVE_BF16", raising=False)
     assert choose_precision(job(precision="bf16"), cpu) == torch.bfloat16
     for features, expected in [({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
         assert choose_precision(job(), cpu) == expected
+    for has_it, expected in [(True, torch.bfloat16), (False, torch.float32)]:
+        # Emulation, as on GPUs before Ampere, does not count.
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, own=has_it: own or including_emulation
+        )
+        assert choose_precision(job(), torch.device("cuda")) == expected
+    for answer, expected in (("1", torch.bfloat16), ("0", torch.float32)):
+        monkeypatch.setenv("DUALTOKEN_NATIVE_BF16", answer)
+        assert choose_precision(job(), cpu) == expected
+    monkeypatch.setenv("DUALTOKEN_NATIVE_BF16", "yes")
+    with pytest.raises(ConfigError, match="DUALTOKEN_NATIVE_BF16=yes: expected 0, 1, or not set"):
+        choose_precision(job(), cpu)
+    assert choose_precision(job(precision="fp32"), cpu) == torch.float32  # it answers auto alone
+    monkeypatch.delenv("DUALTOKEN_NATIVE_BF16")
     in_json = write(tmp_path, bf16={"enabled": True})
     assert choose_precision(job(in_json), cpu) == torch.bfloat16
     with pytest.raises(ConfigError, match=r"sets bf16.enabled=True and the recipe precision=fp32"):

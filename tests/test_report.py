@@ -92,6 +92,9 @@ def results():
     }  # fmt: skip
 
 
+PRECISION = {"siglip": "float32", "tokenizer": "float32", "mllm": "bfloat16"}
+
+
 def write_run(folder, measured):
     (folder / "evaluation").mkdir(parents=True)
     Image.new("RGB", (8, 8), "red").save(folder / "evaluation" / "p.png")
@@ -105,7 +108,9 @@ def write_run(folder, measured):
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "spl'
         (folder / job / "metrics.jsonl").write_text(text)
-        (folder / job / "done.json").write_text(json.dumps({"job": job, "steps": 3, "wall_seconds": 1.0}))
+        (folder / job / "done.json").write_text(json.dumps(
+            {"job": job, "steps": 3, "wall_seconds": 1.0, "precision": PRECISION[job]}
+        ))
     machine = {"cores": 2, "gpus": [], "ranks": 2, "python": "3.11", "versions": {"torch": "2"}}
     step = StepRecord("siglip", "a model", "deepspeed a --b", 12.0, 2**30, 1, "now")
     ChainRecord(machine=machine, steps={"siglip": step}).save(folder / "chain.json")
@@ -137,6 +142,8 @@ def test_page_is_whole_and_self_contained(tmp_path):
     assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "url(" not in text and "@import" not in text
+    assert "2 ranks, trained in float32 and bfloat16" in " ".join(page.words.split())
+    assert "a model; in float32" in page.words
     headings = "Figures beside their baselines", "Held-out reconstructions", "Generated pictures", "Captions"
     for heading in (*headings, "Codebooks", "Likelihood per depth", "Loss curves", "Time and memory"):
         assert heading in page.words
