@@ -170,6 +170,7 @@ def _released_section(path: Path) -> dict[str, Any]:
     released = released.get("rqvaesiglip", released) if isinstance(released, dict) else released
     if not isinstance(released, dict):
         raise ValueError(f"{path} holds a {type(released).__name__}; expected a released config, a dict")
+    released = _without_nulls(released)
     missing = [name for name in ("layer_recon", "layer_sem") if name not in released]
     for section, keys in _NEEDED.items():
         found = released.get(section)
@@ -182,6 +183,12 @@ def _released_section(path: Path) -> dict[str, Any]:
             f"{path} lacks {', '.join(missing)}; expected the config.json beside a released checkpoint"
         )
     return released
+
+
+def _without_nulls(section: dict[str, Any]) -> dict[str, Any]:
+    """Leave out keys that are null, in sections too, as the released config class takes them."""
+    present = {key: value for key, value in section.items() if value is not None}
+    return {k: _without_nulls(value) if isinstance(value, dict) else value for k, value in present.items()}
 
 
 def _backbone_config(path: Path, released: dict, given: str | Path | None) -> dict:

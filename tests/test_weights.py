@@ -57,6 +57,22 @@ def test_released_checkpoint_computes_the_same(tmp_path, shortcut, latent_shape)
     check_parity(model, released, state)
 
 
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_null_means_absent(tmp_path, shortcut):
+    """The released config class writes null for modules that are not there, and for weights of such."""
+    released = config(shortcut, latent_shape=False)
+    state = random_state(released)
+    written = json.loads(json.dumps(released))
+    written["rqvaesiglip"] |= {"weight_shortcut": None, "decoder_latent_shape": None, "ignore_keys": None}
+    written["rqvaesiglip"]["ddconfig"]["z_channels"] = None
+    model = load_released(*write(tmp_path, written, state))
+    assert model.config.shortcut_weight == 0.6  # the released default
+    check_parity(model, released, state)
+    written["rqvaesiglip"]["vq_sem"]["decay"] = None
+    with pytest.raises(ValueError, match="config.json lacks vq_sem.decay; expected"):
+        config_from_released(write(tmp_path, written, state)[0])
+
+
 def older_spelling(name):
     head, _, rest = name.partition(".")
     return f"{head.replace('_pix', '_pixel').replace('_sem', '_semantic')}.{rest}"
