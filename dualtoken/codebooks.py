@@ -6,13 +6,15 @@ share one).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dualtoken.nearest import NearestCodeSearch
+from dualtoken.nearest import NearestCodeSearch, NonFiniteError
 
 _SMALLEST_CLUSTER = 1e-5  # a code whose average count has faded below this keeps its vector
 
@@ -85,6 +87,7 @@ class EMACodebooks(nn.Module):
         self._candidate_slot: tuple[int, int] | None = None
         self._search: list[NearestCodeSearch] | None = None
         self._search_key: tuple | None = None
+        self._updates: tuple[tuple, int] | None = None
         self.reset_codebook()
 
     def reset_codebook(self) -> None:
@@ -151,9 +154,16 @@ class EMACodebooks(nn.Module):
     def _generator(self, *salt: int) -> torch.Generator:
         """Return a CPU generator that depends on the seed, the number of updates and ``salt`` alone."""
         state = self.seed
-        for value in (int(self.num_updates), *salt):  # Knuth's MMIX constants
+        for value in (self._number_of_updates(), *salt):  # Knuth's MMIX constants
             state = (state * 6364136223846793005 + value * 1442695040888963407 + 1) % 2**63
         return torch.Generator().manual_seed(state)
+
+    def _number_of_updates(self) -> int:
+        """Return ``num_updates`` as a number, read from the device only when it has changed."""
+        key = (self.num_updates.data_ptr(), self.num_updates._version)
+        if self._updates is None or self._updates[0] != key:
+            self._updates = (key, int(self.num_updates))
+        return self._updates[1]
 
     @torch.no_grad()
     def _accumulate(self, inputs: list[Tensor], codes: Tensor) -> None:
@@ -161,10 +171,11 @@ class EMACodebooks(nn.Module):
         sums, counts, _, _ = self._window_parts()
         # A later micro-batch is summed apart first: then additions happen in the order they would over ranks.
         target = sums if self._window_empty else torch.zeros_like(sums)
+        ones = codes.new_ones(len(codes), dtype=counts.dtype)
         for depth, vectors in enumerate(inputs):
             chosen = codes[:, depth]
             target[depth % self.num_codebooks].index_add_(0, chosen, vectors)
-            counts[depth] += torch.bincount(chosen, minlength=self.codebook_size)
+            counts[depth].index_add_(0, chosen, ones)
         if target is not sums:
             sums += target
         self._window_empty = False
@@ -206,50 +217,64 @@ class EMACodebooks(nn.Module):
         if dist.is_initialized() and dist.get_world_size(group) > 1:
             dist.all_reduce(self.window, group=group)
         sums, counts, pool, filled = self._window_parts()
-        if not counts.any():
+        book_counts = counts.view(-1, self.num_codebooks, self.codebook_size).sum(dim=0)
+        cluster_size = self.cluster_size.mul(self.decay).add_(book_counts, alpha=1.0 - self.decay)
+        unused = cluster_size < self.restart_threshold
+        # All that the host has to know, in one wait for the device.
+        shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
+        perplexity = (-torch.special.xlogy(shares, shares).sum(dim=1)).exp()
+        usage = (counts > 0).float().mean(dim=1)
+        of_step = torch.stack([counts.sum(), filled.max(), (book_counts > 0).float().mean()])
+        of_books = torch.cat([unused.sum(dim=1), (filled > 0).sum(dim=1)])
+        known = torch.cat([of_step, of_books, usage, perplexity]).tolist()
+        vectors, most_fillers, used = known[:3]
+        if not vectors:
             raise RuntimeError(
                 f"{self.name} codebook: no vectors since the last update; "
                 "run a forward pass in training mode first"
             )
-        if filled.max() > 1:
+        if most_fillers > 1:
             raise RuntimeError(
                 f"{self.name} codebook: several ranks filled the same candidate slot; call "
                 "set_candidate_slot(micro_step * world_size + rank, micro_steps * world_size) before it"
             )
-        book_counts = counts.view(-1, self.num_codebooks, self.codebook_size).sum(dim=0)
-        self.cluster_size.mul_(self.decay).add_(book_counts, alpha=1.0 - self.decay)
+        self.cluster_size.copy_(cluster_size)
         self.embed_sum.mul_(self.decay).add_(sums, alpha=1.0 - self.decay)
-        restarted = self._restart(pool, filled) if self.restart_unused_codes else 0
+        books, depth = self.num_codebooks, self.num_quantizers
+        restarted = 0
+        if self.restart_unused_codes:
+            needed, offered = ([int(n) for n in known[3 + i * books :][:books]] for i in (0, 1))
+            restarted = self._restart(pool, filled > 0, unused, needed, offered)
         self._codes_from_averages()
-        stats = self._stats(counts, book_counts, restarted)
-        self.num_updates += 1
+        updates = self._number_of_updates() + 1
+        self.num_updates.fill_(updates)
+        self._updates = ((self.num_updates.data_ptr(), self.num_updates._version), updates)
         self.reset_window()
-        return stats
+        by_depth = known[3 + 2 * books :]
+        return QuantizerStats(by_depth[:depth], by_depth[depth:], used, restarted)
 
     def _codes_from_averages(self) -> None:
         size = self.cluster_size.unsqueeze(2)
         self.codebook.copy_(torch.where(size > _SMALLEST_CLUSTER, self.embed_sum / size, self.codebook))
 
-    def _restart(self, pool: Tensor, filled: Tensor) -> int:
+    def _restart(
+        self, pool: Tensor, filled: Tensor, unused: Tensor, needed: list[int], offered: list[int]
+    ) -> int:
+        """Replace ``unused [Dc, K]`` codes by the candidates in ``pool``, which is ``filled [Dc, K]``.
+
+        ``needed`` and ``offered`` are the numbers of unused codes and of candidates in each codebook; the
+        smaller ones, summed, are returned.
+        """
         restarted = 0
         for book in range(self.num_codebooks):
-            dead = (self.cluster_size[book] < self.restart_threshold).nonzero().squeeze(1)
-            offered = filled[book].nonzero().squeeze(1)
-            order = torch.randperm(len(offered), generator=self._generator(-1, book)).to(offered.device)
-            chosen = offered[order[: len(dead)]]
-            dead = dead[: len(chosen)]
+            count = min(needed[book], offered[book])
+            order = torch.randperm(offered[book], generator=self._generator(-1, book))[:count]
+            chosen = _places(filled[book], offered[book])[order.to(pool.device)]
+            dead = _places(unused[book], needed[book])[:count]
             self.embed_sum[book, dead] = pool[book, chosen]
             self.cluster_size[book, dead] = 1.0
-            restarted += len(dead)
+            restarted += count
         return restarted
-
-    @staticmethod
-    def _stats(counts: Tensor, book_counts: Tensor, restarted: int) -> QuantizerStats:
-        shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
-        entropy = -torch.special.xlogy(shares, shares).sum(dim=1)
-        usage = (counts > 0).float().mean(dim=1)
-        used = (book_counts > 0).float().mean()
-        return QuantizerStats(usage.tolist(), entropy.exp().tolist(), float(used), restarted)
 
     # -- search --------------------------------------------------------------------------------------------
 
@@ -266,21 +291,32 @@ class EMACodebooks(nn.Module):
         """Return ``latents [..., width]`` as fp32 rows outside autograd, or say what is wrong with them."""
         if latents.shape[-1] != width:
             raise ValueError(f"{self.name} latents are {latents.shape[-1]} wide, expected {width}")
-        flat = latents.detach().reshape(-1, width).float()
-        finite = torch.isfinite(flat)
-        if not finite.all():
-            bad = int(flat.numel() - finite.sum())
-            raise ValueError(
-                f"{self.name} latents contain NaN or infinity ({bad} of {flat.numel()} values); "
+        return latents.detach().reshape(-1, width).float()
+
+    @contextmanager
+    def _naming_latents(self, latents: Tensor) -> Iterator[None]:
+        """Say whose latents contain NaN or infinity where a search finds some."""
+        try:
+            yield
+        except NonFiniteError:
+            bad = int(latents.numel() - torch.isfinite(latents).sum())
+            raise NonFiniteError(
+                f"{self.name} latents contain NaN or infinity ({bad} of {latents.numel()} values); "
                 "the weights of the layers before the quantizer, or their input, are broken"
-            )
-        return flat
+            ) from None
 
     def _check_codes(self, codes: Tensor) -> None:
         if codes.shape[-1] != self.num_quantizers:
             raise ValueError(f"{self.name} codes are {codes.shape[-1]} deep, expected {self.num_quantizers}")
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.codebook_size):
-            raise ValueError(
-                f"{self.name} codes lie in [{int(codes.min())}, {int(codes.max())}], "
-                f"expected [0, {self.codebook_size - 1}]"
-            )
+        if codes.numel():
+            smallest, largest = torch.stack(codes.aminmax()).tolist()
+            if smallest < 0 or largest >= self.codebook_size:
+                raise ValueError(
+                    f"{self.name} codes lie in [{smallest}, {largest}], "
+                    f"expected [0, {self.codebook_size - 1}]"
+                )
+
+
+def _places(mask: Tensor, count: int) -> Tensor:
+    """Return where ``mask [K]`` is true, knowing that it is so ``count`` times: no wait for the device."""
+    return torch.nonzero_static(mask, size=count)[:, 0]

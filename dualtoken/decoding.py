@@ -34,7 +34,7 @@ class Rows:
         for row, document in enumerate(documents):
             input_ids[row, longest - len(document) :] = document.input_ids.to(device)
         with_images = [document.codes.to(device).long() for document in documents if len(document.codes)]
-        codes = model.checked_codes(input_ids, torch.cat(with_images) if with_images else None)
+        codes, _ = model.checked_codes(input_ids, torch.cat(with_images) if with_images else None)
         self.model = model
         self.cache = DynamicCache(config=model.decoder_config)
         self.padding = longest - lengths  # [R]

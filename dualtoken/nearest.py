@@ -30,6 +30,10 @@ def full_precision_matmul(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(previous)
 
 
+class NonFiniteError(ValueError):
+    """Vectors with NaN or infinity, which are near to nothing."""
+
+
 class NearestCodeSearch:
     """Search over one codebook by Euclidean distance, prepared once and used for many batches of vectors.
 
@@ -67,21 +71,31 @@ class NearestCodeSearch:
         self._memory: Tensor | None = None
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Return the index of the nearest code for each of ``vectors [N, C]`` fp32, ``[N]`` int64."""
+        """Return the index of the nearest code for each of ``vectors [N, C]`` fp32, ``[N]`` int64.
+
+        The host waits for the device once, to learn which rows need fp64.
+
+        Raises:
+            NonFiniteError: on NaN or infinity.
+        """
         codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
         doubtful = torch.empty(len(vectors), dtype=torch.bool, device=vectors.device)
         with torch.no_grad(), full_precision_matmul(vectors.device):
             for start in range(0, len(vectors), self.tile_rows):
                 rows = slice(start, start + self.tile_rows)
                 codes[rows], doubtful[rows] = self._search(vectors[rows])
-            for rows in doubtful.nonzero().squeeze(1).split(64):
+            places = doubtful.nonzero().squeeze(1)
+            for start in range(0, len(places), 64):
+                rows = places[start : start + 64]
+                if not torch.isfinite(vectors[rows]).all():
+                    raise NonFiniteError(f"vectors of shape {tuple(vectors.shape)} contain NaN or infinity")
                 codes[rows] = self._search_fp64(vectors[rows])
         if vectors.device.type != "cpu":  # a caching allocator makes it cheap to give the memory back
             self._memory = None
         return codes
 
     def _search(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the codes in fp32, and where rounding may have decided."""
+        """Return the codes in fp32, and where rounding may have decided or a vector is not finite."""
         queries = F.pad(-vectors, (0, 1 + self.padding))
         queries[:, vectors.shape[1]] = 1.0
         minima = self._block_minima(queries)  # [N, blocks]
@@ -94,7 +108,7 @@ class NearestCodeSearch:
         scale = vectors.norm(dim=1) * self.largest_norm + self.largest_norm.square()
         bound = (vectors.shape[1] + 4) * _ROUNDING * scale
         gap = torch.minimum(second_block, second_inside) - best
-        return winner * self.block + offset, gap <= 2.0 * bound
+        return winner * self.block + offset, ~(gap > 2.0 * bound)
 
     def _scratch(self, *shape: int) -> Tensor:
         """Return uninitialised memory, the same each time: fresh pages cost more than arithmetic."""

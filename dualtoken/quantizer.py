@@ -85,7 +85,7 @@ class ResidualVQ(EMACodebooks):
         loss = residual.new_zeros(())
         share = 1.0 / (depth * max(residual.numel(), 1))  # an empty batch has loss 0, not NaN
         inputs: list[Tensor] = []
-        with torch.no_grad():
+        with torch.no_grad(), self._naming_latents(latents):
             for d, search in enumerate(self._searches()):
                 codes[:, d] = search(residual)
                 vectors = F.embedding(codes[:, d], self.codebook[d % self.num_codebooks])
@@ -111,9 +111,10 @@ class ResidualVQ(EMACodebooks):
         """Return the codes ``[..., D]`` of ``latents [..., C]``, in any mode; the window stays as it is."""
         residual = self._flatten(latents, self.code_width)
         codes = []
-        for d, search in enumerate(self._searches()):
-            codes.append(search(residual))
-            residual = residual - F.embedding(codes[d], self.codebook[d % self.num_codebooks])
+        with self._naming_latents(latents):
+            for d, search in enumerate(self._searches()):
+                codes.append(search(residual))
+                residual = residual - F.embedding(codes[d], self.codebook[d % self.num_codebooks])
         return torch.stack(codes, dim=1).view(*latents.shape[:-1], self.num_quantizers)
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -187,7 +188,8 @@ class MultiCodebookVQ(EMACodebooks):
         """Return the codes ``[..., D]`` of ``latents [..., dim]``; the window stays as it is in any mode."""
         self._flatten(latents, self.dim)
         rows = self._chunks(latents)
-        codes = [search(rows[:, d].contiguous()) for d, search in enumerate(self._searches())]
+        with self._naming_latents(latents):
+            codes = [search(rows[:, d].contiguous()) for d, search in enumerate(self._searches())]
         return torch.stack(codes, dim=1).view(*latents.shape[:-1], self.num_quantizers)
 
     def _chunks(self, latents: Tensor) -> Tensor:

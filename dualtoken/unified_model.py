@@ -268,9 +268,18 @@ class DualTokenForCausalLM(PreTrainedModel):
             position_ids = _positions_within(cu_seqlens)[None]
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
-        codes = self.checked_codes(input_ids, codes)
+        if labels is None:
+            labels = torch.full_like(input_ids, IGNORE_INDEX)
+        # A document's first token has nothing before it to be predicted from.
+        labels = labels.index_fill(1, cu_seqlens[:-1].long(), IGNORE_INDEX)[0]
+        if visual_loss_mask is None:
+            visual_loss_mask = torch.zeros(
+                0 if codes is None else len(codes), dtype=torch.bool, device=input_ids.device
+            )
+        supervised = labels != IGNORE_INDEX
+        codes, counts = self.checked_codes(input_ids, codes, supervised, visual_loss_mask)
         vectors = self.codebooks(codes)  # [V, Q, D, E]
-        visual_positions = (input_ids[0] == self.config.special.image_pad).nonzero()[:, 0]
+        visual_positions = self.visual_positions(input_ids[0], len(codes))
         hidden = self.decoder(
             inputs_embeds=self.embed(input_ids, vectors),
             position_ids=position_ids,
@@ -280,14 +289,11 @@ class DualTokenForCausalLM(PreTrainedModel):
             max_length_q=max_seqlen,
             max_length_k=max_seqlen,
         ).last_hidden_state[0]  # [T, H]
-        if visual_loss_mask is None:
-            visual_loss_mask = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
-        if labels is None:
-            labels = torch.full_like(input_ids, IGNORE_INDEX)
-        # A document's first token has nothing before it to be predicted from.
-        labels = labels.index_fill(1, cu_seqlens[:-1].long(), IGNORE_INDEX)
-        text = self._text_loss(hidden, labels[0], z_loss)
-        visual = self._visual_loss(hidden, codes, vectors, visual_positions, visual_loss_mask, z_loss)
+        text_positions, visual_targets = map(_places, (supervised, visual_loss_mask), counts)
+        text = self._text_loss(hidden, labels, text_positions, z_loss)
+        visual = self._visual_loss(
+            hidden, codes[visual_targets], vectors[visual_targets], visual_positions[visual_targets], z_loss
+        )
         return DualTokenOutput(**text, **visual)
 
     @property
@@ -298,7 +304,7 @@ class DualTokenForCausalLM(PreTrainedModel):
     def embed(self, input_ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """Embed tokens [B, T], and code vectors [V, Q, D, E] at the image positions: [B, T, H]."""
         embeddings = self.get_input_embeddings()(input_ids)
-        positions = (input_ids.flatten() == self.config.special.image_pad).nonzero()[:, 0]
+        positions = self.visual_positions(input_ids.flatten(), len(vectors))
         images = vectors[None]
         if len(vectors) == 0:
             images = self._no_vectors(1)[None]
@@ -327,9 +333,8 @@ class DualTokenForCausalLM(PreTrainedModel):
         return self.post_quantization(latents, cache)
 
     def _text_loss(
-        self, hidden: torch.Tensor, labels: torch.Tensor, z_loss: float
+        self, hidden: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, z_loss: float
     ) -> dict[str, torch.Tensor | None]:
-        positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
         chosen, targets, weight = positions, labels[positions], 1.0
         if len(positions) == 0:
             chosen, targets, weight = positions.new_ones(1), positions.new_zeros(1), 0.0
@@ -350,12 +355,9 @@ class DualTokenForCausalLM(PreTrainedModel):
         codes: torch.Tensor,
         vectors: torch.Tensor,
         positions: torch.Tensor,
-        mask: torch.Tensor,
         z_loss: float,
     ) -> dict[str, torch.Tensor | None]:
-        positions, codes, vectors, weight = positions[mask], codes[mask], vectors[mask], 1.0
-        count = len(positions)
-        chosen = positions
+        count, chosen, weight = len(positions), positions, 1.0
         if count == 0:
             chosen, weight = positions.new_ones(1), 0.0
             codes = codes.new_zeros(1, len(CODEBOOKS), self.config.num_quantizers)
@@ -382,8 +384,20 @@ class DualTokenForCausalLM(PreTrainedModel):
         shape = (positions, len(CODEBOOKS), self.config.num_quantizers, self.config.codebook_dim)
         return self.codebooks.vectors.new_zeros(shape)
 
-    def checked_codes(self, input_ids: torch.Tensor, codes: torch.Tensor | None) -> torch.Tensor:
-        """Return codes as int64 [V, Q, D], V being 0 for None; ValueError if they do not fit the tokens."""
+    def visual_positions(self, input_ids: torch.Tensor, count: int) -> torch.Tensor:
+        """Return the places [V] of the `count` image-pad tokens in `input_ids` [T]."""
+        return _places(input_ids == self.config.special.image_pad, count)
+
+    def checked_codes(
+        self, input_ids: torch.Tensor, codes: torch.Tensor | None, *masks: torch.Tensor
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Return codes as int64 [V, Q, D], V being 0 for None, and how often each of `masks` is true.
+
+        All that the host has to know of a batch is asked for here, so that it waits for the device only once.
+
+        Raises:
+            ValueError: the codes do not fit the tokens, or there are no codebooks yet.
+        """
         expected = (len(CODEBOOKS), self.config.num_quantizers)
         if codes is None or len(codes) == 0:
             codes = torch.zeros(0, *expected, dtype=torch.int64, device=input_ids.device)
@@ -393,9 +407,9 @@ class DualTokenForCausalLM(PreTrainedModel):
                 "they come from another visual tokenizer"
             )
         codes = codes.long()
-        found = (input_ids == self.config.special.image_pad).sum()
-        # Counted and measured together, so that the device is waited for only once.
-        places, *extremes = torch.stack([found, *(codes.aminmax() if len(codes) else ())]).tolist()
+        found = [(input_ids == self.config.special.image_pad).sum(), *(mask.sum() for mask in masks)]
+        known = torch.stack([*found, *(codes.aminmax() if len(codes) else ())]).tolist()
+        places, counts, extremes = known[0], known[1 : len(found)], known[len(found) :]
         if places != len(codes):
             raise ValueError(
                 f"{places} image-pad tokens but {len(codes)} visual positions in codes; "
@@ -418,7 +432,7 @@ class DualTokenForCausalLM(PreTrainedModel):
                     "visual_tokenizer.postquant_pixel, visual_tokenizer.postquant_semantic)"
                 )
             self._codebooks_checked = True
-        return codes
+        return codes, counts
 
 
 def require_decoder(llm: PreTrainedModel) -> None:
@@ -446,6 +460,11 @@ def _visual_head(config: DualTokenConfig) -> VisualHead:
         codebook_size=config.codebook_size,
         chunk_size=config.chunk_size,
     )
+
+
+def _places(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Where `mask` [N] is true, [count], knowing that it is so `count` times: no wait for the device."""
+    return torch.nonzero_static(mask, size=count)[:, 0]
 
 
 def _positions_within(cu_seqlens: torch.Tensor) -> torch.Tensor:

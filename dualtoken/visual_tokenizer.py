@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -22,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from dualtoken.backbone import Backbone, hidden_states_after, load_backbone, pool
 from dualtoken.fingerprint import fingerprint_of_codes
+from dualtoken.nearest import NonFiniteError
 from dualtoken.pixel_decoder import PixelDecoder, ResidualBlock
 from dualtoken.projection import AttentionProjection, ProjectionAttention
 from dualtoken.quantizer import EMACodebooks, MultiCodebookVQ, QuantizerStats, ResidualVQ
@@ -124,8 +127,6 @@ class DualTokenVisualTokenizer(PreTrainedModel):
 
     def _latents(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the latents ``[B, P, dim]`` of the pixel (None if merged) and the semantic branch."""
-        if not torch.isfinite(images).all():
-            raise ValueError("pixel_values contain NaN or infinity; check the image decoding")
         config = self.config
         taps = {config.semantic_layer}
         if not config.merged_codebook:
@@ -181,12 +182,12 @@ class DualTokenVisualTokenizer(PreTrainedModel):
                 tower.
         """
         latents_pixel, latents_semantic = self._latents(pixel_values)
-        semantic = self.quantizer_semantic(latents_semantic)
+        with _naming_broken(pixel_values):
+            semantic = self.quantizer_semantic(latents_semantic)
+            pixel = semantic if latents_pixel is None else self.quantizer_pixel(latents_pixel)
+        commitment_pixel = pixel.commitment_loss
         if latents_pixel is None:
-            pixel, commitment_pixel = semantic, torch.zeros_like(semantic.commitment_loss)
-        else:
-            pixel = self.quantizer_pixel(latents_pixel)
-            commitment_pixel = pixel.commitment_loss
+            commitment_pixel = torch.zeros_like(commitment_pixel)
         reconstruction, decoder_features = self._decode_latents(pixel.quantized) if paint else (None, None)
         semantic_features, pooled = self._pool_latents(semantic.quantized)
         text: dict[str, Tensor] = {}
@@ -211,8 +212,9 @@ class DualTokenVisualTokenizer(PreTrainedModel):
     def encode(self, images: Tensor) -> Tensor:
         """Return the codes ``[B, P, Q, D]`` int64 of ``images [B, 3, H, W]`` in [-1, 1]."""
         latents_pixel, latents_semantic = self._latents(images)
-        semantic = self.quantizer_semantic.encode(latents_semantic)
-        pixel = semantic if latents_pixel is None else self.quantizer_pixel.encode(latents_pixel)
+        with _naming_broken(images):
+            semantic = self.quantizer_semantic.encode(latents_semantic)
+            pixel = semantic if latents_pixel is None else self.quantizer_pixel.encode(latents_pixel)
         return torch.stack([pixel, semantic], dim=2)
 
     def lookup(self, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -377,6 +379,17 @@ class DualTokenVisualTokenizer(PreTrainedModel):
                 f"the weights in {pretrained_model_name_or_path} do not fit their config: {problems}"
             )
         return (model, report) if output_loading_info else model
+
+
+@contextmanager
+def _naming_broken(images: Tensor) -> Iterator[None]:
+    """Say so where latents are not finite because the images are not; only then the device is waited for."""
+    try:
+        yield
+    except NonFiniteError:
+        if not torch.isfinite(images).all():
+            raise NonFiniteError("pixel_values contain NaN or infinity; check the image decoding") from None
+        raise
 
 
 AutoConfig.register(DualTokenVisualTokenizerConfig.model_type, DualTokenVisualTokenizerConfig)
