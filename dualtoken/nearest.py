@@ -84,12 +84,11 @@ class NearestCodeSearch:
             for start in range(0, len(vectors), self.tile_rows):
                 rows = slice(start, start + self.tile_rows)
                 codes[rows], doubtful[rows] = self._search(vectors[rows])
-            places = doubtful.nonzero().squeeze(1)
-            for start in range(0, len(places), 64):
-                rows = places[start : start + 64]
-                if not torch.isfinite(vectors[rows]).all():
+            undecided = doubtful.nonzero().squeeze(1)
+            for part in undecided.split(64) if len(undecided) else ():
+                if not torch.isfinite(vectors[part]).all():
                     raise NonFiniteError(f"vectors of shape {tuple(vectors.shape)} contain NaN or infinity")
-                codes[rows] = self._search_fp64(vectors[rows])
+                codes[part] = self._search_fp64(vectors[part])
         if vectors.device.type != "cpu":  # a caching allocator makes it cheap to give the memory back
             self._memory = None
         return codes

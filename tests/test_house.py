@@ -204,7 +204,9 @@ def test_tests_shadow_no_package():
 def test_ci_runs_make_test():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
-    assert re.search(r"^exec make test$", script.read_text(encoding="utf-8"), re.MULTILINE)
+    for answer in (0, 1):  # as without native bf16 and as with it
+        line = rf"^DUALTOKEN_NATIVE_BF16={answer} make test$"
+        assert re.search(line, script.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 # -- what the README says ------------------------------------------------------------------------------------
