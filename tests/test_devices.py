@@ -217,3 +217,31 @@ def test_losses_and_fixed_networks_on_a_gpu(dtype):
         found = all_of(on_gpu, move_to_gpu(perceptual), *inputs)
     assert not device.waits
     assert_same({name: (found[name], value) for name, value in expected.items()})
+
+
+@both_precisions
+def test_backward_passes_have_shapes_and_types(dtype):
+    """On the meta device, where nothing is computed: gradients of the parameters' shape, type and device."""
+    from dualtoken.pixel_decoder import ResidualBlock
+    from dualtoken.projection import AttentionProjection
+    from dualtoken.visual_embedder import GeluMLP
+    from pretrain.discriminator import DiscriminatorConfig, PatchDiscriminator
+
+    with torch.device("meta"):
+        parts = [
+            (AttentionProjection(64, 16), torch.zeros(2, 9, 64)),
+            (AttentionProjection(16, 64, causal=True), torch.zeros(2, 9, 16)),
+            (ResidualBlock(64, 32, first_kernel=1), torch.zeros(2, 64, 4, 4, dtype=dtype)),
+            (GeluMLP(16, 32, 64), torch.zeros(5, 16)),
+            (PatchDiscriminator(DiscriminatorConfig(channels=8, num_layers=2)), torch.zeros(2, 3, 16, 16)),
+        ]
+        siglip = SiglipModel(preset_config("tiny").backbone_config()).vision_model
+        parts.append((siglip.encoder.layers[0], torch.zeros(2, 16, 32, dtype=dtype)))
+    for part, inputs in parts:
+        cast_parameters(part, dtype)
+        output = part(inputs, None) if part is parts[-1][0] else part(inputs)
+        output.float().sum().backward()
+        for name, parameter in part.named_parameters():
+            gradient = parameter.grad
+            assert gradient is not None and gradient.is_meta, (type(part).__name__, name)
+            assert (gradient.shape, gradient.dtype) == (parameter.shape, dtype)
