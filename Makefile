@@ -10,11 +10,12 @@ export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart test test-gpu lint clean
 
 help:
 	@echo "make quickstart   install into $(VENV) if needed, run the whole chain on sample data, write runs/quickstart/report.html"
 	@echo "make test         install into $(VENV) if needed, then lint, types and tests"
+	@echo "make test-gpu     the tests that need a CUDA device, some minutes"
 	@echo "make lint         lint and types only"
 	@echo "make install      install into $(VENV) and stop (PYTHON=... chooses the interpreter, 3.11 or newer)"
 	@echo "make clean        remove $(VENV), caches and build leftovers; runs/ stays"
@@ -40,6 +41,9 @@ lint: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
+
+test-gpu: $(INSTALLED)
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu -s -rs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

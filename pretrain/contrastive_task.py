@@ -219,6 +219,8 @@ class ContrastiveTask:
         features: list[tuple[Tensor, Tensor, str]] = []
         for batch in loader:
             images, places = self.read_images(batch)
+            if not places:  # the last, short batch may hold nothing but broken pictures
+                continue
             captions = [batch.captions[place] for place in places]
             # The first language, so that a figure does not depend on a draw.
             texts = [next(iter(by_language.values()), "") for by_language in captions]
