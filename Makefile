@@ -1,14 +1,14 @@
 # `make quickstart` and `make test` work from a fresh clone: each makes .venv first, once.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
-BIN := $(abspath $(VENV))/bin
+BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 # One thread per process: two ranks, or two test workers, share the cores. Nothing here waits for a terminal.
 export OMP_NUM_THREADS ?= 1
 export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-export PATH := $(BIN):$(PATH)
+export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(BIN):$(PATH)
 
 .PHONY: help install quickstart test test-gpu lint clean
 

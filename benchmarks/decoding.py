@@ -177,7 +177,7 @@ def main() -> None:
             "versions": versions,
             "results": results,
         }
-        options.output.write_text(json.dumps(record, indent=2) + "\n")
+        options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def build(contender: str, latents: Tensor, codebook: Tensor, depth: int) -> tupl
 
 def peak_memory_mib() -> float:
     """Return the high-water mark of resident memory since the last :func:`reset_peak_memory` (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
     raise OSError("no VmHWM in /proc/self/status; peak memory is measured on Linux alone")
@@ -125,7 +125,7 @@ def peak_memory_mib() -> float:
 
 def reset_peak_memory() -> float:
     """Set the high-water mark to the present resident memory and return it, in MiB."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return peak_memory_mib()
 
 
@@ -175,7 +175,7 @@ def in_own_process(measure: Callable, *arguments: Any) -> dict:
 
 def processor() -> str:
     """Return the name of the processor."""
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     return names[0] if names else platform.machine()
 
 
@@ -213,7 +213,7 @@ def main() -> None:
             ratios = {key: result[key] / results["ours"][key] for key in result if results["ours"].get(key)}
             print(f"{name} / ours:", "  ".join(f"{key} {value:.3g}x" for key, value in ratios.items()))
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

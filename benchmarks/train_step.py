@@ -179,7 +179,9 @@ def main() -> None:
         raise SystemExit("the losses differ: the two did not train on the same thing")
     if args.json:
         figures = {"useful_tokens": useful, "tokens": total, "seconds": seconds, "losses": losses}
-        args.json.write_text(json.dumps({"options": {**vars(args), "json": None}, **figures}, indent=1))
+        args.json.write_text(
+            json.dumps({"options": {**vars(args), "json": None}, **figures}, indent=1), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def main() -> None:
             f"gradient norms differ by at most {max(differences):.1e}"
         )
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

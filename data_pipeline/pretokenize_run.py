@@ -124,7 +124,7 @@ class PretokenizeRun:
         path = self.work / "plan.json"
         if not path.is_file():
             return
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         difference = _first_difference(found, self.description)
         if "settings" not in found:
             difference = difference or "the plan of an older version"
@@ -231,7 +231,7 @@ class PretokenizeRun:
 
     def _check_key(self, key: str, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            if (other := self._key_path(key).read_text()) != name:
+            if (other := self._key_path(key).read_text(encoding="utf-8")) != name:
                 raise DatasetError(
                     f"{self.output}: key {key} occurs more than once, in {other} and {name}; keys must be "
                     "unique in a data set: use --prefix-keys and another output folder"
@@ -239,7 +239,7 @@ class PretokenizeRun:
 
     def _note_key(self, key: str, name: str) -> None:
         own = temporary_name(self._key_path(key))
-        own.write_text(name)
+        own.write_text(name, encoding="utf-8")
         link_once(own, self._key_path(key))
         own.unlink()
         self._check_key(key, name)
@@ -270,7 +270,7 @@ class PretokenizeRun:
             leftover.unlink(missing_ok=True)
         manifest, lines = self.manifest(), []
         for name in self.plan:
-            result = json.loads(self._result_path(name).read_text())
+            result = json.loads(self._result_path(name).read_text(encoding="utf-8"))
             manifest.add(name, ShardEntry(**result["entry"]))
             lines += [json.dumps(line, ensure_ascii=False) + "\n" for line in result["rejected"]]
         write_atomically(self.output / REJECTED, "".join(lines))

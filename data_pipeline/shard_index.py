@@ -52,7 +52,7 @@ def _shard_counts(folder: Path) -> dict[str, int] | None:
     meta = folder / META_FOLDER
     if not all((meta / name).is_file() for name in (_INFO_FILE, _SPLIT_FILE, _DATASET_FILE)):
         return None
-    return json.loads((meta / _INFO_FILE).read_text())["shard_counts"]
+    return json.loads((meta / _INFO_FILE).read_text(encoding="utf-8"))["shard_counts"]
 
 
 def _is_current(folder: Path, shards: list[str]) -> bool:
@@ -103,10 +103,10 @@ def prepare_dataset(folder: str | Path, force: bool = False) -> int:
         "exclude": [],
     }
     definition = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
-    (meta / "index.uuid").write_text(str(uuid.uuid4()))
-    (meta / _INFO_FILE).write_text(json.dumps(info, indent=2))
-    (meta / _SPLIT_FILE).write_text(yaml.safe_dump(split, sort_keys=False))
-    (meta / _DATASET_FILE).write_text(yaml.safe_dump(definition, sort_keys=False))
+    (meta / "index.uuid").write_text(str(uuid.uuid4()), encoding="utf-8")
+    (meta / _INFO_FILE).write_text(json.dumps(info, indent=2), encoding="utf-8")
+    (meta / _SPLIT_FILE).write_text(yaml.safe_dump(split, sort_keys=False), encoding="utf-8")
+    (meta / _DATASET_FILE).write_text(yaml.safe_dump(definition, sort_keys=False), encoding="utf-8")
     return sum(counts.values())
 
 

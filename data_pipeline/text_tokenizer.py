@@ -228,7 +228,7 @@ def build_text_tokenizer(output: Path, num_ranks: int | None = None, ranks_path:
     temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True)
     tokenizer.save(str(temporary / "tokenizer.json"))
-    (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if output.exists():
         shutil.rmtree(output)
     temporary.rename(output)

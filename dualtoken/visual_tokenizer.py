@@ -354,7 +354,9 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             path = Path(save_directory) / "preprocessor_config.json"
-            path.write_text(json.dumps(self.config.image_processor_settings(), indent=2) + "\n")
+            path.write_text(
+                json.dumps(self.config.image_processor_settings(), indent=2) + "\n", encoding="utf-8"
+            )
 
     @classmethod
     def from_pretrained(

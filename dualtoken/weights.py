@@ -164,7 +164,7 @@ _NEEDED = {"ddconfig": _DECODER_KEYS, "vq_sem": _BRANCH_KEYS, "vq_pix": _BRANCH_
 def _released_section(path: Path) -> dict[str, Any]:
     """Read the tokenizer's section of a released config, with every key that is needed."""
     try:
-        released = json.loads(path.read_text())
+        released = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     released = released.get("rqvaesiglip", released) if isinstance(released, dict) else released
@@ -199,7 +199,7 @@ def _backbone_config(path: Path, released: dict, given: str | Path | None) -> di
     where = where / "config.json" if where.is_dir() or where.suffix != ".json" else where
     if not where.is_file():
         raise FileNotFoundError(f"no config of the SigLIP backbone at {where}; give its path")
-    return json.loads(where.read_text())
+    return json.loads(where.read_text(encoding="utf-8"))
 
 
 def _branch(released: dict, name: str) -> dict[str, Any]:
@@ -374,7 +374,7 @@ def save_released(model: DualTokenVisualTokenizer, folder: str | Path) -> None:
     folder = Path(folder)
     released = config_to_released(model.config)
     (folder / "siglip").mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(released, indent=1))
+    (folder / "config.json").write_text(json.dumps(released, indent=1), encoding="utf-8")
     model.config.backbone_config().save_pretrained(folder / "siglip")
     state = state_to_released(model.state_dict(), model.config.num_quantizers)
     torch.save({"epoch": 0, "name": "dualtoken", "state_dict": state}, folder / "epoch_0.pt")

@@ -29,7 +29,9 @@ RunOption = Annotated[Path, typer.Option("--run", help="Folder of a quickstart."
 RanksOption = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Processes: by default one for each GPU, or two on the CPU.", show_default=False
+        min=1,
+        help="Processes: by default one for each GPU, or two on the CPU, as far as the batch splits.",
+        show_default=False,
     ),
 ]
 SettingsArgument = Annotated[
@@ -113,9 +115,9 @@ def quickstart(run: RunOption = RUN, ranks: RanksOption = None) -> None:
     Example: [bold]dualtoken quickstart[/], then open runs/quickstart/report.html
     """
     from launchers.processes import default_ranks
-    from launchers.quickstart import run_chain
+    from launchers.quickstart import RECIPES, run_chain
 
-    run_chain(run, ranks or default_ranks(), say)
+    run_chain(run, ranks or default_ranks(*RECIPES), say)
 
 
 @app.command("sample-data", rich_help_panel="Train")
@@ -156,7 +158,7 @@ def train(
     from launchers.processes import deepspeed_command, default_ranks
     from pretrain.config import load_job_config
 
-    ranks = ranks or default_ranks()
+    ranks = ranks or default_ranks(recipe, settings=settings or [])
     words = [f"recipe={recipe}", *(settings or [])]
     load_job_config(words, world_size=ranks)  # a mistake is told once, before any process starts
     _run(deepspeed_command("pretrain.train", words, ranks), ranks)
@@ -268,7 +270,7 @@ def overfit(
         visual_tokenizer,
         text_tokenizer,
         output / f"pairs-{pairs}",
-        ranks or default_ranks(),
+        ranks or default_ranks(recipe, settings=settings or []),
         seed,
         say,
     )
@@ -495,10 +497,11 @@ def ablate(
 
     Example: [bold]dualtoken ablate --steps 200 --seeds 3[/] (about half an hour on two cores)
     """
+    from launchers.ablate import RECIPE
     from launchers.ablate import ablate as run_all
     from launchers.processes import default_ranks
 
-    run_all(run, output, steps, seeds, ranks or default_ranks(), say)
+    run_all(run, output, steps, seeds, ranks or default_ranks(RECIPE), say)
 
 
 imports = typer.Typer(no_args_is_help=True, help="Make image-text shards of data sets in other layouts.")

@@ -32,11 +32,19 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def default_ranks() -> int:
-    """Ranks a job is started with: one per GPU, or two on the CPU of a machine with two cores or more."""
+def default_ranks(*recipes: str, settings: Sequence[str] = ()) -> int:
+    """Ranks a job is started with: one per GPU, or two on the CPU of a machine with two cores or more.
+
+    Fewer where the batch of one of the recipes, with the words of `settings`, does not split over as many.
+    """
     import torch
 
-    return torch.cuda.device_count() or min(2, available_cores())
+    from pretrain.config import fitting_ranks
+
+    ranks = torch.cuda.device_count() or min(2, available_cores())
+    for recipe in recipes:
+        ranks = fitting_ranks([f"recipe={recipe}", *settings], ranks)
+    return ranks
 
 
 def free_port() -> int:
@@ -85,8 +93,9 @@ def run(
     elif words[0] == "dualtoken":
         words[0:1] = [sys.executable, "-m", "launchers.cli"]
     elif words[0] == "deepspeed":
-        # The launcher's default port may be taken by another job; its own log helps nobody here.
-        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--quiet"]
+        # The launcher's default port may be taken by another job; its own log helps nobody here. As a module:
+        # the installed script does not start where the environment's path has a space.
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
         words[0:1] = [*launcher, "--master_port", str(free_port())]
     started = time.monotonic()
     with _interruptible():

@@ -16,6 +16,7 @@ from pathlib import Path
 from launchers import processes
 from launchers.errors import UserError
 
+RECIPES = ("quickstart_siglip", "quickstart_tokenizer", "quickstart_mllm")
 RECIPES_ROOT = Path("runs/quickstart")  # where the quickstart recipes look for what they read
 VERSIONS_OF = ("torch", "deepspeed", "transformers", "megatron-energon", "nvidia-dali-cuda130")
 

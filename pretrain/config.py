@@ -100,7 +100,7 @@ class JobConfig:
     run_dir: str = MISSING
     steps: int = MISSING  # optimizer steps of the whole run
     global_batch_size: int = MISSING  # samples (mllm: packs) per optimizer step over all ranks
-    micro_batch_size: int = MISSING  # of these, per rank and forward pass
+    micro_batch_size: int = MISSING  # of these, per rank and forward pass; 0: all of a rank's in one pass
     seed: int = 0
     deepspeed: str = "zero1.json"  # a path, or a file in ds_configs/
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware computes in it
@@ -116,10 +116,17 @@ class JobConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "micro_batch_size", "log_every", "keep_checkpoints"):
+        for name in ("steps", "global_batch_size", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("validate_every", "validate_batches", "checkpoint_every", "gradient_clipping", "seed"):
+        for name in (
+            "micro_batch_size",
+            "validate_every",
+            "validate_batches",
+            "checkpoint_every",
+            "gradient_clipping",
+            "seed",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more")
         if self.optimizer.name == "muon" and self.gradient_clipping:
@@ -209,19 +216,28 @@ def load_job_config(argv: Sequence[str], world_size: int | None = None) -> JobCo
     Raises:
         ConfigError: anything a user can mend, in one line that names the key.
     """
-    recipe, overrides = _split_arguments(argv)
-    merged = OmegaConf.create() if recipe is None else load_recipe(find_recipe(recipe))
-    for key, word in overrides.items():
-        try:
-            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={word}"]).value)
-        except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
-            raise ConfigError(f"{key}={word}: {_one_line(error)}") from error
+    merged = _merged_settings(argv)
     if "job" not in merged:
         raise ConfigError(f"no job given: start with recipe=NAME, one of {', '.join(available_recipes())}")
     config_class, _ = job_classes(str(merged.job))
     config = _build(config_class, merged)
-    config.micro_steps(int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    config.micro_batch_size = config.micro_batch_size or max(1, config.global_batch_size // ranks)
+    config.micro_steps(ranks)
     return config
+
+
+def fitting_ranks(argv: Sequence[str], most: int) -> int:
+    """The most ranks, `most` at the highest, that the batch of `recipe=NAME key=value ...` splits over.
+
+    Raises:
+        ConfigError: as `load_job_config`, of the recipe and the words; settings are not checked here.
+    """
+    merged = _merged_settings(argv)
+    batch, micro_batch = (merged.get(name) for name in ("global_batch_size", "micro_batch_size"))
+    if not (isinstance(batch, int) and isinstance(micro_batch, int) and batch > 0 and micro_batch >= 0):
+        return most  # load_job_config says what is wrong
+    return max((n for n in range(1, most + 1) if batch % ((micro_batch or 1) * n) == 0), default=1)
 
 
 def missing_keys(settings: DictConfig) -> list[str]:
@@ -242,6 +258,17 @@ def changed_keys(before: str, after: str) -> list[str]:
     old, new = _flat(OmegaConf.create(before)), _flat(OmegaConf.create(after))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
+
+
+def _merged_settings(argv: Sequence[str]) -> DictConfig:
+    recipe, overrides = _split_arguments(argv)
+    merged = OmegaConf.create() if recipe is None else load_recipe(find_recipe(recipe))
+    for key, word in overrides.items():
+        try:
+            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={word}"]).value)
+        except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+            raise ConfigError(f"{key}={word}: {_one_line(error)}") from error
+    return merged
 
 
 def _split_arguments(argv: Sequence[str]) -> tuple[str | None, dict[str, str]]:

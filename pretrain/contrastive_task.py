@@ -132,7 +132,7 @@ class ContrastiveTask:
             raise ConfigError(
                 f"global_batch_size={config.global_batch_size}: every picture of a step is compared with "
                 "every caption of it, in one pass; expected micro_batch_size x ranks = "
-                f"{config.micro_batch_size * runtime.world_size}"
+                f"{config.micro_batch_size * runtime.world_size}, or micro_batch_size=0, which is that"
             )
         self.config, self.runtime = config, runtime
         self.text_tokenizer = load_text_tokenizer(config.text_tokenizer)

@@ -229,17 +229,17 @@ def test_says_that_a_model_never_saw_conversations_only_where_that_is_known(tmp_
     export = tmp_path / "export"
     assert views_learned(export) is None and choose_template(None, export) == (TEMPLATES["qwen"], [])
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(settings("caption", "generate", "document")))
+    config.write_text(yaml.safe_dump(settings("caption", "generate", "document")), encoding="utf-8")
     template, (note,) = choose_template(None, export)
     assert template is NO_TEMPLATE
     assert note.startswith("note: this model was never trained on conversations, but on caption, generate:")
     assert choose_template("vicuna", export) == (TEMPLATES["vicuna"], [note])
     for unknown in (settings("caption", llm="some-model"), settings("caption", init_from="other")):
-        config.write_text(yaml.safe_dump(unknown))
+        config.write_text(yaml.safe_dump(unknown), encoding="utf-8")
         assert choose_template(None, export) == (TEMPLATES["qwen"], [])
     known = settings("document")
     known["data"]["blend"][0]["weight"] = 1.0
-    config.write_text(yaml.safe_dump(known))
+    config.write_text(yaml.safe_dump(known), encoding="utf-8")
     assert choose_template(None, export) == (TEMPLATES["qwen"], [])
     assert choose_template("plain", export)[1] == [
         "note: by the template plain the model sees your pictures, not your words"

@@ -41,7 +41,7 @@ def test_newest_is_found_and_old_ones_go(tmp_path):
     for step in (10, 20, 30):
         saved = save(tmp_path, step, loader=step)
         assert find_checkpoint(config(), tmp_path) == saved
-        assert (tmp_path / "latest").read_text() == saved.name
+        assert (tmp_path / "latest").read_text(encoding="utf-8") == saved.name
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000020", "step_00000030"]
     runtime = runtime_at(0)
     assert load_checkpoint(saved, runtime, {}, "toy") == {"loader": 30}

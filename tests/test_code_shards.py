@@ -47,7 +47,7 @@ def write_dataset(folder: Path, shards: int = 2, samples: int = 3) -> Path:
 
 def edit_manifest(folder: Path, **changes: object) -> None:
     path = folder / "dataset.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
 
 
 def same(a: CodeSample, b: CodeSample) -> bool:
@@ -170,15 +170,15 @@ def test_verify_refuses_damage(tmp_path: Path) -> None:
 
 def test_verify_counts_and_finds_repeated_keys(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "a", shards=1)
-    content = json.loads((folder / "dataset.json").read_text())
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     content["shards"]["shard-000000.tar"]["samples"] = 2
-    (folder / "dataset.json").write_text(json.dumps(content))
+    (folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     refused(folder, "holds 3 samples with 4 images, dataset.json says 2")
     folder = write_dataset(tmp_path / "b", shards=1)
     (folder / "again.tar").write_bytes((folder / "shard-000000.tar").read_bytes())
-    content = json.loads((folder / "dataset.json").read_text())
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     content["shards"]["again.tar"] = content["shards"]["shard-000000.tar"]
-    (folder / "dataset.json").write_text(json.dumps(content))
+    (folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     refused(folder, "occurs more than once")
 
 
@@ -188,7 +188,7 @@ def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "a")
     edit_manifest(folder, format_version=2)
     refused(folder, "format version 2, this program reads 1")
-    (folder / "dataset.json").write_text("{")
+    (folder / "dataset.json").write_text("{", encoding="utf-8")
     refused(folder, "not a dual-code manifest")
 
 

@@ -16,6 +16,7 @@ from pretrain.config import (
     changed_keys,
     config_as_yaml,
     find_recipe,
+    fitting_ranks,
     load_job_config,
     load_recipe,
     missing_keys,
@@ -53,7 +54,7 @@ def missing_words(recipe: str) -> list[str]:
 
 def write_recipe(folder: Path, name: str, text: str) -> str:
     path = folder / f"{name}.yaml"
-    path.write_text(f"job: {JOB}\n{text}")
+    path.write_text(f"job: {JOB}\n{text}", encoding="utf-8")
     return f"recipe={path}"
 
 
@@ -80,6 +81,29 @@ def test_recipe_and_overrides(tmp_path):
     assert config.micro_steps(2) == 2
 
 
+def test_micro_batch_of_zero_is_a_whole_step_of_a_rank(tmp_path):
+    recipe = write_recipe(tmp_path, "base", BASE)
+    for ranks, expected in ((1, 8), (2, 4), (8, 1)):
+        config = load_job_config([recipe, "micro_batch_size=0"], ranks)
+        assert (config.micro_batch_size, config.micro_steps(ranks)) == (expected, 1)
+    with pytest.raises(ConfigError, match="cannot be split"):
+        load_job_config([recipe, "micro_batch_size=0"], 3)
+
+
+def test_as_many_ranks_as_the_batch_splits_over(tmp_path):
+    recipe = write_recipe(tmp_path, "base", BASE)
+    assert [fitting_ranks([recipe], most) for most in (1, 2, 3, 4, 8)] == [1, 2, 2, 4, 4]
+    assert fitting_ranks([recipe, "micro_batch_size=0"], 8) == 8
+    assert fitting_ranks([recipe, "micro_batch_size=3"], 8) == 1  # load_job_config explains it
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 16])
+def test_quickstart_recipes_start_on_any_machine(ranks):
+    for name in ("quickstart_siglip", "quickstart_tokenizer", "quickstart_mllm"):
+        words = [f"recipe={name}"]
+        load_job_config(words, fitting_ranks(words, ranks))
+
+
 def test_recipe_extends_another(tmp_path):
     write_recipe(tmp_path, "base", BASE)
     child = write_recipe(tmp_path, "child", "extends: base\nsteps: 30\noptimizer: {weight_decay: 0.1}\n")
@@ -91,10 +115,10 @@ def test_recipe_extends_another(tmp_path):
 def test_saved_settings_load_again(tmp_path):
     config = load_job_config([write_recipe(tmp_path, "base", BASE)])
     saved = tmp_path / "config.yaml"
-    saved.write_text(config_as_yaml(config))
+    saved.write_text(config_as_yaml(config), encoding="utf-8")
     assert load_job_config([f"recipe={saved}"]) == config
     again = load_job_config([f"recipe={saved}", "optimizer.lr=0.5", "blend.0.path=c"])
-    changes = changed_keys(saved.read_text(), config_as_yaml(again))
+    changes = changed_keys(saved.read_text(encoding="utf-8"), config_as_yaml(again))
     assert "optimizer.lr: 0.001 -> 0.5" in changes
     assert len(changes) == 2 and changes[1].startswith("blend: ")
 
@@ -171,7 +195,7 @@ def test_all_that_is_missing_is_named_at_once(tmp_path):
 def run_train(*words: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pretrain.train", *words]
     env = {**os.environ, "RANK": "0"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, encoding="utf-8")
 
 
 def test_command_line_mistake_ends_with_code_2():

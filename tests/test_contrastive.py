@@ -183,7 +183,9 @@ def test_two_ranks_equal_plain_torch_on_the_whole_batch(runs, level):
 
 
 def figures(folder: Path) -> list[dict]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     timing = {"time", "seconds", "seconds_per_step", "data_wait", "images_per_second"}
     return [{key: value for key, value in record.items() if key not in timing} for record in records]
 
@@ -201,7 +203,7 @@ def test_resumed_run_equals_whole(runs):
 
 
 def test_broken_picture_is_recorded_once(runs):
-    lines = (runs[0] / "whole" / "rejected.jsonl").read_text().splitlines()
+    lines = (runs[0] / "whole" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     rejected = [json.loads(line) for line in lines]
     assert {record["key"] for record in rejected} == {"0030"}
     assert len(rejected) <= 2  # once for every rank that meets it

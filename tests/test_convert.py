@@ -59,7 +59,7 @@ def test_wrong_weights_are_listed_and_nothing_is_written(dualtoken, tmp_path):
 def test_nothing_is_overwritten(dualtoken, tmp_path):
     files = write(tmp_path / "released", config(), random_state(config()))
     (tmp_path / "ours").mkdir()
-    (tmp_path / "ours" / "mine.txt").write_text("x")
+    (tmp_path / "ours" / "mine.txt").write_text("x", encoding="utf-8")
     code, _, errors = dualtoken(*from_released(*files, tmp_path / "ours"))
     assert code == 2 and "ours exists: choose another --out" in errors[0]
     assert [path.name for path in (tmp_path / "ours").iterdir()] == ["mine.txt"]
@@ -80,7 +80,7 @@ def test_analyze_layers(dualtoken, tmp_path):
     code, lines, _ = dualtoken("analyze-layers", tmp_path / "images", *where)
     assert code == 0
     assert any(line.startswith("reconstruction layer") and "first quarter" in line for line in lines)
-    found = json.loads((tmp_path / "layers" / "layers.json").read_text())
+    found = json.loads((tmp_path / "layers" / "layers.json").read_text(encoding="utf-8"))
     assert found["pictures"] == 5 and found["semantic_layer"] == 3
     matrix = torch.tensor(found["similarity"])
     assert matrix.shape == (4, 4)

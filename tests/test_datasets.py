@@ -72,17 +72,19 @@ def test_verify_looks_at_the_index_and_the_rejected(dualtoken, tmp_path):
     assert "its index shard-000000.tar.idx is missing; prepare the data set again" in problem()
     index.write_bytes(kept)
     info = codes / ".nv-meta" / ".info.json"
-    kept = info.read_text()
-    info.write_text(kept.replace("6", "5"))
+    kept = info.read_text(encoding="utf-8")
+    info.write_text(kept.replace("6", "5"), encoding="utf-8")
     assert "codes: 5 samples in the index, 6 in dataset.json; prepare the data set again" in problem()
-    info.write_text(kept)
+    info.write_text(kept, encoding="utf-8")
     manifest = DatasetManifest.load(codes)
     shard = manifest.shards["shard-000000.tar"]
     manifest.rejected = shard.rejected = 1
     manifest.samples_in = shard.samples_in = 7
     manifest.save(codes)
     assert "rejected.jsonl: 0 lines, dataset.json counts 1 rejected samples" in problem()
-    (codes / "rejected.jsonl").write_text(json.dumps({"shard": "a.tar", "key": "k", "reason": "r"}) + "\n")
+    (codes / "rejected.jsonl").write_text(
+        json.dumps({"shard": "a.tar", "key": "k", "reason": "r"}) + "\n", encoding="utf-8"
+    )
     assert dualtoken("verify", "codes")[0] == 0
     shutil.rmtree(codes / ".nv-meta")
     assert "the Energon index (.nv-meta) is missing" in problem()

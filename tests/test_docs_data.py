@@ -107,7 +107,7 @@ def dataset(tokenizer: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
 
 def test_every_example_of_samples_is_used(tokenizer: SimpleNamespace, dataset: SimpleNamespace) -> None:
     assert set(EXAMPLES) == {*SAMPLES, "text", "output", "llava", "obelics", "journeydb"}
-    assert (dataset.folder / "rejected.jsonl").read_text() == ""
+    assert (dataset.folder / "rejected.jsonl").read_text(encoding="utf-8") == ""
     images: dict[str, int] = {}
     for file in dataset.files:
         key, part = split_name(file) or ("", "")
@@ -187,7 +187,7 @@ def test_sizes_are_those_of_the_presets() -> None:
 def llava_files(folder: Path) -> Path:
     (folder / "pictures" / "coco").mkdir(parents=True)
     (folder / "pictures" / "coco" / "0001.jpg").write_bytes(picture(1))
-    (folder / "llava.json").write_text(EXAMPLES["llava"])
+    (folder / "llava.json").write_text(EXAMPLES["llava"], encoding="utf-8")
     return folder / "llava.json"
 
 
@@ -196,7 +196,7 @@ def test_llava(tokenizer: SimpleNamespace, tmp_path: Path, capsys: pytest.Captur
     words = ["--json", source, "--images", tmp_path / "pictures", "--out", shards]
     code, out, _ = call(["import", "llava", *words, "--samples-per-shard", "1"], capsys)
     assert code == 0 and "2 samples with 1 images in 2 shards" in out and "1 samples left out" in out
-    (line,) = map(json.loads, (shards / "rejected.jsonl").read_text().splitlines())
+    (line,) = map(json.loads, (shards / "rejected.jsonl").read_text(encoding="utf-8").splitlines())
     assert line == {"number": 1, "id": "0001", "reason": "coco/gone.jpg: No such file or directory"}
     ((key, parts),) = read_shard(str(shards / "shard-000000.tar"))
     assert key == "000000000" and parts["0.jpg"] == picture(1) and json.loads(parts["json"])["id"] == "0001"
@@ -210,23 +210,26 @@ def test_llava(tokenizer: SimpleNamespace, tmp_path: Path, capsys: pytest.Captur
 
 def test_llava_with_lines_lists_of_pictures_and_mistakes(tmp_path: Path) -> None:
     source, images = llava_files(tmp_path), tmp_path / "pictures"
-    records = json.loads(source.read_text())
+    records = json.loads(source.read_text(encoding="utf-8"))
     two = {**records[0], "image": ["coco/0001.jpg", "coco/0001.jpg"]}
     lines = tmp_path / "lines.jsonl"
     lines.write_text(
-        "\n".join(map(json.dumps, [two, {"id": "x"}, {**records[0], "image": "a.txt"}])) + "\n\n"
+        "\n".join(map(json.dumps, [two, {"id": "x"}, {**records[0], "image": "a.txt"}])) + "\n\n",
+        encoding="utf-8",
     )
     made = import_llava(lines, images, tmp_path / "lines")
     assert (made.samples, made.images, made.shards, made.rejected) == (1, 2, 1, 2)
-    reasons = [json.loads(line)["reason"] for line in (tmp_path / "lines" / "rejected.jsonl").open()]
+    reasons = [
+        json.loads(line)["reason"] for line in (tmp_path / "lines" / "rejected.jsonl").open(encoding="utf-8")
+    ]
     assert reasons == ["no conversations", "a.txt: not the name of a picture"]
-    source.write_text(json.dumps(records)[:-20])
+    source.write_text(json.dumps(records)[:-20], encoding="utf-8")
     with pytest.raises(DatasetError, match=r"llava\.json: cannot be read as json"):
         import_llava(source, images, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []  # nothing half done
     with pytest.raises(DatasetError, match="nowhere: not found; expected LLaVA's json and the folder"):
         import_llava(source, tmp_path / "nowhere", tmp_path / "out")
-    source.write_text(json.dumps(records[1:2]))
+    source.write_text(json.dumps(records[1:2]), encoding="utf-8")
     with pytest.raises(DatasetError, match="none of its 1 samples can be used"):
         import_llava(source, images, tmp_path / "out")
 
@@ -246,14 +249,16 @@ def test_llava_turns_that_are_not_learned(tmp_path: Path) -> None:
         {"id": "all empty", **picture_of, "conversations": talk("<image>\nWhat?", "")},
         {"id": "no place", **picture_of, "conversations": talk("Hi", "Hello", "<image>\nWhat?", "")},
     ]
-    source.write_text(json.dumps(records))
+    source.write_text(json.dumps(records), encoding="utf-8")
     made = import_llava(source, images, tmp_path / "out")
     assert (made.samples, made.rejected, made.turns_left_out) == (3, 2, 3)
-    reasons = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").open()]
+    reasons = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").open(encoding="utf-8")]
     assert [(line["id"], line["reason"]) for line in reasons] == [
         ("all empty", "no answer to learn"), ("no place", "no answer to learn"),
     ]  # fmt: skip
-    left_out = [json.loads(line) for line in (tmp_path / "out" / "turns_left_out.jsonl").open()]
+    left_out = [
+        json.loads(line) for line in (tmp_path / "out" / "turns_left_out.jsonl").open(encoding="utf-8")
+    ]
     assert [[turn["value"] for turn in line["turns"]] for line in left_out] == [
         ["Welcome"], ["<image>\nWhat?", " "],
     ]  # fmt: skip
@@ -284,9 +289,9 @@ def test_json_lists_and_lines_are_the_same_records(tmp_path: Path) -> None:
     for text in (
         json.dumps(records), " \n" + json.dumps(records, indent=2), "\n".join(map(json.dumps, records))
     ):  # fmt: skip
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         assert list(iterate_records(path)) == records
-    path.write_text(r'[{"half": "a\ud83d b", "whole": "\ud83d\ude00"}]')
+    path.write_text(r'[{"half": "a\ud83d b", "whole": "\ud83d\ude00"}]', encoding="utf-8")
     assert list(iterate_records(path)) == [{"half": "a? b", "whole": "\N{GRINNING FACE}"}]
 
 
@@ -332,7 +337,7 @@ def test_journeydb(tokenizer: SimpleNamespace, tmp_path: Path) -> None:
     lines = [
         json.dumps({"img_path": f"./000/ab-{index}.jpg", "prompt": f"a fox, {index}"}) for index in (0, 2)
     ]
-    (tmp_path / "train_anno.jsonl").write_text("\n".join(lines))
+    (tmp_path / "train_anno.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "in").mkdir()
     prompts = script.read_prompts(tmp_path / "train_anno.jsonl")
     script.write_shard(prompts, tmp_path / "000.tgz", tmp_path / "in" / "000.tar")

@@ -368,8 +368,8 @@ def test_bad_data_sets_are_refused_in_one_line(tmp_path: Path, pairs: Path, text
     shard.write_bytes(whole[:1500])
     refused(r"shard-000001\.tar: truncated", config(BlendEntry(str(folder), "caption")))
     shard.write_bytes(whole)
-    content = json.loads((folder / "dataset.json").read_text())
-    (folder / "dataset.json").write_text(json.dumps({**content, "codebook_size": 40}))
+    content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    (folder / "dataset.json").write_text(json.dumps({**content, "codebook_size": 40}), encoding="utf-8")
     smaller = CodeGeometry(4, 3, 40)
     refused(
         r"sample 'k\d+': a code is 4\d, expected codes below 40",

@@ -32,7 +32,7 @@ def runtime(dtype: torch.dtype = torch.float32) -> Runtime:
 
 def write(folder: Path, **settings) -> str:
     path = folder / "deepspeed.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, **settings}))
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, **settings}), encoding="utf-8")
     return str(path)
 
 
@@ -69,7 +69,7 @@ def test_conflicts_between_json_and_recipe(tmp_path, settings, message):
 def test_missing_and_broken_json(tmp_path):
     with pytest.raises(ConfigError, match="deepspeed=zero4: there is no such file; ds_configs has zero1"):
         deepspeed_settings(job("zero4"), runtime())
-    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
     with pytest.raises(ConfigError, match="is not valid JSON"):
         deepspeed_settings(job(str(tmp_path / "broken.json")), runtime())
 
@@ -83,9 +83,7 @@ def test_precision(tmp_path, monkeypatch):
         assert choose_precision(job(), cpu) == expected
     for has_it, expected in [(True, torch.bfloat16), (False, torch.float32)]:
         # Emulation, as on GPUs before Ampere, does not count.
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation, own=has_it: own
-        )
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, own=has_it: own)
         assert choose_precision(job(), torch.device("cuda")) == expected
     for answer, expected in (("1", torch.bfloat16), ("0", torch.float32)):
         monkeypatch.setenv("DUALTOKEN_NATIVE_BF16", answer)

@@ -49,7 +49,7 @@ def test_every_item_has_the_same_chance():
 
 def test_reconstruction(paths):
     result = reconstruction.run(paths)
-    written = json.loads((paths.output / "reconstruction.json").read_text())
+    written = json.loads((paths.output / "reconstruction.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(result))
     assert result["pictures"] == 5 and len(result["per_picture"]) == 5
     assert [row["key"] for row in result["per_picture"]] == [f"picture{i}" for i in range(12, 17)]
@@ -157,7 +157,9 @@ def test_unigram_by_hand():
 
 def test_generation(paths):
     result = generation.run(paths, count=3, guidance_scales=(1.0, 2.5))
-    assert json.loads((paths.output / "generation.json").read_text()) == json.loads(json.dumps(result))
+    assert json.loads((paths.output / "generation.json").read_text(encoding="utf-8")) == json.loads(
+        json.dumps(result)
+    )
     for split in ("seen", "held_out"):
         part = result["pictures"][split]
         assert len(part["prompts"]) == 3

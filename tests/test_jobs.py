@@ -34,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
     """Losses by training step, without the total, which holds the adaptive GAN weight."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         record["step"]: {
             k: v for k, v in record.items() if k.startswith(("loss", "nll")) and k != "loss/total"
@@ -110,7 +110,7 @@ def test_two_ranks_train_the_tokenizer_like_one(folder, tokenizer_run):
 
 
 def test_a_broken_picture_is_recorded_once_and_training_goes_on(tokenizer_run):
-    lines = (tokenizer_run / "rejected.jsonl").read_text().splitlines()
+    lines = (tokenizer_run / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     assert {record["key"] for record in records} == {"0032"}
     assert all(record["reason"] for record in records)
@@ -176,7 +176,7 @@ def kill_and_go_on(run: Path, words: list[str], after_step: int) -> None:
     with Ranks("pretrain.train", words) as ranks:
         deadline = time.monotonic() + 300
         metrics = run / "metrics.jsonl"
-        while not (metrics.exists() and f'"step": {after_step}' in metrics.read_text()):
+        while not (metrics.exists() and f'"step": {after_step}' in metrics.read_text(encoding="utf-8")):
             assert time.monotonic() < deadline, ranks.output_of(0)
             time.sleep(0.01)
         ranks.send(signal.SIGKILL)

@@ -62,7 +62,7 @@ def recipe_of(name, *words):
 
 
 def test_the_table_of_phases_is_true():
-    lines = (ROOT / "docs" / "unified_model.md").read_text().splitlines()
+    lines = (ROOT / "docs" / "unified_model.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     table = {row[0].strip("`"): row[1:] for row in rows if row[0].strip("`") in TRAINED}
     assert table.keys() == TRAINED.keys()
@@ -89,7 +89,7 @@ def test_the_table_of_parts_is_true():
         model = DualTokenForCausalLM(config)
     names = ["visual_embedder", "post_quantization", "llm", "pixel_projector", "pixel_head"]
     counts = [count_parameters(getattr(model, name)) for name in names]
-    text = (ROOT / "docs" / "unified_model.md").read_text()
+    text = (ROOT / "docs" / "unified_model.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| .* \| ([\d,]{7,}) \|$", text, re.MULTILINE)
     assert [int(row.replace(",", "")) for row in rows] == counts
 
@@ -193,7 +193,7 @@ def test_auto_classes_load_the_export(runs, phase):
     assert processor.special == model.config.special
     config = model.config
     codes = torch.zeros(config.positions_per_image, 2, config.num_quantizers, dtype=torch.long)
-    inputs = processor(text="red <image> blue", codes=[codes])
+    inputs = processor(text="red <image> blue", codes=[codes], encoding="utf-8")
     assert model(**inputs).text_count == 0  # no targets without labels, but the layout fits
     visual_tokenizer = load_visual_tokenizer(runs / "tokenizer" / "export")
     assert processor.image_size == visual_tokenizer.config.image_size
@@ -221,7 +221,10 @@ def test_phases_go_on_from_each_other(runs):
         if name.startswith("postquant_"):
             assert torch.equal(first[name.replace("postquant_", "post_quantization.")], value), name
     assert changed_parts(first, second) == WRITERS
-    records = [json.loads(line) for line in (runs / "generate" / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (runs / "generate" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     steps = [record for record in records if record["split"] == "train"]
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
     losses = [record["loss/pixel"] + record["loss/semantic"] for record in steps]

@@ -63,10 +63,10 @@ def test_one_pair_comes_back_exactly(dualtoken, run, tmp_path, monkeypatch):
     ((caption,),) = [sample.captions.values()]
     assert f"text from image: {caption!r} came back exactly" in out
     assert "image from text: came back exactly" in out
-    results = json.loads((folder / "overfit.json").read_text())
+    results = json.loads((folder / "overfit.json").read_text(encoding="utf-8"))
     assert results["captions_exact"] == results["images_exact"] == results["codes_right"] == 1
     assert results["settings"]["steps"] == 40
-    page = (folder / "overfit.html").read_text()
+    page = (folder / "overfit.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 2 and caption in page and "100.0%" in page
 
     # Its results do not say so because everything is right: another pair's codes and words are not.
@@ -85,7 +85,7 @@ def test_one_pair_comes_back_exactly(dualtoken, run, tmp_path, monkeypatch):
     (folder / "overfit.json").unlink()
     code, out, _ = dualtoken("--steps", "40")
     assert code == 0 and out.startswith("mllm is already finished: 40 steps")
-    assert json.loads((folder / "overfit.json").read_text()) == results
+    assert json.loads((folder / "overfit.json").read_text(encoding="utf-8")) == results
 
     code, _, err = dualtoken("--steps", "40", "--seed", "7")
     assert code == 2 and "pairs-1 was begun with other pairs: give another --out or remove it" in err

@@ -188,7 +188,7 @@ def test_contrastive_loss_needs_the_text_tower(folder):  # noqa: F811
 
 
 def test_the_table_of_sizes_is_true():
-    lines = (ROOT / "docs" / "tokenizer.md").read_text().splitlines()
+    lines = (ROOT / "docs" / "tokenizer.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("| `")]
     table = [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows]
     sizes = {cells[0]: cells[1:] for cells in table if cells[0] in PRESETS}

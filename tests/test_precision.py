@@ -125,7 +125,7 @@ def test_exports_hold_the_fp32_masters(runs, name):
     weights = load_file(export / "model.safetensors")
     floats = {key: value for key, value in weights.items() if value.is_floating_point()}
     assert {value.dtype for value in floats.values()} == {torch.float32}
-    assert '"bfloat16"' not in (export / "config.json").read_text()
+    assert '"bfloat16"' not in (export / "config.json").read_text(encoding="utf-8")
     # Steps are smaller than what bf16 can tell apart.
     finer = [key for key, value in floats.items() if not torch.equal(value, value.bfloat16().float())]
     assert len(finer) > len(floats) / 3
@@ -164,5 +164,5 @@ def test_codes_do_not_depend_on_the_precision_of_training(runs):
     tokenizer = DualTokenVisualTokenizer.from_pretrained(export)
     assert tokenizer.dtype == torch.float32
     assert DatasetManifest.load(runs / "codes_of_bf16").fingerprint == tokenizer.fingerprint()
-    done = json.loads((runs / "bf16" / "tokenizer_zero1" / "done.json").read_text())
+    done = json.loads((runs / "bf16" / "tokenizer_zero1" / "done.json").read_text(encoding="utf-8"))
     assert done["precision"] == "bfloat16"

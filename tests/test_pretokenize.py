@@ -141,7 +141,9 @@ def check_complete(output: Path, expected: dict[str, str]) -> None:
     manifest = verify_dataset(output, "a" * 64)
     samples = [sample for name in manifest.shards for sample in iterate_shard(output / name)]
     assert [sample.key for sample in samples] == [key for key, reason in expected.items() if not reason]
-    lines = [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (output / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [line["key"] for line in lines] == [key for key, reason in expected.items() if reason]
     for line in lines:
         assert re.search(expected[line["key"]], line["reason"]), line
@@ -214,12 +216,12 @@ def test_other_inputs_and_settings_are_refused(tmp_path: Path, monkeypatch: pyte
 def test_a_data_set_without_settings_and_addresses_is_still_one(tmp_path: Path) -> None:
     write_inputs(tmp_path / "in", shards=2)
     run(tmp_path / "in", tmp_path / "out")
-    content = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    content = json.loads((tmp_path / "out" / "dataset.json").read_text(encoding="utf-8"))
     assert content.pop("settings")["batch_size"] == 5
     for name, entry in content["shards"].items():
         assert entry["source"] == str(tmp_path / "in" / name)
         entry["source"] = name
-    (tmp_path / "out" / "dataset.json").write_text(json.dumps(content))
+    (tmp_path / "out" / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     assert verify_dataset(tmp_path / "out", "a" * 64).samples_in == 24
     lines: list[str] = []
     run(tmp_path / "in", tmp_path / "out", report=lines.append, settings=Settings(batch_size=6))
@@ -368,7 +370,9 @@ def test_three_workers_one_of_which_is_killed_again_and_again(tmp_path: Path) ->
         assert status == 0
         if not ended:
             claims = [
-                path.read_text() for path in output.glob(".pretokenize/claims/*.claim") if path.is_file()
+                path.read_text(encoding="utf-8")
+                for path in output.glob(".pretokenize/claims/*.claim")
+                if path.is_file()
             ]
             os.kill(victim, signal.SIGKILL)
             os.waitpid(victim, 0)
@@ -412,7 +416,10 @@ def test_interleaved_documents_and_odd_shards(tmp_path: Path) -> None:
     assert chat.key == "t" and len(chat.codes) == 1 and {"image": 0, "loss": False} in chat.parts
     assert {"text": "a boat", "loss": True} in chat.parts
     assert (pair.key, pair.captions) == ("g", {"en": "größer"})
-    lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     reasons = {f"{line['shard']} {line['key']}": line["reason"] for line in lines}
     assert reasons.keys() == {*(f"x.tar {key}" for key in "bchefa"), "y.tar None"}
     assert [sample.key for sample in iterate_shard(tmp_path / "out" / "y.tar")] == ["p"]
@@ -475,7 +482,7 @@ def test_a_damaged_gzip_or_pax_header_is_a_damaged_shard(tmp_path: Path) -> None
     second.write_bytes(re.sub(rb"[0-9]([0-9] path=)", rb"x\1", whole))
     assert second.read_bytes() != whole
     run(tmp_path / "in", tmp_path / "out")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").open()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").open(encoding="utf-8")]
     damaged = {line["shard"]: line["reason"] for line in lines if "the shard" in line["reason"]}
     assert damaged.keys() == {first.name, second.name}
     assert "cannot be read further: Error -3 while decompressing" in damaged[first.name]
@@ -521,7 +528,7 @@ def test_a_storage_that_fails_on_the_way_is_not_a_damaged_shard(
     run(tmp_path / "in", tmp_path / "out")  # goes on, with all that is there
     check_complete(tmp_path / "out", expected)
     manifest = verify_dataset(tmp_path / "skipped")
-    *_, last = map(json.loads, (tmp_path / "skipped" / "rejected.jsonl").open())
+    *_, last = map(json.loads, (tmp_path / "skipped" / "rejected.jsonl").open(encoding="utf-8"))
     assert 0 < manifest.samples_out < 8 and last["key"] is None
     assert "the shard cannot be read further: [Errno 5] Input/output error" in last["reason"]
 
@@ -618,11 +625,11 @@ def test_claims(tmp_path: Path) -> None:
     path = tmp_path / "s.claim"
     elsewhere = {"place": ["another host", "boot", 1], "pid": 1, "start": "1", "id": "x"}
     first.close()
-    path.write_text(json.dumps(elsewhere))
+    path.write_text(json.dumps(elsewhere), encoding="utf-8")
     assert not second.acquire("s")
     os.utime(path, (0, 0))
     assert second.acquire("s") and second.still_held()
-    path.write_text(json.dumps(elsewhere))
+    path.write_text(json.dumps(elsewhere), encoding="utf-8")
     assert not second.still_held()
     second.close()
     assert path.exists()  # not ours to remove
@@ -788,10 +795,10 @@ def test_dry_run_tells_the_plan_and_writes_nothing(
     # A run under way: what is done is left out of the time, other settings are refused.
     (output / "dataset.json").unlink()
     (output / ".pretokenize").mkdir()
-    (output / ".pretokenize" / "in-001.tar.json").write_text("{}")
+    (output / ".pretokenize" / "in-001.tar.json").write_text("{}", encoding="utf-8")
     text = plan(output)
     assert "1 of them are done already" in text and " for 36 images with 1 worker," in text
-    (output / ".pretokenize" / "plan.json").write_text(json.dumps({"batch_size": 7}))
+    (output / ".pretokenize" / "plan.json").write_text(json.dumps({"batch_size": 7}), encoding="utf-8")
     with pytest.raises(DatasetError, match="holds an unfinished run"):
         plan(output)
 

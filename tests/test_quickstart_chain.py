@@ -44,7 +44,7 @@ def test_runs_everything_then_nothing(chain):
     record = run_chain(chain, 1, said.append)
     assert [step.attempts for step in record.steps.values()] == [1, 1]
     assert "[1/2] one: the first\n$ python -S -c" in said[0]
-    content = json.loads((chain / "chain.json").read_text())
+    content = json.loads((chain / "chain.json").read_text(encoding="utf-8"))
     assert content["steps"]["one"]["seconds"] > 0
     assert content["peak_memory_bytes"] > 2**20
     assert content["machine"]["ranks"] == 1
@@ -104,7 +104,7 @@ def test_a_signal_reaches_every_process(tmp_path):
         open({str(tmp_path / "ready")!r}, "w").close()
         time.sleep(60)
     """)
-    (tmp_path / "job.py").write_text(script)
+    (tmp_path / "job.py").write_text(script, encoding="utf-8")
     # Without the look for a GPU, which takes seconds.
     runner = (
         "import os; from launchers import processes; processes.environment = lambda count: dict(os.environ); "
@@ -115,6 +115,7 @@ def test_a_signal_reaches_every_process(tmp_path):
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
     )
     wait_for(tmp_path / "ready")
     process.send_signal(signal.SIGTERM)

@@ -139,7 +139,7 @@ def test_a_shard_that_stays_away_stops_the_job_or_is_reported(tmp_path: Path, se
     with pytest.raises(DatasetError, match=r"/in-003\.tar: cannot be read"):
         run(addresses(server.address), tmp_path / "out")
     manifest = run(addresses(server.address), tmp_path / "skipped", on_bad_shard="skip")
-    lines = [json.loads(line) for line in (tmp_path / "skipped" / "rejected.jsonl").open()]
+    lines = [json.loads(line) for line in (tmp_path / "skipped" / "rejected.jsonl").open(encoding="utf-8")]
     assert lines[-1]["shard"] == "in-003.tar" and lines[-1]["key"] is None
     assert lines[-1]["reason"].startswith("the shard cannot be read: ")
     good = [key for key, reason in list(expected.items())[:36] if not reason]
@@ -187,7 +187,7 @@ def test_streams_from_an_address(
 ) -> None:
     provider = {"type": "file", "options": {"base_path": str(codes.parent)}}
     (tmp_path / "msc.json").write_text(
-        json.dumps({"profiles": {"served-folder": {"storage_provider": provider}}})
+        json.dumps({"profiles": {"served-folder": {"storage_provider": provider}}}), encoding="utf-8"
     )
     monkeypatch.setenv("MSC_CONFIG", str(tmp_path / "msc.json"))
     if kind == "http":
@@ -242,13 +242,13 @@ def test_bad_remote_data_sets_are_refused_in_one_line(
             make()
         assert "\n" not in str(caught.value)
         (server.root / "away").rename(codes / name)
-    content = json.loads((codes / "dataset.json").read_text())
-    (codes / "dataset.json").write_text(json.dumps({**content, "fingerprint": "0" * 64}))
+    content = json.loads((codes / "dataset.json").read_text(encoding="utf-8"))
+    (codes / "dataset.json").write_text(json.dumps({**content, "fingerprint": "0" * 64}), encoding="utf-8")
     with pytest.raises(DatasetError, match=f"made by the visual tokenizer 0000.*expects {FINGERPRINT[:12]}"):
         make()
     server.ranges = False
     monkeypatch.setattr("data_pipeline.remote_files.BLOCK", 4096)
-    (codes / "dataset.json").write_text(json.dumps(content))
+    (codes / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(DatasetError, match=r"shard-00000\d\.tar: sample \d+ cannot be read: .*range"):
         next(make())
 

@@ -99,7 +99,7 @@ def write_run(folder, measured):
     (folder / "evaluation").mkdir(parents=True)
     Image.new("RGB", (8, 8), "red").save(folder / "evaluation" / "p.png")
     for name, content in measured.items():
-        (folder / "evaluation" / f"{name}.json").write_text(json.dumps(content))
+        (folder / "evaluation" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     for job in ("siglip", "tokenizer", "mllm"):
         (folder / job).mkdir()
         lines = [{"step": s, "split": "train", "time": 1.0, "loss/total": 3.0 - s / 10} for s in (1, 2, 3)]
@@ -107,10 +107,11 @@ def write_run(folder, measured):
             {"step": s, "split": "val", "time": 1.0, "psnr_db": 20.0, "loss/total": None} for s in (2, 3)
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "spl'
-        (folder / job / "metrics.jsonl").write_text(text)
-        (folder / job / "done.json").write_text(json.dumps(
-            {"job": job, "steps": 3, "wall_seconds": 1.0, "precision": PRECISION[job]}
-        ))
+        (folder / job / "metrics.jsonl").write_text(text, encoding="utf-8")
+        (folder / job / "done.json").write_text(
+            json.dumps({"job": job, "steps": 3, "wall_seconds": 1.0, "precision": PRECISION[job]}),
+            encoding="utf-8",
+        )
     machine = {"cores": 2, "gpus": [], "ranks": 2, "python": "3.11", "versions": {"torch": "2"}}
     step = StepRecord("siglip", "a model", "deepspeed a --b", 12.0, 2**30, 1, "now")
     ChainRecord(machine=machine, steps={"siglip": step}).save(folder / "chain.json")
@@ -158,7 +159,7 @@ def test_page_is_whole_and_self_contained(tmp_path):
 def test_json_holds_the_figures(tmp_path):
     run = write_run(tmp_path / "run", results())
     build_report(run)
-    data = json.loads((run / "report.json").read_text())
+    data = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert data["missing"] == [] and data["not_beaten"] == []
     assert data["results"]["reconstruction"]["tokenizer"]["psnr"] == 21.0
     assert data["comparisons"]["reconstruction"][0]["verdict"] == "beats all its baselines"

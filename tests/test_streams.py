@@ -180,9 +180,9 @@ def test_prepare_is_repeatable_and_refuses_bad_folders(tmp_path: Path) -> None:
         prepare_dataset(tmp_path)
     write_tar(tmp_path / "a.tar", [("k.png", b"1")])
     assert prepare_dataset(tmp_path) == 1
-    before = (tmp_path / ".nv-meta" / "index.uuid").read_text()
+    before = (tmp_path / ".nv-meta" / "index.uuid").read_text(encoding="utf-8")
     assert prepare_dataset(tmp_path) == 1
-    assert (tmp_path / ".nv-meta" / "index.uuid").read_text() == before
+    assert (tmp_path / ".nv-meta" / "index.uuid").read_text(encoding="utf-8") == before
     write_tar(tmp_path / "b.tar", [("l.png", b"1"), ("m.png", b"2")])
     assert prepare_dataset(tmp_path) == 3
     write_tar(tmp_path / "c.tar", [("l.png", b"1")])

@@ -164,10 +164,10 @@ def test_malformed_rank_files_and_sizes_are_refused(tmp_path):
         read_ranks(good, 100)
     with pytest.raises(ValueError, match="1 single bytes have ranks >= 256: text would not round-trip"):
         read_ranks(write_ranks(tmp_path / "late", [*single[:-1], b"ab", single[-1]]), 256)
-    (tmp_path / "broken").write_text("YQ== 0\nnot a line\n")
+    (tmp_path / "broken").write_text("YQ== 0\nnot a line\n", encoding="utf-8")
     with pytest.raises(ValueError, match="broken, line 2: got b'not a line', expected `base64 rank`"):
         read_ranks(tmp_path / "broken")
-    (tmp_path / "gap").write_text("YQ== 0\nYg== 2\n")
+    (tmp_path / "gap").write_text("YQ== 0\nYg== 2\n", encoding="utf-8")
     with pytest.raises(ValueError, match="without gaps or repeats"):
         read_ranks(tmp_path / "gap")
 

@@ -34,11 +34,11 @@ NOT_COMPARED = {"time", "seconds", "seconds_per_step", "data_wait", "samples_per
 def toy_arguments(folder: Path, level: str, *more: str) -> list[str]:
     """Command line of a toy run in `folder`, at the ZeRO level of a file in ds_configs."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = json.loads((Path("ds_configs") / f"{level}.json").read_text())
+    settings = json.loads((Path("ds_configs") / f"{level}.json").read_text(encoding="utf-8"))
     settings["zero_optimization"] |= SHARD_EVERYTHING if level.startswith("zero3") else {}
     # Both ranks come here: neither may read what the other has half written.
     temporary = folder / f"deepspeed.{os.getpid()}"
-    temporary.write_text(json.dumps(settings))
+    temporary.write_text(json.dumps(settings), encoding="utf-8")
     temporary.rename(folder / "deepspeed.json")
     return [*TOY, f"run_dir={folder}", f"deepspeed={folder / 'deepspeed.json'}", *more]
 
@@ -60,7 +60,9 @@ def train(arguments: list[str]) -> str:
 
 def figures(folder: Path, split: str = "train") -> dict[int, dict[str, float]]:
     """What metrics.jsonl says per step, without times."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     records = [record for record in records if record["split"] == split]
     assert len({record["step"] for record in records}) == len(records), "a step is recorded twice"
     return {r["step"]: {k: v for k, v in r.items() if k not in NOT_COMPARED} for r in records}
@@ -129,14 +131,14 @@ def start_and_kill(folder: Path) -> None:
     with Ranks("pretrain.train", arguments) as ranks:
         deadline = time.monotonic() + 300
         metrics = folder / "metrics.jsonl"
-        while not metrics.exists() or '"step": 3' not in metrics.read_text():
+        while not metrics.exists() or '"step": 3' not in metrics.read_text(encoding="utf-8"):
             assert time.monotonic() < deadline, ranks.output_of(0)
             time.sleep(0.02)
         ranks.send(signal.SIGKILL)
         killed = ranks.wait()
     assert killed.returncodes == [-signal.SIGKILL] * 2
     assert "started in" in killed.outputs[0] and killed.outputs[1] == ""
-    assert (folder / "checkpoints" / "latest").read_text() == "step_00000002"
+    assert (folder / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_00000002"
     assert not (folder / "done.json").exists()
 
 
@@ -190,7 +192,7 @@ def test_gradients_that_are_not_finite_end_a_run(runs, name):
     assert "step 3: gradients are not finite (loss/model nan)" in message
     assert "on_nonfinite=error" in message
     assert not (folder / name / "done.json").exists()
-    assert (folder / name / "checkpoints" / "latest").read_text() == "step_00000002"
+    assert (folder / name / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_00000002"
 
 
 @pytest.mark.parametrize("level", ["zero1", "zero2", "zero3"])
@@ -234,11 +236,11 @@ def test_offload(runs):
 
 def test_finished_run(runs):
     folder = runs[0] / "zero2" / "whole"
-    done = json.loads((folder / "done.json").read_text())
+    done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
     assert done["steps"] == 6 and done["world_size"] == 2 and done["precision"] == "float32"
     assert done["peak_memory_bytes"] > 50e6 and done["wall_seconds"] > 0
     assert done["peak_memory_bytes_all_ranks"] > done["peak_memory_bytes"]
-    assert "steps: 6" in (folder / "config.yaml").read_text()
+    assert "steps: 6" in (folder / "config.yaml").read_text(encoding="utf-8")
     assert not list(folder.rglob(".writing*"))
 
 
@@ -246,12 +248,14 @@ def test_finished_run_with_more_steps_goes_on(runs):
     folder, ended = runs
     assert ended["wandb"] == ["finished", "finished"]
     assert sorted(figures(folder / "wandb")) == [2, 3]
-    assert json.loads((folder / "wandb" / "done.json").read_text())["steps"] == 3
+    assert json.loads((folder / "wandb" / "done.json").read_text(encoding="utf-8"))["steps"] == 3
 
 
 def test_figures_and_pictures(runs):
     folder = runs[0] / "wandb"
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     train_record, val_record = records[0], records[1]
     expected = {"step", "split", "time", "seconds_per_step", "data_wait", "lr", "loss/model"}
     assert expected <= train_record.keys()
@@ -260,7 +264,7 @@ def test_figures_and_pictures(runs):
     picture = Image.open(folder / "images" / "step_00000002_picture.png")
     assert picture.size == (6, 4) and picture.getpixel((0, 0)) == (200, 200, 200)
     # Two starts of one run: two files of the same wandb run.
-    wandb_id = (folder / "wandb_id").read_text()
+    wandb_id = (folder / "wandb_id").read_text(encoding="utf-8")
     assert len(list((folder / "wandb").glob(f"offline-run-*-{wandb_id}"))) == 2
 
 

@@ -124,7 +124,7 @@ def worker(output: Path) -> None:
     try:
         DualTokenForCausalLM.from_pretrained(output / "incomplete")
     except ValueError as error:
-        (output / f"refused_{rank}.txt").write_text(str(error))
+        (output / f"refused_{rank}.txt").write_text(str(error), encoding="utf-8")
     assert alive is not None
     torch.distributed.barrier()
     sys.stdout.flush()
@@ -205,7 +205,7 @@ def test_sharded_loading(runs):
 
 def test_sharded_loading_is_strict(runs):
     for rank in range(2):
-        refused = (runs / f"refused_{rank}.txt").read_text()
+        refused = (runs / f"refused_{rank}.txt").read_text(encoding="utf-8")
         assert "do not fit their config: 1 missing (pixel_head.classifier)" in refused
 
 

@@ -98,7 +98,7 @@ def test_evaluate_everything(dualtoken, run, tmp_path, monkeypatch):
     output = tmp_path / "results"
     code, lines, _ = dualtoken("evaluate", "--run", str(run), "--output", str(output), "--count", "2")
     assert code == 0
-    done = json.loads((output / "done.json").read_text())
+    done = json.loads((output / "done.json").read_text(encoding="utf-8"))
     assert set(done["seconds"]) == {measure.value for measure in cli.Measure}
     assert lines[0].startswith("measuring generation, likelihood") and len(lines) == 1 + len(cli.Measure)
     (output / "done.json").unlink()

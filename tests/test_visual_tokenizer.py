@@ -286,7 +286,7 @@ def test_wrong_backbones_are_explained(backbone, tmp_path):
     other = preset_config("tiny", vision_config={**PRESETS["tiny"]["vision_config"], "num_hidden_layers": 5})
     with pytest.raises(ValueError, match="num_hidden_layers: 4 there, 5 here"):
         DualTokenVisualTokenizer.from_backbone(other, backbone)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2"}), encoding="utf-8")
     with pytest.raises(ValueError, match="'siglip2' model, expected 'siglip'"):
         DualTokenVisualTokenizer.from_backbone(preset_config("tiny"), tmp_path)
 
@@ -323,11 +323,11 @@ def test_loading_in_bf16_keeps_codebooks_unrounded(tmp_path):
 
 def test_loading_is_strict(tmp_path):
     build().save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "shortcut_layer": 0}))
+    settings = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "shortcut_layer": 0}), encoding="utf-8")
     with pytest.raises(ValueError, match="do not fit their config.*missing_keys.*prequant_shortcut"):
         DualTokenVisualTokenizer.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "text_config": None}))
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "text_config": None}), encoding="utf-8")
     with pytest.raises(ValueError, match="do not fit their config.*unexpected_keys.*text_model"):
         DualTokenVisualTokenizer.from_pretrained(tmp_path)
 

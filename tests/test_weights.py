@@ -22,8 +22,8 @@ from tests.released_reference import BACKBONE, Released, config, random_state
 def write(folder, released, state):
     """Write a released checkpoint; return the paths of its config and weights."""
     (folder / "siglip").mkdir(parents=True, exist_ok=True)
-    (folder / "siglip" / "config.json").write_text(json.dumps(BACKBONE))
-    (folder / "config.json").write_text(json.dumps(released))
+    (folder / "siglip" / "config.json").write_text(json.dumps(BACKBONE), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(released), encoding="utf-8")
     torch.save({"epoch": 1, "optimizer": {}, "state_dict": state}, folder / "epoch_1.pt")
     return folder / "config.json", folder / "epoch_1.pt"
 
@@ -258,7 +258,7 @@ def test_every_missing_key_of_a_config_is_named(tmp_path):
     with pytest.raises(ValueError, match="lacks layer_recon, ddconfig.resolution, vq_sem.decay, vq_pix; exp"):
         config_from_released(path)
     for text, message in (("[1]", "config.json holds a list; expected a"), ("{", "is not valid JSON: ")):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             config_from_released(path)
 

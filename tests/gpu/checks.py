@@ -46,7 +46,9 @@ def check_job(folder: Path, job: str, device: str, steps: int = STEPS) -> str:
         run = folder / f"{job}_on_{where}"
         words = [*job_words(folder, job), f"run_dir={run}", f"steps={steps}"]
         run_module("pretrain.train", words, 1, env=environment(where)).check()
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         records[where] = [line for line in lines if line["split"] == "train"]
     found, expected = records[device], records["cpu"]
     keys = [key for key in expected[0] if key.startswith("loss/")]
@@ -56,7 +58,7 @@ def check_job(folder: Path, job: str, device: str, steps: int = STEPS) -> str:
             assert difference <= 0.05 * abs(expected[step][key]) + 0.05, (job, step + 1, key)
     main = "loss/total" if "loss/total" in keys else keys[0]
     assert found[-1][main] < found[0][main], (job, main)
-    done = json.loads((folder / f"{job}_on_{device}" / "done.json").read_text())
+    done = json.loads((folder / f"{job}_on_{device}" / "done.json").read_text(encoding="utf-8"))
     assert done["precision"] == "bfloat16"
     rates = [f"{found[-1][key]:,.0f} {key}" for key in found[-1] if key.endswith("_per_second")]
     memory = done["peak_memory_bytes"] / 2**20
