@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -137,7 +138,8 @@ def start_and_kill(folder: Path) -> None:
         ranks.send(signal.SIGKILL)
         killed = ranks.wait()
     assert killed.returncodes == [-signal.SIGKILL] * 2
-    assert "started in" in killed.outputs[0] and killed.outputs[1] == ""
+    assert "started in" in killed.outputs[0]  # rank 0 reports; of the other only libraries may say something
+    assert not re.search("started in|train +[0-9]", killed.outputs[1])
     assert (folder / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_00000002"
     assert not (folder / "done.json").exists()
 
