@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
+
+# Top-level names that an installation adds to its environment: the folders of the repository. They are not
+# put under one name, since launch commands and jobs spell `pretrain.train` and `data_pipeline.pretokenize`;
+# install into an environment of its own.
+PACKAGES = ("dualtoken", "data_pipeline", "pretrain", "eval", "launchers", "ds_configs")
 
 CORE = [
     "torch>=2.9",
@@ -50,15 +55,12 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=[
-        "dualtoken",
-        "data_pipeline",
-        "pretrain",
-        "pretrain.recipes",
-        "eval",
-        "launchers",
-        "ds_configs",
-    ],
+    # Rooms inside these folders are found; tests and benchmarks stay out.
+    packages=find_namespace_packages(
+        str(Path(__file__).parent),
+        include=[f"{name}{rest}" for name in PACKAGES for rest in ("", ".*")],
+        exclude=["*.__pycache__"],
+    ),
     package_data={
         "pretrain.recipes": ["*.yaml"],
         "eval": ["*.jinja"],

@@ -25,7 +25,7 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.image_decoding import build_image_decoder
+from data_pipeline.images.decoding import build_image_decoder
 
 Decode = Callable[[list[bytes]], Tensor]
 BASELINE = "PIL, plain loop"
@@ -56,7 +56,7 @@ def drawings(count: int) -> list[bytes]:
     """Return PNGs of 64 x 64 pixels: OpenMoji drawings."""
     import resvg_py
 
-    from data_pipeline.openmoji import drawings_folder, find_pictures
+    from data_pipeline.sources.openmoji import drawings_folder, find_pictures
 
     pictures, _ = find_pictures(["en"])
     files = []

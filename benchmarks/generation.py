@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.quantizer import best_cpu_seconds, processor
 from benchmarks.visual_heads import build_head, plain_features
-from dualtoken.depth_transformer import VisualHead
+from dualtoken.unified_model.depth_transformer import VisualHead
 
 
 @torch.no_grad()

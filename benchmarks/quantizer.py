@@ -79,8 +79,8 @@ def build(contender: str, latents: Tensor, codebook: Tensor, depth: int) -> tupl
         plain = PlainResidualVQ(codebook, depth)
         return lambda: plain.step(fresh()), lambda: plain.search(latents)
     if contender == "ours":
-        from dualtoken.nearest import NearestCodeSearch
-        from dualtoken.quantizer import ResidualVQ
+        from dualtoken.visual_tokenizer.nearest import NearestCodeSearch
+        from dualtoken.visual_tokenizer.quantizer import ResidualVQ
 
         ours = ResidualVQ(size, width, depth).train()
         ours.codebook.copy_(codebook)

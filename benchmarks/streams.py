@@ -20,17 +20,15 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_pipeline.code_shards import (
+from data_pipeline.images.decoding import build_image_decoder
+from data_pipeline.shards.code_shards import (
     CodeGeometry,
     CodeSample,
     DatasetManifest,
     ShardWriter,
     decode_sample,
 )
-from data_pipeline.image_decoding import build_image_decoder
-from data_pipeline.packing import pack_lengths
-from data_pipeline.shard_reader import LocalShardReader, PreparedShards
-from data_pipeline.stream_loader import worker_config
+from data_pipeline.shards.reader import LocalShardReader, PreparedShards
 from data_pipeline.streams import (
     BlendEntry,
     DocumentStreamConfig,
@@ -39,9 +37,16 @@ from data_pipeline.streams import (
     image_loader,
     prepare_dataset,
 )
-from data_pipeline.text_encoding import TextEncoder
-from data_pipeline.views import build_document
-from dualtoken.sequence import SpecialTokens, add_special_tokens, pack_documents, tokenize_document
+from data_pipeline.streams.loader import worker_config
+from data_pipeline.streams.packing import pack_lengths
+from data_pipeline.streams.text_encoding import TextEncoder
+from data_pipeline.streams.views import build_document
+from dualtoken.unified_model.sequence import (
+    SpecialTokens,
+    add_special_tokens,
+    pack_documents,
+    tokenize_document,
+)
 
 SHARDS = 4
 CAPTION = (

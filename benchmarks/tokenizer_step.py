@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.quantizer import PlainResidualVQ, in_own_process, processor
-from dualtoken.backbone import FrozenTeacher
-from dualtoken.quantizer import QuantizerOutput
-from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
-from dualtoken.visual_tokenizer_config import PRESETS, preset_config
+from dualtoken.visual_tokenizer.backbone import FrozenTeacher
+from dualtoken.visual_tokenizer.config import PRESETS, preset_config
+from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer.quantizer import QuantizerOutput
 
 PARTS = ("teacher", "tower", "quantizers", "decoder", "semantic", "backward", "update")
 

@@ -22,8 +22,10 @@ from transformers import Qwen2Config
 
 from benchmarks.quantizer import processor
 from benchmarks.streams import byte_tokenizer
-from data_pipeline.packing import pack_lengths
-from dualtoken.sequence import (
+from data_pipeline.streams.packing import pack_lengths
+from dualtoken.unified_model.config import DualTokenConfig
+from dualtoken.unified_model.model import DualTokenForCausalLM
+from dualtoken.unified_model.sequence import (
     Document,
     ImagePart,
     PackedBatch,
@@ -34,8 +36,6 @@ from dualtoken.sequence import (
     pack_documents,
     tokenize_document,
 )
-from dualtoken.unified_model import DualTokenForCausalLM
-from dualtoken.unified_model_config import DualTokenConfig
 
 
 def build_documents(args: argparse.Namespace) -> tuple[list[TokenizedDocument], SpecialTokens, int]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.quantizer import peak_memory_mib, processor, reset_peak_memory
-from dualtoken.depth_transformer import VisualHead
+from dualtoken.unified_model.depth_transformer import VisualHead
 
 CONTENDERS = ("ours", "plain", "checkpointed")
 

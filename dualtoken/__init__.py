@@ -6,18 +6,18 @@ import importlib
 # transformers' Auto classes know a model once its name has been used.
 _HOMES = {
     "AttentionProjection": "projection",
-    "DualTokenConfig": "unified_model_config",
+    "DualTokenConfig": "unified_model",
     "DualTokenForCausalLM": "unified_model",
     "DualTokenProcessor": "processing",
     "DualTokenVisualTokenizer": "visual_tokenizer",
-    "DualTokenVisualTokenizerConfig": "visual_tokenizer_config",
-    "FrozenTeacher": "backbone",
-    "MultiCodebookVQ": "quantizer",
-    "PixelDecoder": "pixel_decoder",
-    "QuantizerStats": "quantizer",
-    "ResidualVQ": "quantizer",
+    "DualTokenVisualTokenizerConfig": "visual_tokenizer",
+    "FrozenTeacher": "visual_tokenizer.backbone",
+    "MultiCodebookVQ": "visual_tokenizer.quantizer",
+    "PixelDecoder": "visual_tokenizer.pixel_decoder",
+    "QuantizerStats": "visual_tokenizer.quantizer",
+    "ResidualVQ": "visual_tokenizer.quantizer",
     "VisualTokenizerOutput": "visual_tokenizer",
-    "preset_config": "visual_tokenizer_config",
+    "preset_config": "visual_tokenizer",
 }
 
 __all__ = list(_HOMES)

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoProcessor, ProcessorMixin, SiglipImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
 
-from .sequence import (
+from dualtoken.unified_model.config import DualTokenConfig
+from dualtoken.unified_model.sequence import (
     IMAGE_TAG,
     Document,
     ImagePart,
@@ -23,12 +24,11 @@ from .sequence import (
     require_image_codes,
     tokenize_document,
 )
-from .unified_model_config import DualTokenConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .visual_tokenizer import DualTokenVisualTokenizer
+    from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 
 
 class DualTokenProcessor(ProcessorMixin):

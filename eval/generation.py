@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from data_pipeline.code_shards import CodeSample, DatasetManifest
 from data_pipeline.languages import caption_prompt
-from dualtoken.generation import generate_images, generate_text
-from dualtoken.sequence import Document, ImagePart, TextPart
-from dualtoken.unified_model import DualTokenForCausalLM
-from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from data_pipeline.shards.code_shards import CodeSample, DatasetManifest
+from dualtoken.generation.generate import generate_images, generate_text
+from dualtoken.unified_model.model import DualTokenForCausalLM
+from dualtoken.unified_model.sequence import Document, ImagePart, TextPart
+from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from eval.inputs import (
     EvaluationPaths,
     draw_prompts,

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from data_pipeline.code_shards import CodeSample, DatasetManifest, iterate_shard
-from data_pipeline.image_decoding import build_image_decoder
+from data_pipeline.images.decoding import build_image_decoder
+from data_pipeline.shards.code_shards import CodeSample, DatasetManifest, iterate_shard
 from data_pipeline.streams import ImageStreamConfig, image_loader
-from dualtoken.unified_model import DualTokenForCausalLM
-from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from dualtoken.unified_model.model import DualTokenForCausalLM
+from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from eval.metrics import to_unit_range
 
 T = TypeVar("T")

@@ -1,8 +1,8 @@
 """How alike the layers of the SigLIP are, which ones one would read, and which ones the tokenizer reads."""
 
-from dualtoken.backbone import load_backbone
-from dualtoken.layer_analysis import analyze_backbone, plot_similarity
-from dualtoken.visual_tokenizer_config import DualTokenVisualTokenizerConfig
+from dualtoken.visual_tokenizer.backbone import load_backbone
+from dualtoken.visual_tokenizer.config import DualTokenVisualTokenizerConfig
+from dualtoken.visual_tokenizer.layer_analysis import analyze_backbone, plot_similarity
 from eval.inputs import EvaluationPaths, default_device, load_pictures, require_export
 from eval.results import write_json
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from data_pipeline.code_shards import CodeSample, DatasetManifest
 from data_pipeline.languages import caption_prompt
-from data_pipeline.views import caption_document, generation_document
-from dualtoken.likelihood import document_nll
-from dualtoken.sequence import Document, TextPart, tokenize_document
-from dualtoken.unified_model import CODEBOOKS, DualTokenForCausalLM
+from data_pipeline.shards.code_shards import CodeSample, DatasetManifest
+from data_pipeline.streams.views import caption_document, generation_document
+from dualtoken.generation.likelihood import document_nll
+from dualtoken.unified_model.model import CODEBOOKS, DualTokenForCausalLM
+from dualtoken.unified_model.sequence import Document, TextPart, tokenize_document
 from eval.inputs import (
     EvaluationPaths,
     draw_prompts,

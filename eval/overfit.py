@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from data_pipeline.code_shards import CodeSample
-from dualtoken.generation import generate_images
-from dualtoken.unified_model import DualTokenForCausalLM
-from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from data_pipeline.shards.code_shards import CodeSample
+from dualtoken.generation.generate import generate_images
+from dualtoken.unified_model.model import DualTokenForCausalLM
+from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from eval.comparisons import Baseline, Comparison
 from eval.generation import decode_codes, write_captions
 from eval.inputs import draw_prompts, stack_codes, to_picture

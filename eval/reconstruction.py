@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from eval.inputs import (
     EvaluationPaths,
     Pictures,

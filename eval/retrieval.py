@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dualtoken.backbone import FrozenTeacher
-from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer.backbone import FrozenTeacher
+from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from eval.inputs import (
     EvaluationPaths,
     Pictures,

@@ -69,7 +69,7 @@ def measure(export: Path, siglip: Path, images: dict[str, Path]) -> dict[str, fl
     """Figures of one trained tokenizer: reconstruction of held-out pictures, retrieval among seen ones."""
     from transformers import AutoTokenizer
 
-    from dualtoken.backbone import FrozenTeacher
+    from dualtoken.visual_tokenizer.backbone import FrozenTeacher
     from eval.inputs import load_pictures, load_visual_tokenizer
     from eval.metrics import codebook_statistics
     from eval.reconstruction import reconstruct
@@ -119,7 +119,7 @@ def ablate(
     Raises:
         UserError: the sample data or the SigLIP is missing, or a training failed.
     """
-    from dualtoken.visual_tokenizer_config import preset_config
+    from dualtoken.visual_tokenizer.config import preset_config
 
     siglip, data = run / "siglip" / "export", run / "sample_data" / "images"
     if not (siglip / "config.json").is_file():

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.conversations import IMAGE_TAG, TEMPLATES, ChatTemplate
-from dualtoken.sampling import Sampling
-from dualtoken.sequence import ImagePart
+from data_pipeline.shards.conversations import IMAGE_TAG, TEMPLATES, ChatTemplate
+from dualtoken.generation.sampling import Sampling
+from dualtoken.unified_model.sequence import ImagePart
 from eval.inputs import load_unified_model, load_visual_tokenizer, require_same_codes, to_picture
 from launchers.conversation import NO_TEMPLATE, Chat
 from launchers.errors import UserError

@@ -132,7 +132,7 @@ def sample_data(
 
     Example: [bold]dualtoken sample-data data --image-size 96 --languages en,fr[/]
     """
-    from data_pipeline.sample_data import make_sample_data
+    from data_pipeline.sources.sample_data import make_sample_data
 
     summary = make_sample_data(
         output, image_size, held_out, seed, [word.strip() for word in languages.split(",")]
@@ -519,7 +519,7 @@ def llava(
 
     Example: [bold]dualtoken import llava --json llava_v1_5_mix665k.json --images pictures --out shards[/]
     """
-    from data_pipeline.llava_import import REJECTED, TURNS_LEFT_OUT, import_llava
+    from data_pipeline.sources.llava import REJECTED, TURNS_LEFT_OUT, import_llava
 
     made = import_llava(source, images, output, samples_per_shard)
     say(f"{output}: {made.samples} samples with {made.images} images in {made.shards} shards")

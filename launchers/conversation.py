@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from data_pipeline.code_shards import CodeSample
-from data_pipeline.conversations import IMAGE_TAG, TEMPLATES, ChatTemplate, conversation_parts
-from data_pipeline.views import parts_document
-from dualtoken.generation import generate_images, stream
-from dualtoken.sampling import Sampling
-from dualtoken.sequence import Document, ImagePart, tokenize_document
-from dualtoken.unified_model import DualTokenForCausalLM
-from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from data_pipeline.shards.code_shards import CodeSample
+from data_pipeline.shards.conversations import IMAGE_TAG, TEMPLATES, ChatTemplate, conversation_parts
+from data_pipeline.streams.views import parts_document
+from dualtoken.generation.generate import generate_images, stream
+from dualtoken.generation.sampling import Sampling
+from dualtoken.unified_model.model import DualTokenForCausalLM
+from dualtoken.unified_model.sequence import Document, ImagePart, tokenize_document
+from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from launchers.errors import UserError
 from launchers.use import read_pictures
 

@@ -26,9 +26,9 @@ def tokenizer_from_released(
     """Convert a released checkpoint to a folder for `from_pretrained`; returns lines that say what it is.
 
     Raises:
-        FileNotFoundError, ValueError: what `dualtoken.weights.load_released` finds wrong; nothing is written.
+        FileNotFoundError, ValueError: what `load_released` finds wrong; nothing is written.
     """
-    from dualtoken.weights import load_released
+    from dualtoken.visual_tokenizer.released import load_released
 
     require_new(output)
     model = load_released(config, checkpoint, backbone_config)
@@ -45,8 +45,8 @@ def tokenizer_to_released(model: Path, output: Path) -> list[str]:
         FileNotFoundError: there is no tokenizer in the folder.
         ValueError: it has something that the released layout cannot express; nothing is written.
     """
-    from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
-    from dualtoken.weights import save_released
+    from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+    from dualtoken.visual_tokenizer.released import save_released
     from eval.inputs import require_export
 
     require_new(output)
@@ -81,8 +81,8 @@ def analyze_layers(backbone: Path, images: Sequence[Path], count: int, output: P
         FileNotFoundError: there is no backbone in the folder.
         UserError: no pictures.
     """
-    from dualtoken.backbone import load_backbone
-    from dualtoken.layer_analysis import analyze_backbone, plot_similarity
+    from dualtoken.visual_tokenizer.backbone import load_backbone
+    from dualtoken.visual_tokenizer.layer_analysis import analyze_backbone, plot_similarity
     from eval.inputs import default_device
     from eval.results import write_json
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.code_shards import (
+from data_pipeline.errors import DatasetError
+from data_pipeline.pretokenize.run import REJECTED
+from data_pipeline.shards.code_shards import (
     CODES_PART,
     JSON_PART,
     CodeGeometry,
@@ -18,9 +20,7 @@ from data_pipeline.code_shards import (
     iterate_shard,
     verify_dataset,
 )
-from data_pipeline.errors import DatasetError
-from data_pipeline.pretokenize_run import REJECTED
-from data_pipeline.shard_index import META_FOLDER, check_index
+from data_pipeline.shards.index import META_FOLDER, check_index
 from launchers.errors import UserError
 from launchers.use import free_names, with_progress
 

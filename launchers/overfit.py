@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipeline.code_shards import MANIFEST, CodeSample, DatasetManifest, ShardWriter, iterate_shard
+from data_pipeline.shards.code_shards import MANIFEST, CodeSample, DatasetManifest, ShardWriter, iterate_shard
 from data_pipeline.whole_folder import whole_folder
 from eval.inputs import (
     draw_prompts,
@@ -212,8 +212,8 @@ def _lengths(samples: Sequence[CodeSample], text_tokenizer: Path) -> Iterator[in
     """Tokens of each pair's two documents."""
     from transformers import AutoTokenizer
 
-    from data_pipeline.views import caption_document, generation_document
-    from dualtoken.sequence import SpecialTokens, tokenize_document
+    from data_pipeline.streams.views import caption_document, generation_document
+    from dualtoken.unified_model.sequence import SpecialTokens, tokenize_document
 
     tokenizer = AutoTokenizer.from_pretrained(text_tokenizer)
     special = SpecialTokens.from_tokenizer(tokenizer)

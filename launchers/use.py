@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from data_pipeline.image_decoding import build_image_decoder
+from data_pipeline.images.decoding import build_image_decoder
 from eval.inputs import load_unified_model, load_visual_tokenizer, require_same_codes, to_picture
 from launchers.errors import UserError
 
@@ -79,7 +79,7 @@ def generate_files(
 
     `images` take the places of the prompts' image tags, in their order.
     """
-    from dualtoken.generation import generate_images
+    from dualtoken.generation.generate import generate_images
     from dualtoken.processing import DualTokenProcessor
 
     tokenizer = load_visual_tokenizer(visual_tokenizer)

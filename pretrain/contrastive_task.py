@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
 from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
-from dualtoken.backbone import pool
+from dualtoken.visual_tokenizer.backbone import pool
 from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig
 from pretrain.engine import (

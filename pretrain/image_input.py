@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from data_pipeline.image_decoding import build_image_decoder
+from data_pipeline.images.decoding import build_image_decoder
 from data_pipeline.streams import ImageTextBatch
 from pretrain.engine import Runtime
 

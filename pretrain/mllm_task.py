@@ -13,13 +13,13 @@ from omegaconf import MISSING
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.code_shards import CodeGeometry
+from data_pipeline.shards.code_shards import CodeGeometry
 from data_pipeline.streams import DocumentLoader, DocumentStreamConfig, document_loader
 from dualtoken.processing import DualTokenProcessor
-from dualtoken.sequence import PackedBatch, SpecialTokens, add_special_tokens
-from dualtoken.unified_model import DualTokenForCausalLM, DualTokenOutput
-from dualtoken.unified_model_config import DualTokenConfig
-from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
+from dualtoken.unified_model.config import DualTokenConfig
+from dualtoken.unified_model.model import DualTokenForCausalLM, DualTokenOutput
+from dualtoken.unified_model.sequence import PackedBatch, SpecialTokens, add_special_tokens
+from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from pretrain.config import ConfigError, JobConfig
 from pretrain.engine import (
     Runtime,

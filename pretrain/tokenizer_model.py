@@ -8,13 +8,13 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
-from dualtoken.visual_tokenizer_config import (
+from dualtoken.visual_tokenizer.config import (
     PRESETS,
     VISION_SIZES,
     DualTokenVisualTokenizerConfig,
     preset_config,
 )
+from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from pretrain.config import ConfigError
 
 # Overrides that an export takes too: they change neither the shape of a weight nor what a code means.

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
-from dualtoken.backbone import FrozenTeacher, model_folder
-from dualtoken.quantizer import QuantizerStats
-from dualtoken.visual_tokenizer import DualTokenVisualTokenizer, VisualTokenizerOutput
+from dualtoken.visual_tokenizer.backbone import FrozenTeacher, model_folder
+from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer, VisualTokenizerOutput
+from dualtoken.visual_tokenizer.quantizer import QuantizerStats
 from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.discriminator import DiscriminatorConfig, PatchDiscriminator

@@ -1,1 +1,1 @@
-"""Tests; `tests.distributed` runs code on several ranks."""
+"""Tests; `tests.support.distributed` runs code on several ranks."""

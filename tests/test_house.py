@@ -370,7 +370,7 @@ def check_module(module: str, arguments: list[str], ranks: int = 1) -> None:
 
         load_job_config(arguments, world_size=ranks)
     else:
-        from data_pipeline.pretokenize import _parse_arguments
+        from data_pipeline.pretokenize.command import _parse_arguments
 
         assert module == "data_pipeline.pretokenize"
         _parse_arguments(arguments)

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from dualtoken.attention import loop_over_documents, varlen_documents
-from dualtoken.depth_transformer import VisualHead
-from dualtoken.generation import generate_images
-from dualtoken.nearest import NearestCodeSearch
-from dualtoken.visual_tokenizer import DualTokenVisualTokenizer
-from dualtoken.visual_tokenizer_config import preset_config
-from tests import test_contrastive
-from tests.distributed import run_module
-from tests.test_jobs import mllm_words, tokenizer_words
-from tests.unified_support import FEATURES, byte_tokenizer, tiny_model
+from dualtoken.generation.generate import generate_images
+from dualtoken.unified_model.attention import loop_over_documents, varlen_documents
+from dualtoken.unified_model.depth_transformer import VisualHead
+from dualtoken.visual_tokenizer.config import preset_config
+from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer.nearest import NearestCodeSearch
+from tests.support.distributed import run_module
+from tests.support.unified_support import FEATURES, byte_tokenizer, tiny_model
+from tests.test_pretrain import test_contrastive
+from tests.test_pretrain.test_jobs import mllm_words, tokenizer_words
 
 STEPS = 20
 

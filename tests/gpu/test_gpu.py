@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.gpu import checks
-from tests.test_jobs import codes, folder, tokenizer_run  # noqa: F401
+from tests.test_pretrain.test_jobs import codes, folder, tokenizer_run  # noqa: F401
 
 NO_GPU = "needs a CUDA device: torch.cuda.is_available() is False"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)]

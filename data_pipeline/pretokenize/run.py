@@ -1,0 +1,313 @@
+"""One worker's view of a pretokenize run: its plan, what is done, what to do next, the end."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import DatasetError
+from data_pipeline.pretokenize.claims import Claims, link_once
+from data_pipeline.pretokenize.shard_tokenizer import Rejection, ShardTokenizer
+from data_pipeline.shards.code_shards import (
+    MANIFEST,
+    CodeSample,
+    DatasetManifest,
+    ShardEntry,
+    ShardWriter,
+    temporary_name,
+    write_atomically,
+)
+from data_pipeline.shards.image_text_shards import expand_inputs, is_elsewhere, source_address
+
+WORK_FOLDER = ".pretokenize"
+REJECTED = "rejected.jsonl"
+FINISH = "finish"
+_REPORT_SECONDS = 10.0
+_LOOK_SECONDS = 5.0
+
+
+@dataclass
+class ShardResult:
+    """What was made of one input shard, kept until the data set is finished."""
+
+    entry: ShardEntry
+    rejected: list[Rejection] = field(default_factory=list)
+
+
+class PretokenizeRun:
+    """One worker's view of a run."""
+
+    def __init__(
+        self,
+        plan: dict[str, str],
+        tokenizer: ShardTokenizer,
+        output: Path,
+        world_size: int,
+        report: Callable[[str], None],
+    ) -> None:
+        self.plan, self.tokenizer, self.world_size, self.report = plan, tokenizer, world_size, report
+        self.output, self.work = output, output / WORK_FOLDER
+        self.keys = self.work / "keys"
+        decoder = tokenizer.decoder
+        self.description = {
+            "fingerprint": tokenizer.visual_tokenizer.fingerprint(),
+            **asdict(tokenizer.geometry),
+            "image_size": tokenizer.visual_tokenizer.config.image_size,
+        }
+        self.settings = {
+            "decoder": getattr(decoder, "name", ""),
+            "fit": getattr(decoder, "fit", ""),
+            **asdict(tokenizer.settings),
+        }
+        self.sources = {name: source_address(shard) for name, shard in plan.items()}
+        self.done: set[str] = set()
+        """Shards known to have a result; a result stays, so that they need not be looked up again."""
+        self._looked = 0.0
+        self.shards = self.images = 0
+        self.seconds, self._reported = 0.0, time.monotonic()
+
+    def is_finished(self) -> bool:
+        """Whether the data set is complete: its manifest is written last."""
+        return (self.output / MANIFEST).is_file()
+
+    def manifest(self) -> DatasetManifest:
+        """Return the manifest without shards."""
+        known = ("fingerprint", "codebook_size", "num_quantizers", "positions", "image_size")
+        return DatasetManifest(**{name: self.description[name] for name in known}, settings=self.settings)
+
+    def remove_work_folder(self) -> None:
+        """Remove what a finished run needed on its way, also where a worker was killed while doing so."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def finished_before(self) -> DatasetManifest:
+        """Return the manifest of a data set that is already there; DatasetError if it is another one."""
+        found = DatasetManifest.load(self.output)
+        found.require(self.output, self.tokenizer.geometry, self.description["fingerprint"])
+        sources = {name: entry.source for name, entry in found.shards.items()}
+        if found.settings:  # the decoder of `auto` is that of the machine that asks
+            known = {**self.settings, **found.settings, "decoder": self.settings["decoder"]}
+            difference = self._difference(known, sources)
+        else:
+            difference = "" if list(sources) == list(self.sources) else "other input shards"
+        if difference:
+            raise DatasetError(
+                f"{self.output}: holds a finished data set with {difference}; "
+                "use the same settings and input, or another folder"
+            )
+        self.report(f"{self.output} is finished: {found.samples_out} samples of {found.samples_in}")
+        return found
+
+    def agree_on_plan(self) -> None:
+        """Write down what is to be done, or check that the run under way in the folder is this one."""
+        self.keys.mkdir(parents=True, exist_ok=True)
+        path = self.work / "plan.json"
+        own = temporary_name(path)
+        plan = {**self.description, "settings": self.settings, "shards": self.sources}
+        write_atomically(own, json.dumps(plan, indent=2))
+        try:
+            link_once(own, path)  # the first worker's plan stands
+        finally:
+            own.unlink()
+        self.check_plan()
+
+    def check_plan(self) -> None:
+        """Raise DatasetError if the run under way in the folder, if any, is not this one."""
+        path = self.work / "plan.json"
+        if not path.is_file():
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        difference = _first_difference(found, self.description)
+        if "settings" not in found:
+            difference = difference or "the plan of an older version"
+        if difference := difference or self._difference(found["settings"], found["shards"]):
+            raise DatasetError(
+                f"{self.output}: holds an unfinished run with {difference}; "
+                "use the same settings and input, or another folder"
+            )
+
+    def _difference(self, settings: dict[str, Any], sources: dict[str, str]) -> str:
+        """Say in what a run with these settings and inputs differs from this one, "" if in nothing."""
+        if difference := _first_difference(settings, self.settings):
+            return difference
+        for name, expected in self.sources.items():
+            if name not in sources:
+                return f"inputs that lack {expected}"
+            if sources[name] != expected:
+                return f"input {sources[name]}, not {expected}"
+        if list(sources) != list(self.sources):
+            more = [source for name, source in sources.items() if name not in self.sources]
+            return f"input {more[0]}, which is not given now" if more else "its inputs in another order"
+        return ""
+
+    def _result_path(self, name: str) -> Path:
+        return self.work / f"{name}.json"
+
+    def has_result(self, name: str) -> bool:
+        """Whether a shard is done."""
+        if name not in self.done and self._result_path(name).is_file():
+            self.done.add(name)
+        return name in self.done
+
+    def look_for_results(self) -> None:
+        """Note which shards are done, now and then: one look at the folder in place of one at each shard."""
+        if self._looked and time.monotonic() - self._looked < _LOOK_SECONDS:
+            return
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.work) as entries:
+            found = {
+                entry.name.removesuffix(".json") for entry in entries if entry.name.endswith(".tar.json")
+            }
+            self.done |= found & self.plan.keys()
+        self._looked = time.monotonic()
+
+    def claim_next(self, left: deque[str], claims: Claims) -> str | None:
+        """Claim a shard of `left` or, once all are done, the end of the run; None if others hold the rest.
+
+        What is done is removed from `left`, what others are at goes to its end.
+        """
+        self.look_for_results()
+        for _ in range(len(left)):
+            name = left.popleft()
+            if not self.has_result(name):
+                left.append(name)
+                if claims.acquire(name):
+                    return name
+        return FINISH if not left and claims.acquire(FINISH) else None
+
+    def tokenize_shard(self, name: str, claims: Claims) -> None:
+        """Make one output shard and its result; given up if the claim is lost on the way."""
+        started = time.monotonic()
+        path = self.output / name
+        rejected: list[Rejection] = []
+        first = last = ""
+        try:
+            with ShardWriter(path, self.tokenizer.geometry, claims.still_held) as writer:
+                prefix = f"{path.stem}/" if self.tokenizer.settings.prefix_keys else ""
+                for item in self.tokenizer(self.plan[name], prefix):
+                    if isinstance(item, CodeSample):
+                        if not first:
+                            first = item.key
+                            self._check_key(first, name)
+                        last = item.key
+                        writer.write(item)
+                        self.images += len(item.codes)
+                    else:
+                        rejected.append(item)
+                    self._report_progress(name, started)
+        except OSError:
+            if claims.still_held():
+                raise
+            return  # taken for dead: whoever has the claim now has removed the temporary file
+        entry = writer.entry
+        if entry is None:  # the claim is lost
+            return
+        if not entry.samples:
+            path.unlink(missing_ok=True)
+            entry.sha256 = ""
+        entry.rejected, entry.samples_in = len(rejected), entry.samples + len(rejected)
+        entry.source = self.sources[name]
+        self.seconds += time.monotonic() - started
+        self.shards += 1
+        for key in {first, last} if entry.samples else ():
+            self._note_key(key, name)
+        if claims.still_held():
+            write_atomically(self._result_path(name), json.dumps(asdict(ShardResult(entry, rejected))))
+            self.done.add(name)
+            self._report_shard(name, entry)
+
+    # Whether all keys are unique is seen only in the index, at the end. Where they repeat from shard to
+    # shard, the first or last one mostly does: those of finished shards are kept, in a file each.
+
+    def _key_path(self, key: str) -> Path:
+        return self.keys / hashlib.sha256(key.encode()).hexdigest()
+
+    def _check_key(self, key: str, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if (other := self._key_path(key).read_text(encoding="utf-8")) != name:
+                raise DatasetError(
+                    f"{self.output}: key {key} occurs more than once, in {other} and {name}; keys must be "
+                    "unique in a data set: use --prefix-keys and another output folder"
+                )
+
+    def _note_key(self, key: str, name: str) -> None:
+        own = temporary_name(self._key_path(key))
+        own.write_text(name, encoding="utf-8")
+        link_once(own, self._key_path(key))
+        own.unlink()
+        self._check_key(key, name)
+
+    def _report_progress(self, name: str, started: float) -> None:
+        now = time.monotonic()
+        if now - self._reported > _REPORT_SECONDS:
+            self._reported = now
+            rate = self.images / (self.seconds + now - started)
+            self.report(f"{name}: {self.images} images by this worker, {rate:.1f} images/s")
+
+    def _report_shard(self, name: str, entry: ShardEntry) -> None:
+        self.look_for_results()
+        done = len(self.done)
+        left = len(self.plan) - done
+        eta = left * self.seconds / self.shards / self.world_size
+        ending = f", about {eta:.0f} s left" if left else ""
+        self.report(
+            f"{name}: {entry.samples} samples, {entry.rejected} rejected; {done} of {len(self.plan)} shards, "
+            f"{self.images / max(self.seconds, 1e-9):.1f} images/s{ending}"
+        )
+
+    def finish(self) -> None:
+        """Write `rejected.jsonl`, the index and `dataset.json`, then remove what was needed on the way."""
+        from data_pipeline.shards.index import prepare_dataset
+
+        for leftover in self.output.glob(".*.tmp"):  # of workers that were killed
+            leftover.unlink(missing_ok=True)
+        manifest, lines = self.manifest(), []
+        for name in self.plan:
+            result = json.loads(self._result_path(name).read_text(encoding="utf-8"))
+            manifest.add(name, ShardEntry(**result["entry"]))
+            lines += [json.dumps(line, ensure_ascii=False) + "\n" for line in result["rejected"]]
+        write_atomically(self.output / REJECTED, "".join(lines))
+        if not manifest.samples_out:
+            raise DatasetError(f"{self.output}: no sample could be used; see {REJECTED}")
+        prepare_dataset(self.output)
+        manifest.save(self.output)
+        self.remove_work_folder()
+        self.report(
+            f"{self.output}: {manifest.samples_in} samples in, {manifest.samples_out} out, "
+            f"{manifest.rejected} rejected, {manifest.images} images in {len(manifest.shards)} shards"
+        )
+
+
+def _first_difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    names = (name for name, value in expected.items() if found.get(name) != value)
+    return next((f"{name} {found.get(name)}, not {expected[name]}" for name in names), "")
+
+
+def checked_plan(inputs: Sequence[str], output: str | Path) -> dict[str, str]:
+    """Return name of the output shard -> input shard; DatasetError if an input is missing or an output."""
+    shards = expand_inputs(inputs)
+    for shard in shards:
+        if not is_elsewhere(shard) and Path(shard).resolve().is_relative_to(Path(output).resolve()):
+            raise DatasetError(f"{shard}: is in the output folder; choose a folder apart from the input")
+    return plan_outputs(shards)
+
+
+def plan_outputs(shards: Sequence[str]) -> dict[str, str]:
+    """Return name of the output shard -> input shard; names that repeat get the number of their shard."""
+    names = [Path(source_address(shard)).name.partition(".")[0] for shard in shards]
+    counts = Counter(names)
+    plan: dict[str, str] = {}
+    for index, (name, shard) in enumerate(zip(names, shards)):
+        repeated = counts[name] > 1
+        while repeated:
+            name = f"{index:06d}-{name}"
+            repeated = name in counts  # a shard may have been called so
+        plan[f"{name}.tar"] = shard
+    return plan

@@ -1,0 +1,360 @@
+"""Dual-code shards: pictures as codes with their text, in WebDataset tars, and `dataset.json` beside them.
+
+A sample is `KEY.codes.npy`, uint16 [I, P, Q, D], and `KEY.json`,
+`{"parts": [{"image": 0, "loss": false}, {"text": "..."}], "captions": {"en": "..."}}`.
+Shapes: I images of the sample, P positions per image, Q = 2 codebooks (0 pixel, 1 semantic), D quantizers;
+codes are below K. The same samples give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import DatasetError
+from data_pipeline.shards.remote_files import is_remote, read_remote
+from data_pipeline.shards.tar_members import TarError, iterate_samples
+
+FORMAT_VERSION = 1
+MANIFEST = "dataset.json"
+CODES_PART, JSON_PART = "codes.npy", "json"
+CODEBOOKS = 2
+_MAX_CODEBOOK_SIZE = 1 << 16
+
+
+@dataclass(frozen=True)
+class CodeGeometry:
+    """Shape and range of the codes of one image: [positions, 2, num_quantizers], each below codebook_size."""
+
+    positions: int
+    num_quantizers: int
+    codebook_size: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.codebook_size <= _MAX_CODEBOOK_SIZE:
+            raise ValueError(
+                f"codebook_size is {self.codebook_size}, expected 1 to {_MAX_CODEBOOK_SIZE}: "
+                "codes are stored as uint16"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape [P, Q, D] of the codes of one image."""
+        return (self.positions, CODEBOOKS, self.num_quantizers)
+
+    def check(self, codes: np.ndarray) -> None:
+        """Raise ValueError unless `codes` [I, P, Q, D] fit."""
+        if codes.ndim != 4 or codes.shape[1:] != self.shape:
+            raise ValueError(
+                f"codes have shape {codes.shape}, expected [images, {', '.join(map(str, self.shape))}]"
+            )
+        if codes.size and (largest := int(codes.max())) >= self.codebook_size:
+            raise ValueError(f"a code is {largest}, expected codes below {self.codebook_size}")
+
+
+@dataclass
+class CodeSample:
+    """One sample: images as codes uint16 [I, P, Q, D], ordered parts, captions of an image-text pair.
+
+    A part is `{"text": str}` or `{"image": index}`, with `"loss": bool` (default: true for text, false for
+    images) and for text `"markup": bool` (default false).
+    """
+
+    key: str
+    codes: np.ndarray
+    parts: list[dict[str, Any]]
+    captions: dict[str, str] | None = None
+
+
+def check_parts(parts: Any, images: int) -> None:
+    """Raise ValueError unless `parts` is a list of text and image parts that names each image once."""
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"parts are {parts!r:.80}, expected a list of objects")
+    for part in parts:
+        if isinstance(part.get("text"), str) == ("image" in part):
+            raise ValueError(f'part {part!r:.80} is neither {{"text": ...}} nor {{"image": index}}')
+    named = sorted(part["image"] for part in parts if "image" in part)
+    if named != list(range(images)):
+        raise ValueError(
+            f"parts name the images {named}, expected each of {images} exactly once, counted from 0"
+        )
+
+
+def encode_sample(sample: CodeSample) -> list[tuple[str, bytes]]:
+    """Return the members (name in the tar, content) of a sample."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(sample.codes, dtype="<u2"), version=(1, 0))
+    record: dict[str, Any] = {"parts": sample.parts}
+    if sample.captions is not None:
+        record["captions"] = sample.captions
+    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+    return [(f"{sample.key}.{CODES_PART}", buffer.getvalue()), (f"{sample.key}.{JSON_PART}", text.encode())]
+
+
+_HEADERS: dict[bytes, tuple[int, ...]] = {}
+
+
+def _read_codes(data: bytes) -> np.ndarray:
+    """Read an npy of uint16; the header, parsed once per shape, is the slow part of numpy's own reader."""
+    length = 10 + int.from_bytes(data[8:10], "little")
+    header = data[:length]
+    shape = _HEADERS.get(header)
+    if shape is None:
+        codes = np.load(io.BytesIO(data), allow_pickle=False)
+        if codes.dtype != np.dtype("<u2") or not codes.flags.c_contiguous or header[6:8] != b"\x01\x00":
+            raise ValueError(
+                f"codes are {codes.dtype} in npy {header[6]}.{header[7]}, expected uint16 in npy 1.0"
+            )
+        shape = _HEADERS[header] = codes.shape
+    return np.frombuffer(data, dtype="<u2", offset=length).reshape(shape).copy()  # writable, for torch
+
+
+def decode_sample(key: str, codes: bytes, record: bytes) -> CodeSample:
+    """Read a sample from the contents of its two members; ValueError if one cannot be read."""
+    content = json.loads(record)
+    return CodeSample(key, _read_codes(codes), content["parts"], content.get("captions"))
+
+
+@dataclass
+class ShardEntry:
+    """What `dataset.json` keeps of one shard; in = samples + rejected. Without samples there is no tar."""
+
+    sha256: str
+    samples: int
+    images: int
+    samples_in: int = 0
+    rejected: int = 0
+    source: str = ""
+    """Address or path of the shard it was made from; in older data sets its name."""
+
+
+class ShardWriter:
+    """Writes one shard: under a temporary name, flushed to disk, renamed on success, removed on failure.
+
+    Used as a context manager; `entry` is set after a successful exit. Members carry no time, owner or rights
+    of their own, so that the bytes depend on the samples alone.
+    """
+
+    def __init__(
+        self, path: str | Path, geometry: CodeGeometry, still_wanted: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Write to `path`; if not `still_wanted` at the end, that is left alone and `entry` stays None."""
+        self.path = Path(path)
+        self.geometry = geometry
+        self.still_wanted = still_wanted
+        self.entry: ShardEntry | None = None
+        self._temporary = temporary_name(self.path)
+        self._samples = self._images = 0
+
+    def __enter__(self) -> ShardWriter:
+        self._file = open(self._temporary, "wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
+        return self
+
+    def write(self, sample: CodeSample) -> None:
+        """Add a sample; ValueError if its key, codes or parts do not fit the data set."""
+        if not sample.key or "." in sample.key.rpartition("/")[2]:
+            raise ValueError(f"key is {sample.key!r}, expected a name without dots")
+        self.geometry.check(sample.codes)
+        check_parts(sample.parts, len(sample.codes))
+        for name, data in encode_sample(sample):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
+        self._samples += 1
+        self._images += len(sample.codes)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is not None:
+                return
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            entry = ShardEntry(file_sha256(self._temporary), self._samples, self._images)
+            if self.still_wanted():
+                os.replace(self._temporary, self.path)
+                self.entry = entry
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def iterate_shard(path: str | Path) -> Iterator[CodeSample]:
+    """Read the samples of a local shard in order.
+
+    Raises:
+        DatasetError: The tar is truncated or damaged, or a sample lacks a member or cannot be read.
+    """
+    key: str | None = None
+    try:
+        with open(path, "rb") as file:
+            for key, parts in iterate_samples(file):
+                if missing := {CODES_PART, JSON_PART} - parts.keys():
+                    raise DatasetError(f"{path}: sample {key!r} lacks {', '.join(sorted(missing))}")
+                try:
+                    yield decode_sample(key, parts[CODES_PART], parts[JSON_PART])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DatasetError(f"{path}: sample {key!r} cannot be read: {error}") from error
+    except (TarError, OSError) as error:
+        raise DatasetError(f"{path}: {error} (after sample {key!r})") from error
+
+
+@dataclass
+class DatasetManifest:
+    """`dataset.json`: what made the codes, their geometry, what came in, went out and was rejected."""
+
+    fingerprint: str
+    codebook_size: int
+    num_quantizers: int
+    positions: int
+    image_size: int
+    samples_in: int = 0
+    samples_out: int = 0
+    rejected: int = 0
+    images: int = 0
+    shards: dict[str, ShardEntry] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the run that made it; {} where it was made otherwise, or is older than this field."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def geometry(self) -> CodeGeometry:
+        """Shape and range of the codes."""
+        return CodeGeometry(self.positions, self.num_quantizers, self.codebook_size)
+
+    def add(self, name: str, entry: ShardEntry) -> None:
+        """Count a shard in."""
+        self.shards[name] = entry
+        self.samples_in += entry.samples_in
+        self.samples_out += entry.samples
+        self.rejected += entry.rejected
+        self.images += entry.images
+
+    def save(self, folder: str | Path) -> None:
+        """Write `dataset.json` into `folder`, whole or not at all."""
+        write_atomically(Path(folder) / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> DatasetManifest:
+        """Read `dataset.json` of a folder or address; DatasetError if it is missing or of another format."""
+        path = f"{str(folder).rstrip('/')}/{MANIFEST}"
+        try:
+            data = read_remote(path) if is_remote(folder) else Path(path).read_bytes()
+        except FileNotFoundError as error:
+            raise DatasetError(f"{path}: missing; {folder} is not a finished dual-code data set") from error
+        try:
+            content = json.loads(data)
+            version = content["format_version"]
+            if version != FORMAT_VERSION:
+                raise DatasetError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}")
+            shards = {name: ShardEntry(**entry) for name, entry in content.pop("shards").items()}
+            return cls(**content, shards=shards)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, DatasetError):
+                raise
+            raise DatasetError(f"{path}: not a dual-code manifest: {error}") from error
+
+    def require(self, folder: str | Path, geometry: CodeGeometry, fingerprint: str | None = None) -> None:
+        """Raise DatasetError unless the data set has the model's geometry and, where given, fingerprint."""
+        for item in fields(CodeGeometry):
+            found, expected = getattr(self, item.name), getattr(geometry, item.name)
+            if found != expected:
+                raise DatasetError(f"{folder}: codes have {item.name} {found}, the model expects {expected}")
+        if fingerprint and fingerprint != self.fingerprint:
+            raise DatasetError(
+                f"{folder}: codes were made by the visual tokenizer {self.fingerprint[:12]}, the model "
+                f"expects {fingerprint[:12]}; pretokenize again with the model's visual tokenizer"
+            )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, flush it to disk and rename it."""
+    temporary = temporary_name(path)
+    # A name that is not in UTF-8 has lone surrogates here; in json they become the escapes they stand for.
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a hidden name beside `path` that no other process, on whatever machine, uses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def verify_dataset(folder: str | Path, fingerprint: str | None = None) -> DatasetManifest:
+    """Recompute what `dataset.json` says: hashes, counts, shapes, code ranges; optionally the fingerprint.
+
+    Raises:
+        DatasetError: One line on the first thing that is wrong.
+    """
+    folder = Path(folder)
+    manifest = DatasetManifest.load(folder)
+    manifest.require(folder, manifest.geometry, fingerprint)
+    on_disk = {path.name for path in folder.glob("*.tar")}
+    listed = {name for name, entry in manifest.shards.items() if entry.samples}
+    if difference := on_disk ^ listed:
+        name = sorted(difference)[0]
+        state = "is not in dataset.json" if name in on_disk else "is missing"
+        raise DatasetError(f"{folder / name}: {state}")
+    keys: set[str] = set()
+    for name, entry in manifest.shards.items():
+        path = folder / name
+        if not entry.samples:
+            continue
+        samples = images = 0
+        for sample in iterate_shard(path):
+            try:
+                manifest.geometry.check(sample.codes)
+                check_parts(sample.parts, len(sample.codes))
+            except ValueError as error:
+                raise DatasetError(f"{path}: sample {sample.key!r}: {error}") from error
+            if sample.key in keys:
+                raise DatasetError(f"{path}: key {sample.key!r} occurs more than once")
+            keys.add(sample.key)
+            samples, images = samples + 1, images + len(sample.codes)
+        if (samples, images) != (entry.samples, entry.images):
+            raise DatasetError(
+                f"{path}: holds {samples} samples with {images} images, "
+                f"dataset.json says {entry.samples} with {entry.images}"
+            )
+        if file_sha256(path) != entry.sha256:
+            raise DatasetError(f"{path}: its sha256 is not the one in dataset.json; the shard was changed")
+        if entry.samples_in != entry.samples + entry.rejected:
+            raise DatasetError(
+                f"{path}: {entry.samples_in} in, but {entry.samples} out + {entry.rejected} rejected"
+            )
+    entries = manifest.shards.values()
+    totals = {
+        "samples_in": sum(entry.samples_in for entry in entries),
+        "samples_out": sum(entry.samples for entry in entries),
+        "rejected": sum(entry.rejected for entry in entries),
+        "images": sum(entry.images for entry in entries),
+    }
+    for name, total in totals.items():
+        if total != getattr(manifest, name):
+            said = getattr(manifest, name)
+            raise DatasetError(f"{folder}: dataset.json says {name} {said}, its shards add up to {total}")
+    return manifest

@@ -1,0 +1,348 @@
+"""Packed documents as micro-batches: a blend of dual-code and text shards through Megatron-Energon."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.energon import (
+    DefaultTaskEncoder,
+    SavableDataset,
+    WorkerConfig,
+    stateless,
+)
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
+
+from data_pipeline.shards.code_shards import (
+    CODES_PART,
+    JSON_PART,
+    CodeGeometry,
+    DatasetManifest,
+    decode_sample,
+)
+from data_pipeline.shards.index import check_index
+from data_pipeline.shards.reader import PreparedShards, RawSample
+from data_pipeline.streams.loader import StreamLoader, is_training, require_samples, worker_config
+from data_pipeline.streams.packing import split_document
+from data_pipeline.streams.packing_dataset import DocumentSample, Pack, PackingDataset
+from data_pipeline.streams.text_encoding import TextEncoder
+from data_pipeline.streams.views import CODE_VIEWS, VIEWS, LeftOut, build_document
+from dualtoken.unified_model.sequence import (
+    Document,
+    PackedBatch,
+    SpecialTokens,
+    TextPart,
+    TokenizedDocument,
+    pack_documents,
+    tokenize_document,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class BlendEntry:
+    """One part of a blend: a folder of shards, what is made of its samples, and how often it is drawn."""
+
+    path: str = ""
+    """Folder prepared with `prepare_dataset`, or its address: dual-code shards; for the view `text`, shards
+    of `KEY.txt`."""
+    view: str = "document"
+    """`caption` (image, then caption), `generate` (caption, then image), `document` (parts as they stand) or
+    `text` (plain text)."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other entries; 0 leaves the entry out."""
+    languages: list[str] = field(default_factory=list)
+    """Captions are taken in one of these languages; empty for any."""
+    default_language: str = "en"
+    """Language of a caption that does not say it."""
+
+
+@dataclass
+class DocumentStreamConfig:
+    """What documents are made of, how they are shuffled and packed."""
+
+    blend: list[BlendEntry] = field(default_factory=list)
+    context_length: int = 4096
+    """Tokens in a pack."""
+    contexts_held: int = 8
+    """Contexts' worth of documents that wait per worker to be packed; more fill packs better."""
+    prompt_dropout: float = 0.1
+    """Share of prompts of the view `generate` that are dropped in training, for classifier-free guidance."""
+    num_workers: int = 0
+    """Reading processes per rank; 0 reads in the trainer's process."""
+    shuffle_buffer_size: int = 1000
+    """Samples per worker among which the next is drawn; 0 or 1 for none beyond the shuffling of slices."""
+    slice_length: int = 100
+    """Samples read one after another before another slice of the shards may be drawn."""
+    on_bad_sample: str = "stop"
+    """`stop` ends the job, `skip` logs and goes on."""
+
+
+@dataclass
+class StreamStatistics:
+    """What a rank has been given so far, counted when a pack is handed out."""
+
+    packs: int = 0
+    tokens: int = 0
+    padding: int = 0
+    documents: list[int] = field(default_factory=list)
+    """Documents by blend entry."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Samples (or pieces of them) that made no document, by reason."""
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the tokens handed out that is padding."""
+        return self.padding / self.tokens if self.tokens else 0.0
+
+    def figures(self) -> dict[str, int]:
+        """What belongs into a job's metrics: counts since its start, under the same names on every rank."""
+        return {"left_out": sum(self.left_out.values())}
+
+
+class _DocumentTaskEncoder(DefaultTaskEncoder):
+    """Samples to tokenized documents to packs."""
+
+    def __init__(
+        self,
+        config: DocumentStreamConfig,
+        entries: list[BlendEntry],
+        text_tokenizer: Any,
+        special: SpecialTokens,
+        geometry: CodeGeometry | None,
+        seed: int,
+        training: bool,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.entries = entries
+        self.text_tokenizer = TextEncoder(text_tokenizer)
+        self.special = special
+        self.geometry = geometry
+        self.seed = seed
+        self.training = training
+
+    def _draw(self, key: str, entry: int) -> random.Random:
+        """Return the source of this sample's random choices.
+
+        It depends on the sample and on how many the reader has seen, not on a running generator: restoring
+        needs no more than the count, which Energon keeps, and another split over ranks draws the same.
+        """
+        workers = max(1, self.config.num_workers)
+        count = self.current_sample_index // workers if self.training else 0
+        return random.Random(f"{self.seed}/{entry}/{key}/{count}")
+
+    @stateless
+    def encode_sample(self, sample: RawSample) -> Iterator[DocumentSample]:
+        """Make the document of a sample; several where a long one is split, a reason where there is none."""
+        entry = self.entries[sample.entry]
+        common = {"__restore_key__": sample.__restore_key__, "entry": sample.entry}
+        try:
+            document = self._document(sample, entry)
+        except LeftOut as reason:
+            yield DocumentSample(__key__=sample.__key__, **common, reason=str(reason))
+            return
+        tokenized = tokenize_document(document, self.text_tokenizer, self.special)
+        context = self.config.context_length
+        if len(tokenized) > context and entry.view in ("caption", "generate"):
+            yield DocumentSample(__key__=sample.__key__, **common, reason=f"longer than {context} tokens")
+            return
+        pieces, images = split_document(tokenized, context, self.special)
+        for piece in pieces:
+            yield DocumentSample(__key__=piece.key, **common, document=piece)
+        too_long = f"an image longer than {context} tokens"
+        for _ in range(images):
+            yield DocumentSample(__key__=sample.__key__, **common, reason=too_long)
+
+    def _document(self, sample: RawSample, entry: BlendEntry) -> Document:
+        if entry.view == "text":
+            if "txt" not in sample.parts:
+                raise ValueError(f"no txt among its parts {sorted(sample.parts)}, as the view text needs")
+            return Document([TextPart(sample.parts["txt"].decode("utf-8"))], sample.__key__)
+        if missing := {CODES_PART, JSON_PART} - sample.parts.keys():
+            raise ValueError(f"lacks {', '.join(sorted(missing))}")
+        codes = decode_sample(sample.__key__, sample.parts[CODES_PART], sample.parts[JSON_PART])
+        if self.geometry is not None:
+            self.geometry.check(codes.codes)
+        return build_document(
+            codes,
+            entry.view,
+            self._draw(sample.__key__, sample.entry),
+            entry.languages,
+            entry.default_language,
+            self.config.prompt_dropout if self.training else 0.0,
+        )
+
+    def _pack(self, documents: list[TokenizedDocument]) -> PackedBatch:
+        return pack_documents(documents, self.config.context_length)
+
+    def build_batch(
+        self, dataset: SavableDataset[DocumentSample], *, worker_config: WorkerConfig, **unused: Any
+    ) -> SavableDataset[Pack]:
+        """Pack, in place of Energon's batching."""
+        config = self.config
+        return PackingDataset(
+            dataset, self._pack, config.context_length, config.contexts_held, worker_config=worker_config
+        )
+
+
+class DocumentLoader(StreamLoader[PackedBatch]):
+    """A stream of packs, `[1, context_length]` tokens each, with `statistics` of what it handed out."""
+
+    def __init__(
+        self, *arguments: Any, entries: list[BlendEntry], empty: PackedBatch, **options: Any
+    ) -> None:
+        """Wrap a data set of `Pack`; for the other arguments see `StreamLoader`."""
+        super().__init__(*arguments, **options)
+        self.entries = entries
+        self.statistics = StreamStatistics(documents=[0] * len(entries))
+        self._empty = empty
+
+    def empty_batch(self) -> PackedBatch:
+        """Return a pack of padding, for a rank whose validation pass ends before that of the others."""
+        return self._empty
+
+    def __next__(self) -> PackedBatch:
+        while True:
+            pack: Pack = super().__next__()  # type: ignore[assignment]
+            self._count(pack)
+            if pack.batch is not None:
+                return pack.batch
+
+    def _count(self, pack: Pack) -> None:
+        statistics = self.statistics
+        if pack.batch is not None:
+            statistics.packs += 1
+            statistics.tokens += pack.batch.input_ids.shape[1]
+            statistics.padding += pack.batch.padding
+        for entry in pack.entries:
+            statistics.documents[entry] += 1
+        for key, reason in pack.left_out:
+            count = statistics.left_out[reason] = statistics.left_out.get(reason, 0) + 1
+            if str(count).strip("0") == "1":  # the 1st, the 10th, the 100th ...
+                logger.warning("left out %r: %s (%d so far on this rank)", key, reason, count)
+
+    def save_state(self) -> dict[str, Any]:
+        """Return the place in the stream and the statistics."""
+        return {**super().save_state(), "statistics": asdict(self.statistics)}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Go to a saved place, statistics included."""
+        super().restore_state(state)
+        self.statistics = StreamStatistics(**state["statistics"])
+
+
+def document_loader(
+    config: DocumentStreamConfig,
+    text_tokenizer: Any,
+    geometry: CodeGeometry | None = None,
+    fingerprint: str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    split: str = "train",
+) -> DocumentLoader:
+    """Stream packed documents.
+
+    Args:
+        config: The blend and how to shuffle and pack.
+        text_tokenizer: A transformers tokenizer with the special tokens, or a folder that holds one.
+        geometry: Shape and range of the codes the model expects; needed unless all entries are text.
+        fingerprint: Of the visual tokenizer the model expects; None to accept any.
+        rank: This rank.
+        world_size: Number of ranks; each reads its own part.
+        seed: Changes order and random choices.
+        split: `train` for an endless shuffled stream in which entries are drawn by weight, `val` for one
+            ordered pass over every sample of every entry, without prompt dropout.
+
+    Raises:
+        DatasetError: A folder cannot be streamed, or its codes are not those of the model.
+        ValueError: The settings cannot be used.
+    """
+    training = is_training(split)
+    entries = _checked_entries(config, geometry)
+    samples = {}
+    for entry in entries:
+        samples[entry.path] = check_index(entry.path)
+        if entry.view in CODE_VIEWS and geometry is not None:
+            DatasetManifest.load(entry.path).require(entry.path, geometry, fingerprint)
+    workers = worker_config(rank, world_size, config.num_workers, seed, config.on_bad_sample)
+    if training:
+        require_samples(samples, workers)
+    if isinstance(text_tokenizer, str | Path):
+        from transformers import AutoTokenizer
+
+        text_tokenizer = AutoTokenizer.from_pretrained(text_tokenizer)
+    special = SpecialTokens.from_tokenizer(text_tokenizer)
+    encoder = _DocumentTaskEncoder(config, entries, text_tokenizer, special, geometry, seed, training)
+
+    def build() -> SavableDataset:
+        datasets = [
+            LoadedDataset(
+                dataset=PreparedShards(
+                    entry.path,
+                    workers,
+                    training,
+                    config.slice_length,
+                    index,
+                    skip_unreadable=config.on_bad_sample == "skip",
+                ),
+                weight=entry.weight,
+            )
+            for index, entry in enumerate(entries)
+        ]
+        if training:
+            return encoder.build_train_datasets(
+                datasets=datasets,
+                worker_config=workers,
+                batch_size=None,
+                shuffle_buffer_size=config.shuffle_buffer_size,
+                blend_mode=DatasetBlendMode.DATASET_WEIGHT,
+            )
+        return encoder.build_val_datasets(datasets=datasets, worker_config=workers, batch_size=1)
+
+    settings = asdict(config)
+    del settings["blend"], settings["on_bad_sample"]
+    identity = {
+        "stream": "documents",
+        "blend": [
+            [samples[entry.path], entry.view, entry.weight, list(entry.languages)] for entry in entries
+        ],
+        **settings,
+        "rank": rank,
+        "world_size": world_size,
+        "seed": seed,
+    }
+    padding = tokenize_document(Document([]), text_tokenizer, special)
+    return DocumentLoader(
+        build,
+        identity,
+        endless=training,
+        samples=sum(samples[entry.path] for entry in entries),
+        entries=entries,
+        empty=pack_documents([padding], config.context_length),
+    )
+
+
+def _checked_entries(config: DocumentStreamConfig, geometry: CodeGeometry | None) -> list[BlendEntry]:
+    """Return the entries with a weight above 0; ValueError if the settings cannot be used."""
+    for entry in config.blend:
+        if entry.view not in VIEWS:
+            raise ValueError(f"{entry.path}: view is {entry.view!r}, expected one of {', '.join(VIEWS)}")
+        if not entry.weight >= 0:
+            raise ValueError(f"{entry.path}: weight is {entry.weight}, expected 0 or more")
+    entries = [entry for entry in config.blend if entry.weight > 0]
+    if not entries:
+        raise ValueError("the blend is empty; expected at least one entry with a weight above 0")
+    if geometry is None and any(entry.view in CODE_VIEWS for entry in entries):
+        raise ValueError(
+            "geometry is None, but the blend has entries with codes; pass the model's CodeGeometry"
+        )
+    if not 0 <= config.prompt_dropout <= 1:
+        raise ValueError(f"prompt_dropout is {config.prompt_dropout}, expected 0 to 1")
+    return entries

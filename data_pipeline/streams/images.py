@@ -1,0 +1,150 @@
+"""Pictures with captions as micro-batches, not decoded: image-text shards through Megatron-Energon."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron.energon import (
+    DefaultTaskEncoder,
+    Sample,
+    SavableDataset,
+    edataclass,
+    stateless,
+)
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
+
+from data_pipeline.shards.image_text_shards import image_parts, read_captions
+from data_pipeline.shards.index import check_index
+from data_pipeline.shards.reader import PreparedShards, RawSample
+from data_pipeline.streams.loader import StreamLoader, is_training, require_samples, worker_config
+
+
+@dataclass
+class ImageStreamConfig:
+    """Where pictures with captions come from and how they are shuffled."""
+
+    path: str = ""
+    """Folder of image-text shards, prepared with `prepare_dataset`, or its address."""
+    num_workers: int = 0
+    """Reading processes per rank; 0 reads in the trainer's process."""
+    shuffle_buffer_size: int = 1000
+    """Samples per worker among which the next is drawn; 0 or 1 for none beyond the shuffling of slices."""
+    slice_length: int = 100
+    """Samples read one after another before another slice of the shards may be drawn."""
+    default_language: str = "en"
+    """Language of a caption that does not say it (`KEY.txt`)."""
+    require_captions: bool = False
+    """Treat a sample without any caption as bad."""
+    on_bad_sample: str = "skip"
+    """`skip` logs and goes on, `stop` ends the job."""
+
+
+@dataclass
+class ImageTextBatch:
+    """A micro-batch of pictures as they are in the shard, not decoded; lists of one length."""
+
+    keys: list[str]
+    image_bytes: list[bytes]
+    captions: list[dict[str, str]]
+    """Language -> caption; empty where there is none."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@edataclass
+class _ImageTextSample(Sample):
+    """One picture with its captions."""
+
+    image: bytes
+    captions: dict[str, str]
+
+
+class _ImageTaskEncoder(DefaultTaskEncoder):
+    """Image-text samples to micro-batches, one entry per picture."""
+
+    def __init__(self, config: ImageStreamConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @stateless
+    def encode_sample(self, sample: RawSample) -> Iterator[_ImageTextSample]:
+        """Yield the pictures of a sample; several where the shard has `KEY.0.jpg`, `KEY.1.jpg`."""
+        captions = read_captions(sample.parts, self.config.default_language)
+        if self.config.require_captions and not captions:
+            raise ValueError("no caption; expected txt, or json with caption or captions")
+        names = image_parts(sample.parts)
+        for index, name in enumerate(names):
+            yield _ImageTextSample(
+                __key__=sample.__key__ if len(names) == 1 else f"{sample.__key__}.{index}",
+                __restore_key__=sample.__restore_key__,
+                image=sample.parts[name],
+                captions=captions,
+            )
+
+    @stateless
+    def batch(self, samples: list[_ImageTextSample]) -> ImageTextBatch:
+        return ImageTextBatch(
+            keys=[sample.__key__ for sample in samples],
+            image_bytes=[sample.image for sample in samples],
+            captions=[sample.captions for sample in samples],
+        )
+
+
+def image_loader(
+    config: ImageStreamConfig,
+    micro_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    split: str = "train",
+) -> StreamLoader[ImageTextBatch]:
+    """Stream pictures with captions.
+
+    Args:
+        config: The folder and how to shuffle.
+        micro_batch_size: Pictures per batch; the last batch of a validation pass may be smaller.
+        rank: This rank.
+        world_size: Number of ranks; each reads its own part.
+        seed: Changes the order.
+        split: `train` for an endless shuffled stream, `val` for one ordered pass.
+
+    Raises:
+        DatasetError: The folder cannot be streamed.
+    """
+    training = is_training(split)
+    samples = check_index(config.path)
+    workers = worker_config(rank, world_size, config.num_workers, seed, config.on_bad_sample)
+    if training:
+        require_samples({config.path: samples}, workers)
+
+    def build() -> SavableDataset:
+        encoder = _ImageTaskEncoder(config)
+        skip = config.on_bad_sample == "skip"
+        shards = PreparedShards(config.path, workers, training, config.slice_length, skip_unreadable=skip)
+        datasets = [LoadedDataset(dataset=shards)]
+        if training:
+            return encoder.build_train_datasets(
+                datasets=datasets,
+                worker_config=workers,
+                batch_size=micro_batch_size,
+                shuffle_buffer_size=config.shuffle_buffer_size,
+                blend_mode=DatasetBlendMode.NONE,
+            )
+        return encoder.build_val_datasets(
+            datasets=datasets, worker_config=workers, batch_size=micro_batch_size
+        )
+
+    identity = {
+        "stream": "images",
+        "samples": samples,
+        "rank": rank,
+        "world_size": world_size,
+        "num_workers": config.num_workers,
+        "micro_batch_size": micro_batch_size,
+        "shuffle_buffer_size": config.shuffle_buffer_size,
+        "slice_length": config.slice_length,
+        "seed": seed,
+    }
+    return StreamLoader(build, identity, endless=training, samples=samples)

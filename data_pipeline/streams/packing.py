@@ -1,0 +1,147 @@
+"""Which documents share a context: those that fill it best; and splitting those that are longer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dualtoken.unified_model.sequence import SpecialTokens, TokenizedDocument
+
+
+def fullest_pack(lengths: Sequence[int], capacity: int) -> list[int]:
+    """Choose the first item and those others that leave the least room, exactly (subset sum).
+
+    Args:
+        lengths: Length of each item, 1 to `capacity`.
+        capacity: What a pack holds.
+
+    Returns:
+        Indices of the chosen items in their order; among equally full packs, the one of earlier items.
+
+    Raises:
+        ValueError: An item is empty or longer than a pack.
+    """
+    for item, length in enumerate(lengths):
+        if not 0 < length <= capacity:
+            raise ValueError(f"item {item} has length {length}, expected 1 to the capacity {capacity}")
+    within = (1 << capacity + 1) - 1
+    sums = [1 << lengths[0]]  # bit n: some of the items so far, the first among them, have the length n
+    for length in lengths[1:]:
+        sums.append(sums[-1] | sums[-1] << length & within)
+    total = sums[-1].bit_length() - 1
+    chosen = []
+    for item in range(len(lengths) - 1, 0, -1):
+        if not sums[item - 1] >> total & 1:  # cannot be had without this one
+            chosen.append(item)
+            total -= lengths[item]
+    return [0, *reversed(chosen)]
+
+
+def pack_lengths(lengths: Sequence[int], capacity: int, contexts_held: int = 8) -> list[list[int]]:
+    """Divide items into packs as they come: the fullest pack with the oldest item, of those held.
+
+    Args:
+        lengths: Length of each item, 1 to `capacity`.
+        capacity: What a pack holds.
+        contexts_held: As many packs' worth of items are held to choose from.
+
+    Returns:
+        Indices of the items of each pack.
+
+    Raises:
+        ValueError: An item is empty or longer than a pack.
+    """
+    packs: list[list[int]] = []
+    held: list[int] = []
+    waiting = 0  # their length
+
+    def close_pack() -> int:
+        places = fullest_pack([lengths[item] for item in held], capacity)
+        packs.append([held[place] for place in places])
+        for place in reversed(places):
+            del held[place]
+        return sum(lengths[item] for item in packs[-1])
+
+    for item, length in enumerate(lengths):
+        held.append(item)
+        waiting += length
+        while waiting >= contexts_held * capacity:
+            waiting -= close_pack()
+    while held:
+        close_pack()
+    return packs
+
+
+def split_document(
+    document: TokenizedDocument, capacity: int, special: SpecialTokens
+) -> tuple[list[TokenizedDocument], int]:
+    """Split a document that is longer than a context, between tokens but never inside an image.
+
+    Each piece opens with the document's first token and takes as much as fits; only the last is closed. An
+    image that does not fit a context by itself is left out and counted. Labels and codes stay with their
+    tokens.
+
+    Args:
+        document: The whole document.
+        capacity: Tokens that a piece may have, at least 2.
+        special: Ids of the special tokens.
+
+    Returns:
+        The pieces, in order, and the number of images left out.
+
+    Raises:
+        ValueError: `capacity` is below 2.
+    """
+    if capacity < 2:
+        raise ValueError(f"capacity is {capacity}, expected at least 2: a piece needs its opening token")
+    if len(document) <= capacity:
+        return [document], 0
+    is_visual = document.input_ids == special.image_pad
+    pieces: list[TokenizedDocument] = []
+    left_out, begin = 0, 1
+
+    def cut(end: int) -> None:
+        # A piece of the closing token alone would teach to write nothing.
+        if end > begin and not (end == begin + 1 == len(document) and pieces):
+            pieces.append(_slice(document, begin, end, is_visual, f"{document.key}#{len(pieces)}"))
+
+    for start, end in _indivisible(is_visual):
+        if end - start > capacity - 1:
+            cut(start)
+            left_out, begin = left_out + 1, end
+        elif end - begin > capacity - 1:
+            cut(start)
+            begin = start
+    cut(len(document))
+    return pieces, left_out
+
+
+def _indivisible(is_visual: torch.Tensor) -> list[tuple[int, int]]:
+    """Return the ranges that must stay whole, in order: single tokens, and images with their marks."""
+    ranges: list[tuple[int, int]] = []
+    index, visual = 1, is_visual.tolist()
+    while index < len(visual):
+        end = index + 1
+        if end < len(visual) and visual[end]:
+            while visual[end]:
+                end += 1
+            end += 1
+        ranges.append((index, end))
+        index = end
+    return ranges
+
+
+def _slice(
+    document: TokenizedDocument, start: int, end: int, is_visual: torch.Tensor, key: str
+) -> TokenizedDocument:
+    """Return the opening token and the tokens from `start` to `end`, with the codes of their images."""
+    first = int(is_visual[:start].sum())
+    visual = slice(first, first + int(is_visual[start:end].sum()))
+    return TokenizedDocument(
+        input_ids=torch.cat([document.input_ids[:1], document.input_ids[start:end]]),
+        codes=document.codes[visual],
+        labels=torch.cat([document.labels[:1], document.labels[start:end]]),
+        visual_loss_mask=document.visual_loss_mask[visual],
+        key=key,
+    )

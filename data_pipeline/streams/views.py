@@ -1,0 +1,84 @@
+"""Views: the document that is made of a sample, to caption it, to generate it, or as it stands."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_pipeline.languages import caption_prompt
+from data_pipeline.shards.code_shards import CodeSample
+from dualtoken.unified_model.sequence import Document, ImagePart, TextPart
+
+CODE_VIEWS = ("caption", "generate", "document")
+VIEWS = (*CODE_VIEWS, "text")
+
+
+class LeftOut(Exception):
+    """A sample that makes no document in this view; the message is the reason it is counted under."""
+
+
+def caption_document(codes: np.ndarray, language: str, caption: str, key: str = "") -> Document:
+    """Make the document that teaches to caption an image [P, Q, D]: the image, `English:`, the caption."""
+    prompt = TextPart(caption_prompt(language), loss=False)
+    return Document([ImagePart(codes, loss=False), prompt, TextPart(f" {caption}")], key)
+
+
+def generation_document(codes: np.ndarray, prompt: str, key: str = "") -> Document:
+    """Make the document that teaches to generate an image [P, Q, D]: the prompt, then the image.
+
+    The empty prompt is the unconditional document of classifier-free guidance.
+    """
+    return Document([TextPart(prompt, loss=False), ImagePart(codes, loss=True)], key)
+
+
+def parts_document(sample: CodeSample) -> Document:
+    """Make the document of a sample's parts as they stand."""
+    parts: list[TextPart | ImagePart] = []
+    for part in sample.parts:
+        if "image" in part:
+            parts.append(ImagePart(sample.codes[part["image"]], loss=part.get("loss", False)))
+        else:
+            parts.append(TextPart(part["text"], part.get("loss", True), part.get("markup", False)))
+    return Document(parts, sample.key)
+
+
+def build_document(
+    sample: CodeSample,
+    view: str,
+    draw: random.Random,
+    languages: Sequence[str] = (),
+    default_language: str = "en",
+    prompt_dropout: float = 0.0,
+) -> Document:
+    """Make the document of a sample in one of `CODE_VIEWS`.
+
+    Args:
+        sample: The codes and their text.
+        view: `caption`, `generate` or `document`.
+        draw: Chooses the language and whether the prompt is dropped.
+        languages: Captions are taken in one of these; empty for any.
+        default_language: Language of the text of a pair without captions by language.
+        prompt_dropout: Share of prompts replaced by the empty one (view `generate`).
+
+    Raises:
+        LeftOut: No caption in these languages.
+        ValueError: The sample is not one image with a caption, as `caption` and `generate` need.
+    """
+    if view == "document":
+        return parts_document(sample)
+    if len(sample.codes) != 1:
+        raise ValueError(f"{len(sample.codes)} images, the view {view} takes one; use the view document")
+    captions = sample.captions
+    if captions is None:
+        texts = [part["text"] for part in sample.parts if "text" in part]
+        captions = {default_language: texts[0]} if len(texts) == 1 else {}
+    usable = sorted(language for language in captions if not languages or language in languages)
+    if not usable:
+        raise LeftOut("no caption" if not captions else "no caption in the languages asked for")
+    language = draw.choice(usable)
+    if view == "caption":
+        return caption_document(sample.codes[0], language, captions[language], sample.key)
+    dropped = draw.random() < prompt_dropout
+    return generation_document(sample.codes[0], "" if dropped else captions[language], sample.key)

@@ -1,0 +1,191 @@
+"""Configuration of the unified language model."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig
+from transformers.configuration_utils import PretrainedConfig, SubConfigSpec
+
+from dualtoken.unified_model.sequence import SPECIAL, SpecialTokens
+
+if TYPE_CHECKING:
+    from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+
+
+LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Fields by which transformers' decoders cap or scale their logits."""
+
+
+class DualTokenConfig(PretrainedConfig):
+    """Every figure of a `DualTokenForCausalLM`; the defaults are the paper's 384 px model (arXiv 2503.14324).
+
+    Args:
+        text_config: config of the decoder, of a kind that `AutoModelForCausalLM` builds.
+        codebook_size: K.
+        codebook_dim: E, width of a code vector.
+        num_quantizers: D.
+        codebook_depths: 1 if all depths share a codebook, else D.
+        positions_per_image: P.
+        image_size: pixels a side of the visual tokenizer's images.
+        visual_input: which codebook's vectors the decoder reads: "both", "pixel" or "semantic". Both are
+        always
+            generated.
+        embedder: "concat_mlp" joins the two vectors of a position and maps them to the decoder's width by
+        one MLP;
+            "mlp_concat" has an MLP each, for half the width.
+        visual_features: what the decoder reads of a position: "code_vectors", the sums of its code vectors,
+            or "post_quantization", what the visual tokenizer's frozen causal projections make of them and of
+            the positions before.
+        post_quantization_dim: width of the post-quantization features, that of the visual tokenizer's
+            tower; None for code vectors.
+        head_hidden_size: width of the depth transformers.
+        head_num_layers: their layers.
+        head_num_attention_heads: their attention heads.
+        head_intermediate_size: width of their MLPs; None for four times head_hidden_size.
+        chunk_size: positions whose logits are computed at a time in training; fewer need less memory and
+            more time.
+        special_tokens: field of `SpecialTokens` -> id.
+        tokenizer_fingerprint: of the visual tokenizer whose codes the model speaks.
+    """
+
+    model_type = "dualtoken"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2")}
+
+    text_config: dict | PretrainedConfig | None = None
+    codebook_size: int = 16384
+    codebook_dim: int = 32
+    num_quantizers: int = 8
+    codebook_depths: int = 1
+    positions_per_image: int = 729
+    image_size: int = 384
+    visual_input: str = "both"
+    embedder: str = "concat_mlp"
+    visual_features: str = "code_vectors"
+    post_quantization_dim: int | None = None
+    head_hidden_size: int = 2048
+    head_num_layers: int = 3
+    head_num_attention_heads: int = 16
+    head_intermediate_size: int | None = None
+    chunk_size: int = 128
+    special_tokens: dict[str, int] | None = None
+    tokenizer_fingerprint: str = ""
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Build the decoder's config and check the values."""
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        self._check()
+
+    def _check(self) -> None:
+        for field, choices in (
+            ("visual_input", ("both", "pixel", "semantic")),
+            ("embedder", ("concat_mlp", "mlp_concat")),
+            ("visual_features", ("code_vectors", "post_quantization")),
+            ("codebook_depths", (1, self.num_quantizers)),
+        ):
+            if getattr(self, field) not in choices:
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r}; expected one of {', '.join(map(repr, choices))}"
+                )
+        if (self.visual_features == "post_quantization") != bool(self.post_quantization_dim):
+            raise ValueError(
+                f"visual_features={self.visual_features!r} with post_quantization_dim="
+                f"{self.post_quantization_dim}; expected the width of the visual tokenizer's tower for "
+                "'post_quantization' and None for 'code_vectors'; DualTokenConfig.for_tokenizers fills it in"
+            )
+        require_plain_logits(self.text_config)
+        if self.head_hidden_size % self.head_num_attention_heads:
+            raise ValueError(
+                f"head_hidden_size={self.head_hidden_size} is not divisible by "
+                f"head_num_attention_heads={self.head_num_attention_heads}"
+            )
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size={self.chunk_size}; expected at least 1")
+        # Configs saved before `begin_of_text` existed come without it.
+        if self.special_tokens is not None and set(self.special_tokens) - {"begin_of_text"} != set(SPECIAL):
+            raise ValueError(
+                f"special_tokens has the keys {sorted(self.special_tokens)}, expected {sorted(SPECIAL)}; "
+                "take them from SpecialTokens.from_tokenizer(text_tokenizer)"
+            )
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what ``config.json`` holds: every field of this class, defaults included."""
+        own = [name for name in type(self).__annotations__ if name in self.to_dict()]
+        return {**super().to_diff_dict(), **{name: self.to_dict()[name] for name in own}}
+
+    @property
+    def special(self) -> SpecialTokens:
+        """The ids of the special tokens; ValueError if the config has none yet."""
+        if self.special_tokens is None:
+            raise ValueError(
+                "this config has no special_tokens; build it with DualTokenConfig.for_tokenizers(...)"
+            )
+        return SpecialTokens(**self.special_tokens)
+
+    @classmethod
+    def for_tokenizers(
+        cls,
+        text_config: dict[str, Any] | PretrainedConfig,
+        text_tokenizer: Any,
+        visual_tokenizer: DualTokenVisualTokenizer,
+        **overrides: Any,
+    ) -> DualTokenConfig:
+        """Build the config of a model that speaks the codes and tokens of two tokenizers.
+
+        If the decoder's vocabulary is smaller than the text tokenizer's, it is enlarged to the next
+        multiple of 64.
+
+        Raises:
+            ValueError: an override is no field of this class, or has a value that does not fit.
+        """
+        for name in overrides:
+            if name not in cls.__annotations__:
+                near = difflib.get_close_matches(name, cls.__annotations__, n=1, cutoff=0.0)
+                raise ValueError(
+                    f"{name} is no field of the unified model's config; did you mean {near[0]}? known: "
+                    f"{', '.join(sorted(cls.__annotations__))}"
+                )
+        visual = visual_tokenizer.config
+        reads_features = overrides.get("visual_features") == "post_quantization"
+        fields = {
+            "text_config": text_config,
+            "codebook_size": visual.codebook_size,
+            "codebook_dim": visual.codebook_dim,
+            "num_quantizers": visual.num_quantizers,
+            "codebook_depths": visual_tokenizer.codebooks().shape[1],
+            "positions_per_image": visual.positions,
+            "image_size": visual.image_size,
+            "post_quantization_dim": visual.vision.hidden_size if reads_features else None,
+            "special_tokens": vars(SpecialTokens.from_tokenizer(text_tokenizer)),
+            "tokenizer_fingerprint": visual_tokenizer.fingerprint(),
+        }
+        config = cls(**{**fields, **overrides})
+        decoder: Any = config.text_config
+        decoder.vocab_size = padded_vocabulary(decoder.vocab_size, len(text_tokenizer))
+        return config
+
+
+def require_plain_logits(text_config: Any) -> None:
+    """Raise ValueError if the decoder changes its logits after the output layer, which `TextHead` does not.
+
+    Gemma 2 caps them, Cohere and Granite scale them: their likelihoods would be wrong without a word.
+    """
+    for name in LOGIT_FIELDS:
+        value = getattr(text_config, name, None)
+        if value not in (None, 1.0):
+            raise ValueError(
+                f"a {text_config.model_type!r} decoder with {name}={value} changes its logits after the "
+                "output layer, which this model leaves out; take a decoder that does not, such as Qwen2.5, "
+                f"or turn {name} off in the config of one that is trained from scratch"
+            )
+
+
+def padded_vocabulary(rows: int, needed: int) -> int:
+    """Return `rows` if they hold `needed` tokens, else `needed` rounded up to a multiple of 64."""
+    return rows if rows >= needed else -(-needed // 64) * 64
+
+
+AutoConfig.register("dualtoken", DualTokenConfig, exist_ok=True)

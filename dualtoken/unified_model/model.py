@@ -1,0 +1,478 @@
+"""The unified language model: a decoder that reads text and dual visual codes and predicts both.
+
+At each image position the decoder reads the summed code vectors of the pixel and the semantic codebook, or
+the visual tokenizer's causal features of them, through a small MLP. Text targets meet the decoder's own
+output layer; at visual targets two depth transformers, one per codebook, predict the D codes of each from
+the hidden state of the position before (arXiv 2503.14324, section 3.3). Only supervised positions meet a
+classifier.
+
+Shapes: T tokens of a pack, V visual positions in it, Q = 2 codebooks (0 pixel, 1 semantic), D depths, K
+codes, E dimensions of a code vector, H width of the decoder, N selected positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.configuration_utils import PretrainedConfig
+from transformers.utils import ModelOutput
+
+from dualtoken.projection import AttentionProjection
+from dualtoken.strict_loading import load_strictly
+from dualtoken.unified_model.attention import DOCUMENT_ATTENTION
+from dualtoken.unified_model.chunked_loss import TextHead
+from dualtoken.unified_model.config import DualTokenConfig, padded_vocabulary, require_plain_logits
+from dualtoken.unified_model.depth_transformer import VisualHead
+from dualtoken.unified_model.sequence import IGNORE_INDEX
+from dualtoken.unified_model.visual_embedder import CODEBOOKS, Codebooks, GeluMLP, VisualEmbedder
+from dualtoken.unified_model.visual_features import FeatureCache, PostQuantization, require_whole_images
+
+PARTS = (
+    "llm",
+    "visual_embedder",
+    "pixel_projector",
+    "semantic_projector",
+    "pixel_head",
+    "semantic_head",
+)
+
+
+@dataclass
+class DualTokenOutput(ModelOutput):
+    """Sums of negative log likelihoods, in fp32, and counts; only sums carry gradients.
+
+    Divide by the counts of *all* ranks and micro-batches to get a per-token loss.
+
+    Attributes:
+        text_nll: scalar, sum over supervised text positions.
+        text_count: scalar, their number.
+        text_correct: scalar, at how many the target was the most likely token.
+        visual_nll: [Q, D], sums over supervised visual positions.
+        visual_count: scalar, their number.
+        visual_correct: [Q, D].
+        text_z_loss: scalar, sum of the z-losses over supervised text positions; None without.
+        visual_z_loss: [Q, D], likewise.
+        text_positions: [N] places in the row of the text targets.
+        text_position_nll: [N] nll of each.
+        visual_positions: [N] places in the row of the visual targets.
+        visual_position_nll: [N, Q, D] nll of each.
+    """
+
+    text_nll: torch.Tensor | None = None
+    text_count: torch.Tensor | None = None
+    text_correct: torch.Tensor | None = None
+    visual_nll: torch.Tensor | None = None
+    visual_count: torch.Tensor | None = None
+    visual_correct: torch.Tensor | None = None
+    text_z_loss: torch.Tensor | None = None
+    visual_z_loss: torch.Tensor | None = None
+    text_positions: torch.Tensor | None = None
+    text_position_nll: torch.Tensor | None = None
+    visual_positions: torch.Tensor | None = None
+    visual_position_nll: torch.Tensor | None = None
+
+
+class DualTokenForCausalLM(PreTrainedModel):
+    """A decoder with a visual embedder and two visual heads.
+
+    Build it with `AutoModelForCausalLM.from_config(config)` (sharded under an active DeepSpeed ZeRO-3
+    config), `from_base` or `from_pretrained`, then give it the visual tokenizer's codebooks by
+    `set_codebooks`, and its projections by `set_post_quantization` if it reads their features;
+    `save_pretrained` keeps both.
+
+    Every part runs in every forward pass, on a batch without images or text targets with weight
+    zero, so that all ranks of ZeRO-3 gather and reduce the same parameters in the same order.
+    """
+
+    config_class = DualTokenConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["codebooks"]
+    _no_split_modules = ["VisualHead"]
+
+    config: DualTokenConfig
+
+    def __init__(self, config: DualTokenConfig, llm: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if llm is None:
+            llm = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=DOCUMENT_ATTENTION)
+        require_decoder(llm)
+        if not isinstance(llm.get_output_embeddings(), TextHead):
+            llm.set_output_embeddings(TextHead(llm.get_output_embeddings(), config.chunk_size))
+        self.llm = llm
+        width = self.decoder_config.hidden_size
+        self.codebooks = Codebooks(config.codebook_depths, config.codebook_size, config.codebook_dim)
+        self.post_quantization = None
+        if config.post_quantization_dim is not None:
+            self.post_quantization = PostQuantization(config.codebook_dim, config.post_quantization_dim)
+        self.visual_embedder = VisualEmbedder(
+            config.visual_input, config.embedder, config.post_quantization_dim or config.codebook_dim, width
+        )
+        self.pixel_projector = GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
+        self.semantic_projector = GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
+        self.pixel_head = _visual_head(config)
+        self.semantic_head = _visual_head(config)
+        self._codebooks_checked = False
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Only modules that hold parameters themselves: transformers skips others in code that is not its own.
+        if isinstance(module, VisualHead):
+            # One loaded in part under ZeRO-3 is not whole here; `load_strictly` refuses it.
+            if all(parameter.numel() for parameter in module.parameters()):
+                module.init_weights()
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def decoder_config(self) -> PretrainedConfig:
+        """Config of the decoder."""
+        return cast(PretrainedConfig, self.config.text_config)
+
+    @classmethod
+    def from_base(cls, config: DualTokenConfig, path: str, **kwargs: Any) -> DualTokenForCausalLM:
+        """Build the model around a pretrained decoder.
+
+        Args:
+            config: its `text_config` is replaced by the decoder's.
+            path: a folder (or name) that `AutoModelForCausalLM.from_pretrained` reads.
+            kwargs: passed on to it, such as `dtype`; fp32 by default, whatever the decoder is stored in,
+                for what is trained is drawn and kept in fp32.
+
+        The embedding is enlarged (to a multiple of 64 rows) if the special tokens do not fit into it; rows
+        beyond the text tokenizer's length, as Qwen's checkpoints have, are used as they are.
+
+        Raises:
+            ValueError: the decoder's weights do not fit its config (`load_strictly`).
+        """
+        settings = {"attn_implementation": DOCUMENT_ATTENTION, "dtype": torch.float32, **kwargs}
+        llm: Any
+        llm, _ = load_strictly(AutoModelForCausalLM.from_pretrained, path, **settings)
+        rows = llm.get_input_embeddings().num_embeddings
+        needed = padded_vocabulary(rows, max(config.special.ids()) + 1)
+        if needed > rows:
+            llm.resize_token_embeddings(needed)
+        for module in llm.modules():
+            module._is_hf_initialized = True  # what was just loaded is not to be drawn anew
+        config.text_config = llm.config
+        config.tie_word_embeddings = bool(llm.config.tie_word_embeddings)
+        return cls._from_config(config, dtype=llm.dtype, llm=llm)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a saved model, strictly; arguments and result as of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: the weights do not fit the config (`load_strictly`).
+        """
+        load = super().from_pretrained
+        model, report = load_strictly(load, pretrained_model_name_or_path, *args, **kwargs)
+        if model.post_quantization is not None:
+            model.post_quantization.requires_grad_(False)  # loading puts trainable parameters in their place
+        return (model, report) if output_loading_info else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the decoder's token embedding."""
+        return self.llm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the decoder's output layer."""
+        return self.llm.get_output_embeddings()
+
+    def set_codebooks(self, vectors: torch.Tensor, fingerprint: str | None = None) -> None:
+        """Take over the visual tokenizer's codebooks, [Q, Dc, K, E] as its `codebooks()` returns them."""
+        expected = tuple(self.codebooks.vectors.shape)
+        if tuple(vectors.shape) != expected:
+            raise ValueError(
+                f"codebooks have shape {tuple(vectors.shape)}, the config asks for {expected} "
+                "[codebooks, depths, codes, dimensions]; build the config with DualTokenConfig.for_tokenizers"
+            )
+        self.codebooks.set(vectors)
+        if fingerprint is not None:
+            self.config.tokenizer_fingerprint = fingerprint
+
+    def set_post_quantization(self, pixel: AttentionProjection, semantic: AttentionProjection) -> None:
+        """Take over the visual tokenizer's `postquant_pixel` and `postquant_semantic`.
+
+        Under ZeRO-3 call it where the parameters of `post_quantization` are gathered.
+
+        Raises:
+            ValueError: this model does not read their features, or they do not fit (`PostQuantization.set`).
+        """
+        if self.post_quantization is None:
+            raise ValueError(
+                "this model reads code vectors, not post-quantization features; build its config with "
+                "visual_features='post_quantization'"
+            )
+        self.post_quantization.set(pixel, semantic)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the trainable parts by name, to group, freeze or count their parameters."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    def visual_heads(self) -> list[tuple[GeluMLP, VisualHead]]:
+        """Return projector and head of each codebook, in the order of Q."""
+        return [(self.pixel_projector, self.pixel_head), (self.semantic_projector, self.semantic_head)]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        codes: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        visual_loss_mask: torch.Tensor | None = None,
+        z_loss: float = 0.0,
+    ) -> DualTokenOutput:
+        """Score a pack of documents: equations (5) to (8) of arXiv 2503.14324, as sums.
+
+        Args:
+            input_ids: [1, T], image-pad ids at visual positions.
+            position_ids: [1, T], restarting per document; None to take them from `cu_seqlens`.
+            cu_seqlens: [n + 1] int32, borders of the documents; None for a single one.
+            max_seqlen: length of the longest document.
+            codes: [V, Q, D] of the image-pad positions in order; None without images.
+            labels: [1, T], -100 where there is no text target; None without any. The first token of a
+            document
+                is never a target.
+            visual_loss_mask: [V] bool, which visual positions are targets; None for none.
+            z_loss: weight of the squared log-partition at each target (see `chunked_loss`); 0 for none.
+
+        Raises:
+            ValueError: on more than one row, or numbers of codes and image-pad positions that differ.
+        """
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+            raise ValueError(
+                f"input_ids have shape {tuple(input_ids.shape)}, expected [1, T]; "
+                "put several documents into one row with pack_documents"
+            )
+        if cu_seqlens is None:
+            cu_seqlens = torch.tensor([0, input_ids.shape[1]], dtype=torch.int32, device=input_ids.device)
+        if position_ids is None:
+            position_ids = _positions_within(cu_seqlens)[None]
+        if max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max())
+        if labels is None:
+            labels = torch.full_like(input_ids, IGNORE_INDEX)
+        # A document's first token has nothing before it to be predicted from.
+        labels = labels.index_fill(1, cu_seqlens[:-1].long(), IGNORE_INDEX)[0]
+        if visual_loss_mask is None:
+            visual_loss_mask = torch.zeros(
+                0 if codes is None else len(codes), dtype=torch.bool, device=input_ids.device
+            )
+        supervised = labels != IGNORE_INDEX
+        codes, counts = self.checked_codes(input_ids, codes, supervised, visual_loss_mask)
+        vectors = self.codebooks(codes)  # [V, Q, D, E]
+        visual_positions = self.visual_positions(input_ids[0], len(codes))
+        hidden = self.decoder(
+            inputs_embeds=self.embed(input_ids, vectors),
+            position_ids=position_ids,
+            use_cache=False,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=max_seqlen,
+            max_length_k=max_seqlen,
+        ).last_hidden_state[0]  # [T, H]
+        text_positions, visual_targets = map(_places, (supervised, visual_loss_mask), counts)
+        text = self._text_loss(hidden, labels, text_positions, z_loss)
+        visual = self._visual_loss(
+            hidden, codes[visual_targets], vectors[visual_targets], visual_positions[visual_targets], z_loss
+        )
+        return DualTokenOutput(**text, **visual)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its output layer."""
+        return self.llm.base_model
+
+    def embed(self, input_ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """Embed tokens [B, T], and code vectors [V, Q, D, E] at the image positions: [B, T, H]."""
+        embeddings = self.get_input_embeddings()(input_ids)
+        positions = self.visual_positions(input_ids.flatten(), len(vectors))
+        images = vectors[None]
+        if len(vectors) == 0:
+            images = self._no_vectors(1)[None]
+        elif self.post_quantization is not None:
+            require_whole_images(positions, self.config.positions_per_image)
+            images = vectors.unflatten(0, (-1, self.config.positions_per_image))
+        visual = self.visual_embedder(self._features(images).flatten(0, 1)).to(embeddings.dtype)
+        if len(vectors) == 0:
+            return embeddings + 0.0 * visual.sum()
+        return embeddings.flatten(0, 1).index_copy(0, positions, visual).view_as(embeddings)
+
+    def new_feature_cache(self) -> FeatureCache | None:
+        """Return what `embed_next` needs from one position to the next; to be had anew for each image."""
+        return None if self.post_quantization is None else FeatureCache()
+
+    def embed_next(self, codes: torch.Tensor, cache: FeatureCache | None) -> torch.Tensor:
+        """Embed the next position's codes [N, Q, D] of N images that are being generated: [N, H]."""
+        return self.visual_embedder(self._features(self.codebooks(codes)[:, None], cache)[:, 0])
+
+    def _features(self, vectors: torch.Tensor, cache: FeatureCache | None = None) -> torch.Tensor:
+        """Turn code vectors [I, N, Q, D, E] of images into what the embedder reads, [I, N, Q, E or W]."""
+        sums = vectors.sum(dim=-2)
+        if self.post_quantization is None:
+            return sums
+        latents = sums / self.codebooks.scale[:, None]  # as the visual tokenizer has them
+        return self.post_quantization(latents, cache)
+
+    def _text_loss(
+        self, hidden: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, z_loss: float
+    ) -> dict[str, torch.Tensor | None]:
+        chosen, targets, weight = positions, labels[positions], 1.0
+        if len(positions) == 0:
+            chosen, targets, weight = positions.new_ones(1), positions.new_zeros(1), 0.0
+        scores = self.get_output_embeddings()(hidden[chosen - 1], targets, z_loss)
+        nll = scores.nll * weight
+        return {
+            "text_nll": nll.sum(),
+            "text_count": torch.tensor(len(positions), device=hidden.device),
+            "text_correct": scores.correct[: len(positions)].sum(),
+            "text_z_loss": (scores.z_loss * weight).sum() if z_loss else None,
+            "text_positions": positions,
+            "text_position_nll": nll.detach()[: len(positions)],
+        }
+
+    def _visual_loss(
+        self,
+        hidden: torch.Tensor,
+        codes: torch.Tensor,
+        vectors: torch.Tensor,
+        positions: torch.Tensor,
+        z_loss: float,
+    ) -> dict[str, torch.Tensor | None]:
+        count, chosen, weight = len(positions), positions, 1.0
+        if count == 0:
+            chosen, weight = positions.new_ones(1), 0.0
+            codes = codes.new_zeros(1, len(CODEBOOKS), self.config.num_quantizers)
+            vectors = self._no_vectors(1)
+        prefix = vectors[:, :, :-1].cumsum(dim=2)  # [N, Q, D - 1, E]
+        before = hidden[chosen - 1]
+        scores = [
+            head(projector(before), prefix[:, q], codes[:, q], z_loss)
+            for q, (projector, head) in enumerate(self.visual_heads())
+        ]
+        nll = torch.stack([score.nll for score in scores], dim=1) * weight  # [N, Q, D]
+        correct = torch.stack([score.correct for score in scores], dim=1)[:count]
+        z_losses = [score.z_loss for score in scores]
+        return {
+            "visual_nll": nll.sum(dim=0),
+            "visual_count": torch.tensor(count, device=hidden.device),
+            "visual_correct": correct.sum(dim=0),
+            "visual_z_loss": (torch.stack(z_losses, dim=1) * weight).sum(dim=0) if z_loss else None,
+            "visual_positions": positions,
+            "visual_position_nll": nll.detach()[:count],
+        }
+
+    def _no_vectors(self, positions: int) -> torch.Tensor:
+        shape = (positions, len(CODEBOOKS), self.config.num_quantizers, self.config.codebook_dim)
+        return self.codebooks.vectors.new_zeros(shape)
+
+    def visual_positions(self, input_ids: torch.Tensor, count: int) -> torch.Tensor:
+        """Return the places [V] of the `count` image-pad tokens in `input_ids` [T]."""
+        return _places(input_ids == self.config.special.image_pad, count)
+
+    def checked_codes(
+        self, input_ids: torch.Tensor, codes: torch.Tensor | None, *masks: torch.Tensor
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Return codes as int64 [V, Q, D], V being 0 for None, and how often each of `masks` is true.
+
+        All that the host has to know of a batch is asked for here, so that it waits for the device only once.
+
+        Raises:
+            ValueError: the codes do not fit the tokens, or there are no codebooks yet.
+        """
+        expected = (len(CODEBOOKS), self.config.num_quantizers)
+        if codes is None or len(codes) == 0:
+            codes = torch.zeros(0, *expected, dtype=torch.int64, device=input_ids.device)
+        if tuple(codes.shape[1:]) != expected:
+            raise ValueError(
+                f"codes have shape {tuple(codes.shape)}, expected [V, {expected[0]}, {expected[1]}]; "
+                "they come from another visual tokenizer"
+            )
+        codes = codes.long()
+        found = [(input_ids == self.config.special.image_pad).sum(), *(mask.sum() for mask in masks)]
+        known = torch.stack([*found, *(codes.aminmax() if len(codes) else ())]).tolist()
+        places, counts, extremes = known[0], known[1 : len(found)], known[len(found) :]
+        if places != len(codes):
+            raise ValueError(
+                f"{places} image-pad tokens but {len(codes)} visual positions in codes; "
+                f"an image takes {self.config.positions_per_image} of each"
+            )
+        size = self.config.codebook_size
+        if extremes and not (extremes[0] >= 0 and extremes[1] < size):
+            raise ValueError(
+                f"codes go from {extremes[0]} to {extremes[1]}, expected 0 to {size - 1}: the codebooks have "
+                f"{size} codes; take the codes from the visual tokenizer the model was trained with"
+            )
+        if places and not self._codebooks_checked:
+            if not bool(self.codebooks.vectors.any()):
+                raise ValueError(
+                    "the codebooks are not set: call set_codebooks(visual_tokenizer.codebooks())"
+                )
+            if self.post_quantization is not None and not bool(self.post_quantization.is_set):
+                raise ValueError(
+                    "the post-quantization projections are not set: call set_post_quantization("
+                    "visual_tokenizer.postquant_pixel, visual_tokenizer.postquant_semantic)"
+                )
+            self._codebooks_checked = True
+        return codes, counts
+
+
+def require_decoder(llm: PreTrainedModel) -> None:
+    """Raise ValueError unless a decoder keeps packed documents apart and has logits as `TextHead` makes them.
+
+    Documents are told apart by the attention alone: a state that is carried from token to token (Mamba and
+    its hybrids), or attention that cannot be replaced, would leak from one to the next.
+    """
+    require_plain_logits(llm.config)
+    if llm._is_stateful or not llm._supports_attention_backend:
+        raise ValueError(
+            f"{type(llm).__name__} does not leave all mixing of tokens to transformers' attention interface, "
+            "so packed documents would leak into each other; take a decoder that does, such as Qwen2.5"
+        )
+
+
+def _visual_head(config: DualTokenConfig) -> VisualHead:
+    return VisualHead(
+        hidden_size=config.head_hidden_size,
+        num_layers=config.head_num_layers,
+        num_heads=config.head_num_attention_heads,
+        intermediate_size=config.head_intermediate_size or 4 * config.head_hidden_size,
+        depth=config.num_quantizers,
+        code_dim=config.codebook_dim,
+        codebook_size=config.codebook_size,
+        chunk_size=config.chunk_size,
+    )
+
+
+def _places(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Where `mask` [N] is true, [count], knowing that it is so `count` times: no wait for the device."""
+    return torch.nonzero_static(mask, size=count)[:, 0]
+
+
+def _positions_within(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Positions [T] that restart at each border."""
+    lengths = cu_seqlens.diff().long()
+    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
+    return torch.arange(len(starts), device=starts.device) - starts
+
+
+AutoModel.register(DualTokenConfig, DualTokenForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(DualTokenConfig, DualTokenForCausalLM, exist_ok=True)

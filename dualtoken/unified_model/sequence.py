@@ -1,0 +1,339 @@
+"""Special tokens, documents of text and images, and packs of documents: the sequences the model reads.
+
+A document is laid out as ``BEGIN part part ... END``. END is ``<|endoftext|>`` where the text tokenizer has
+it, as Qwen's do, and else the tokenizer's own end token; BEGIN is the tokenizer's own begin token, or END if
+it has none. So a LLaMA reads the ``<s> ... </s>`` that it knows. Text parts are their tokens. An image the
+model reads stands between ``<|vision_start|>`` and ``<|vision_end|>``, one it has to generate between
+``<|image_gen_start|>`` and ``<|image_gen_end|>``; in between, each of its P positions holds
+``<|image_pad|>`` and its codes travel beside the tokens. Labels follow the transformers convention:
+``labels[i]`` is the token at ``i``, to be predicted from the positions before it, or -100.
+
+Shapes: T tokens, V visual positions of a document or pack, P positions per image, Q = 2 codebooks (0 pixel,
+1 semantic), D quantizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+IGNORE_INDEX = -100
+IMAGE_TAG = "<image>"
+"""Marks the place of an image in a text that comes with images."""
+
+SPECIAL: dict[str, str] = {
+    "end_of_text": "<|endoftext|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+    "image_pad": "<|image_pad|>",
+    "image_gen_start": "<|image_gen_start|>",
+    "image_gen_end": "<|image_gen_end|>",
+}
+"""Field of `SpecialTokens` -> the token's text. The first four are part of Qwen's tokenizer."""
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the special tokens, looked up by name in a text tokenizer."""
+
+    end_of_text: int
+    vision_start: int
+    vision_end: int
+    image_pad: int
+    image_gen_start: int
+    image_gen_end: int
+    begin_of_text: int = -1
+    """What opens a document; -1, and where saved without, for `end_of_text`."""
+
+    def __post_init__(self) -> None:
+        if self.begin_of_text < 0:
+            object.__setattr__(self, "begin_of_text", self.end_of_text)
+
+    @classmethod
+    def from_tokenizer(cls, text_tokenizer: Any) -> SpecialTokens:
+        """Look up the ids in a transformers tokenizer; ValueError names the tokens it lacks."""
+        vocabulary = text_tokenizer.get_vocab()
+        missing = _missing(text_tokenizer)
+        if missing:
+            raise ValueError(
+                f"the text tokenizer lacks the special tokens {', '.join(missing)}; "
+                "add them with dualtoken.unified_model.sequence.add_special_tokens(text_tokenizer) "
+                "and save it again"
+            )
+        found = {field: vocabulary.get(token) for field, token in SPECIAL.items()}
+        if found["end_of_text"] is None:
+            found["end_of_text"] = text_tokenizer.eos_token_id
+        begin = text_tokenizer.bos_token_id
+        return cls(**found, begin_of_text=-1 if begin is None else begin)
+
+    def ids(self) -> set[int]:
+        """Return the ids, six or seven."""
+        return {getattr(self, field.name) for field in fields(self)}
+
+
+def add_special_tokens(text_tokenizer: Any) -> int:
+    """Add those special tokens that the text tokenizer lacks and return how many were added.
+
+    ``<|endoftext|>`` is not added where the tokenizer has an end token of its own, which the model knows.
+    A model built for the tokenizer before has to be resized when the result is not zero.
+    """
+    from transformers import AddedToken
+
+    missing = _missing(text_tokenizer)
+    tokens = [AddedToken(token, special=True, normalized=False) for token in missing]
+    return text_tokenizer.add_tokens(tokens, special_tokens=True) if tokens else 0
+
+
+def _missing(text_tokenizer: Any) -> list[str]:
+    vocabulary = text_tokenizer.get_vocab()
+    has_end = text_tokenizer.eos_token_id is not None
+    needed = [token for field, token in SPECIAL.items() if field != "end_of_text" or not has_end]
+    return [token for token in needed if token not in vocabulary]
+
+
+@dataclass
+class TextPart:
+    """A stretch of text; `loss` says whether the model learns to write it.
+
+    Special tokens spelled out in the text are ordinary characters, unless `markup` is set: then the
+    tokenizer's own marks (the chat template's turn marks, say) count, and only the six of `SPECIAL` are
+    refused.
+    """
+
+    text: str
+    loss: bool = True
+    markup: bool = False
+
+
+@dataclass
+class ImagePart:
+    """An image by its codes, integers [P, Q, D]; `loss` says whether the model learns to generate it."""
+
+    codes: np.ndarray | torch.Tensor
+    loss: bool = False
+
+
+def require_image_codes(codes: Any, positions: int, num_quantizers: int, index: int) -> None:
+    """Raise ValueError unless the codes of image `index` have the model's shape [P, Q, D]."""
+    expected = (positions, 2, num_quantizers)
+    if tuple(codes.shape) != expected:
+        raise ValueError(
+            f"codes of image {index} have shape {tuple(codes.shape)}, expected {expected} "
+            "(positions, codebooks, depths); they come from another visual tokenizer or image size"
+        )
+
+
+@dataclass
+class Document:
+    """Ordered text and image parts that attend to each other and to nothing else."""
+
+    parts: list[TextPart | ImagePart]
+    key: str = ""
+
+
+@dataclass
+class TokenizedDocument:
+    """A document as tokens and codes.
+
+    `input_ids` int64 [T]; `codes` [V, Q, D] in the order of the image-pad positions, in the integer type
+    they came in ([0, 2, 0] without images); `labels` int64 [T]; `visual_loss_mask` bool [V].
+    """
+
+    input_ids: torch.Tensor
+    codes: torch.Tensor
+    labels: torch.Tensor
+    visual_loss_mask: torch.Tensor
+    key: str = ""
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+def tokenize_document(
+    document: Document, text_tokenizer: Any, special: SpecialTokens, end: bool = True
+) -> TokenizedDocument:
+    """Lay a document out as tokens, codes and labels.
+
+    Targets are the tokens of text parts with loss, ``<|image_gen_start|>`` of images with loss, and the
+    closing END if the last part has loss; an END that the last part spells out is not repeated. The token
+    after an image's last position is forced when generating, so it is never a target.
+
+    Args:
+        document: the parts, in order.
+        text_tokenizer: a transformers tokenizer that knows the special tokens.
+        special: their ids.
+        end: whether to close the document; a prompt to be continued is left open.
+
+    Raises:
+        ValueError: on codes that are not [P, 2, D] or differ in shape between the images of the document.
+    """
+    builder = _Builder(text_tokenizer, special)
+    builder.add([special.begin_of_text], loss=False)
+    for part in document.parts:
+        if isinstance(part, TextPart):
+            builder.add_text(part, document.key)
+        elif isinstance(part, ImagePart):
+            builder.add_image(part, document.key)
+        else:
+            raise ValueError(
+                f"document {document.key!r}: a part is a {type(part).__name__}, "
+                "expected TextPart or ImagePart"
+            )
+    ended = len(builder.input_ids) > 1 and builder.input_ids[-1] == special.end_of_text
+    if end and not ended:
+        builder.add([special.end_of_text], loss=bool(document.parts) and document.parts[-1].loss)
+    return builder.build(document.key)
+
+
+class _Builder:
+    """Collects the tokens, labels and codes of one document."""
+
+    def __init__(self, text_tokenizer: Any, special: SpecialTokens) -> None:
+        self.text_tokenizer = text_tokenizer
+        self.special = special
+        self.input_ids: list[int] = []
+        self.labels: list[int] = []
+        self.codes: list[torch.Tensor] = []
+        self.visual_loss: list[bool] = []
+
+    def add(self, ids: list[int], loss: bool) -> None:
+        self.input_ids.extend(ids)
+        self.labels.extend(ids if loss else [IGNORE_INDEX] * len(ids))
+
+    def add_text(self, part: TextPart, key: str) -> None:
+        if not part.text:
+            return
+        ids = self.text_tokenizer(part.text, add_special_tokens=False, split_special_tokens=not part.markup)[
+            "input_ids"
+        ]
+        found = sorted(self.special.ids().intersection(ids)) if part.markup else []
+        # A tokenizer's own end token may end the turns of a chat, as Vicuna's do.
+        names = [n for n in self.text_tokenizer.convert_ids_to_tokens(found) if n in SPECIAL.values()]
+        if names:
+            raise ValueError(
+                f"document {key!r}: the text spells out {', '.join(names)}, which only the layout may place; "
+                "put images in as ImagePart"
+            )
+        self.add(ids, part.loss)
+
+    def add_image(self, part: ImagePart, key: str) -> None:
+        codes = torch.as_tensor(part.codes)
+        if codes.dim() != 3 or codes.shape[1] != 2 or 0 in codes.shape:
+            raise ValueError(
+                f"document {key!r}: codes of an image have shape {tuple(codes.shape)}, expected "
+                "[positions, 2 (pixel, semantic), quantizers]"
+            )
+        if codes.is_floating_point():
+            raise ValueError(f"document {key!r}: codes are {codes.dtype}, expected integers")
+        if self.codes and codes.shape != self.codes[0].shape:
+            raise ValueError(
+                f"document {key!r}: images of one document have codes of shapes "
+                f"{tuple(self.codes[0].shape)} and {tuple(codes.shape)}; "
+                "tokenize all images with one visual tokenizer"
+            )
+        special = self.special
+        start, stop = special.vision_start, special.vision_end
+        if part.loss:
+            start, stop = special.image_gen_start, special.image_gen_end
+        positions = codes.shape[0]
+        self.add([start], loss=part.loss)
+        self.add([special.image_pad] * positions, loss=False)
+        self.add([stop], loss=False)
+        self.codes.append(codes)
+        self.visual_loss.extend([part.loss] * positions)
+
+    def build(self, key: str) -> TokenizedDocument:
+        return TokenizedDocument(
+            input_ids=torch.tensor(self.input_ids, dtype=torch.int64),
+            codes=torch.cat(self.codes) if self.codes else torch.zeros(0, 2, 0, dtype=torch.int64),
+            labels=torch.tensor(self.labels, dtype=torch.int64),
+            visual_loss_mask=torch.tensor(self.visual_loss, dtype=torch.bool),
+            key=key,
+        )
+
+
+@dataclass
+class PackedBatch:
+    """Several documents in one row; attention stays within a document.
+
+    `input_ids`, `position_ids` (restarting per document) and `labels` int64 [1, T]; `cu_seqlens` int32 [n +
+    1], the borders of the n documents, the padding being the last of them; `max_seqlen` the longest;
+    `codes` int64 [V, Q, D]; `visual_loss_mask` bool [V]; `keys` of the documents; `padding` the number of
+    padding tokens.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    labels: torch.Tensor
+    codes: torch.Tensor
+    visual_loss_mask: torch.Tensor
+    keys: list[str]
+    padding: int = 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """Return the batch on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """Return the batch in page-locked memory."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Return the arguments of `DualTokenForCausalLM.forward`."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in ("keys", "padding")
+        }
+
+    def _map(self, function: Any) -> PackedBatch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: function(v) for n, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+
+def pack_documents(documents: Sequence[TokenizedDocument], context_length: int | None = None) -> PackedBatch:
+    """Pack documents into one row, padded to `context_length` by a document of its own without targets.
+
+    Without `context_length` nothing is padded. ValueError if there is no document, if they do not fit, or
+    if their images have codes of different depth.
+    """
+    if not documents:
+        raise ValueError("cannot pack an empty list of documents")
+    lengths = [len(document) for document in documents]
+    total = sum(lengths)
+    padding = 0 if context_length is None else context_length - total
+    if padding < 0:
+        raise ValueError(
+            f"{len(documents)} documents of together {total} tokens do not fit the context of "
+            f"{context_length}; pack fewer, split the longest or raise context_length"
+        )
+    depths = {tuple(d.codes.shape[1:]) for d in documents if len(d.codes)}
+    if len(depths) > 1:
+        raise ValueError(
+            f"codes of different shapes {sorted(depths)} in one pack; "
+            "tokenize all images with one visual tokenizer"
+        )
+    codes = [document.codes.to(torch.int64) for document in documents if len(document.codes)]
+    input_ids = [document.input_ids for document in documents]
+    labels = [document.labels for document in documents]
+    if padding:
+        lengths.append(padding)
+        input_ids.append(torch.full((padding,), int(documents[0].input_ids[0])))
+        labels.append(torch.full((padding,), IGNORE_INDEX))
+    return PackedBatch(
+        input_ids=torch.cat(input_ids)[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        max_seqlen=max(lengths),
+        labels=torch.cat(labels)[None],
+        codes=torch.cat(codes) if codes else torch.zeros(0, 2, 0, dtype=torch.int64),
+        visual_loss_mask=torch.cat([document.visual_loss_mask for document in documents]),
+        keys=[document.key for document in documents],
+        padding=padding,
+    )

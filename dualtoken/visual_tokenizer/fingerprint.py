@@ -1,0 +1,53 @@
+"""The identity of a visual tokenizer: what its codes depend on, as one number.
+
+Codes on disk carry it, and models that learn from them refuse codes of another tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+import torch
+
+from dualtoken.visual_tokenizer.config import VISION_SIZES
+
+if TYPE_CHECKING:
+    from dualtoken.visual_tokenizer.config import DualTokenVisualTokenizerConfig
+    from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+
+_SETTINGS = (
+    "reconstruction_layer",
+    "semantic_layer",
+    "shortcut_layer",
+    "shortcut_weight",
+    "merged_codebook",
+    "quantizer",
+    "codebook_size",
+    "codebook_dim",
+    "num_quantizers",
+    "latent_norm",
+)
+_VISION_SETTINGS = (*VISION_SIZES, "hidden_act", "layer_norm_eps")
+
+
+def fingerprint_of_codes(model: DualTokenVisualTokenizer) -> str:
+    """Return the sha256 (hex) over the settings and weights between an image and its codes."""
+    config = model.config.to_dict()
+    settings = {name: config[name] for name in _SETTINGS}
+    settings["vision"] = {name: config["vision_config"][name] for name in _VISION_SETTINGS}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if _changes_codes(name, model.config):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _changes_codes(name: str, config: DualTokenVisualTokenizerConfig) -> bool:
+    prefix = "backbone.vision_model."
+    if name.startswith(prefix + "encoder.layers."):
+        deepest = max(config.reconstruction_layer, config.semantic_layer, config.shortcut_layer or 0)
+        return int(name.split(".")[4]) < deepest
+    return name.startswith((prefix + "embeddings.", "prequant_")) or name.endswith(".codebook")

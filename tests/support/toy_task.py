@@ -1,0 +1,132 @@
+"""A regression small enough for tests, with everything a real task has: two engines, loader state, noise."""
+
+import copy
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pretrain.config import JobConfig, OptimizerConfig
+from pretrain.engine import Runtime, backward_and_step, build_engine, count_parameters, full_state_dict
+from pretrain.metrics import Averages
+
+
+@dataclass
+class ToyJobConfig(JobConfig):
+    job: str = "tests.support.toy_task:ToyJobConfig:ToyTask"
+    width: int = 16
+    two_engines: bool = False
+    noise: bool = False
+    nan_at_step: int = -1  # a loss that is not finite on the last rank
+    sleep_per_step: float = 0.0
+    signal_at_step: int = -1  # the last rank sends itself SIGTERM
+    second_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-2))
+
+
+class ToyLoader:
+    """Endless samples that depend on their number alone, dealt out micro-batch by micro-batch over ranks."""
+
+    def __init__(self, micro_batch_size: int, rank: int, world_size: int) -> None:
+        self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
+        self.micro_batch = 0
+
+    def __iter__(self):
+        torch.rand(1)  # torch's DataLoader draws a seed for its workers when it starts
+        while True:
+            first = (self.micro_batch * self.world_size + self.rank) * self.micro_batch_size
+            self.micro_batch += 1
+            yield torch.stack([self.sample(first + i) for i in range(self.micro_batch_size)])
+
+    @staticmethod
+    def sample(number: int) -> torch.Tensor:
+        return torch.randn(8, generator=torch.Generator().manual_seed(number))
+
+    def save_state(self):
+        return {"micro_batch": self.micro_batch}
+
+    def restore_state(self, state):
+        self.micro_batch = state["micro_batch"]
+
+
+class ToyModel(nn.Module):
+    """Two trained layers, a frozen one and a buffer that training changes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(8, width)
+        self.frozen.requires_grad_(False)
+        self.first = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.last = nn.Linear(width, 1)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, noise: bool = False) -> torch.Tensor:
+        h = torch.tanh(self.first(self.frozen(x)))
+        if noise:
+            h = torch.dropout(h, 0.2, True)
+        self.seen += 1
+        return self.last(self.norm(h)).squeeze(-1)
+
+
+class ToyTask:
+    def __init__(self, config: ToyJobConfig, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        models = [ToyModel(config.width)]
+        models.append(copy.deepcopy(models[0]))
+        self.engines = {"model": build_engine(models[0], config, runtime)}
+        if config.two_engines:
+            second = build_engine(models[1], config, runtime, config.second_optimizer, "zero1.json")
+            self.engines["second"] = second
+        self.train_loader = ToyLoader(config.micro_batch_size, runtime.rank, runtime.world_size)
+        self.steps_counted = 0
+
+    def describe(self) -> list[str]:
+        return [f"model {count_parameters(self.engines['model'].module)} parameters"]
+
+    def loss(self, engine, batch: torch.Tensor) -> torch.Tensor:
+        target = batch.square().sum(1).sin()
+        return (engine(batch.to(self.runtime.dtype), self.config.noise).float() - target).square()
+
+    def train_step(self, micro_batches: list[torch.Tensor]) -> dict:
+        time.sleep(self.config.sleep_per_step)
+        is_last_rank = self.runtime.rank == self.runtime.world_size - 1
+        if self.runtime.step == self.config.signal_at_step and is_last_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        averages = Averages(self.runtime.device)
+        total = self.config.global_batch_size
+        for batch in micro_batches:
+            for name, engine in self.engines.items():
+                losses = self.loss(engine, batch)
+                if self.runtime.step == self.config.nan_at_step and is_last_rank:
+                    losses = losses * torch.nan
+                if name == "second":  # the same gradient, put in another way
+                    backward_and_step(engine, losses.sum() / total, "sum")
+                else:
+                    backward_and_step(engine, losses.mean())
+                averages.add(f"loss/{name}", losses.sum(), len(losses))
+        self.steps_counted += 1
+        return {**averages.reduce(), "count/samples": total}
+
+    def validate(self) -> dict:
+        torch.rand(3)  # validation may draw random numbers
+        averages = Averages(self.runtime.device)
+        batch = torch.stack([ToyLoader.sample(-1 - i) for i in range(8)])
+        losses = self.loss(self.engines["model"], batch)
+        averages.add("loss/model", losses.sum(), len(losses))
+        averages.add("never_counted", 0.0, 0)
+        return {**averages.reduce(), "picture": torch.full((4, 6, 3), 200, dtype=torch.uint8)}
+
+    def state_dict(self) -> dict:
+        return {"steps_counted": self.steps_counted}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps_counted = state["steps_counted"]
+
+    def export(self, directory: Path) -> None:
+        state = full_state_dict(self.engines["model"])
+        if self.runtime.is_main:
+            torch.save({**state, "steps_counted": self.steps_counted}, directory / "model.pt")

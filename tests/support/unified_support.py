@@ -1,0 +1,102 @@
+"""A tiny unified model and documents for it, shared by the tests of the language model."""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from dualtoken.projection import AttentionProjection
+from dualtoken.unified_model.config import DualTokenConfig
+from dualtoken.unified_model.model import DualTokenForCausalLM
+from dualtoken.unified_model.sequence import (
+    Document,
+    ImagePart,
+    SpecialTokens,
+    TextPart,
+    add_special_tokens,
+    tokenize_document,
+)
+
+POSITIONS, DEPTH, CODES, DIM = 4, 3, 11, 8
+FEATURES = {"visual_features": "post_quantization", "post_quantization_dim": 16}
+
+
+def byte_tokenizer(special: bool = True) -> PreTrainedTokenizerFast:
+    """A text tokenizer with one token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    text_tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    if special:
+        add_special_tokens(text_tokenizer)
+    return text_tokenizer
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """One with LLaMA's marks: `<s>` opens a document, `</s>` ends it, there is no `<|endoftext|>`."""
+    text_tokenizer = byte_tokenizer(special=False)
+    text_tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    return text_tokenizer
+
+
+TOKENIZER = byte_tokenizer()
+IDS = SpecialTokens.from_tokenizer(TOKENIZER)
+
+
+def tiny_config(decoder: str = "qwen2", initializer_range: float = 0.02, **overrides) -> DualTokenConfig:
+    sizes = {
+        "initializer_range": initializer_range,
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 264, "max_position_embeddings": 512,
+    }  # fmt: skip
+    kind = {"qwen2": Qwen2Config, "llama": LlamaConfig}[decoder]
+    fields = {
+        "text_config": kind(**sizes, tie_word_embeddings=decoder == "qwen2"),
+        "codebook_size": CODES, "codebook_dim": DIM, "num_quantizers": DEPTH,
+        "positions_per_image": POSITIONS, "image_size": 32, "head_hidden_size": 24, "head_num_layers": 2,
+        "head_num_attention_heads": 3, "chunk_size": 5, "special_tokens": vars(IDS),
+    }  # fmt: skip
+    return DualTokenConfig(**{**fields, **overrides})
+
+
+def tiny_model(seed: int = 0, sharpen: float = 1.0, **overrides) -> DualTokenForCausalLM:
+    """A tiny model in eval mode; `sharpen` scales the output layers away from uniform predictions."""
+    torch.manual_seed(seed)
+    config = tiny_config(**overrides)
+    model = DualTokenForCausalLM._from_config(config)
+    model.set_codebooks(torch.randn(2, config.codebook_depths, CODES, DIM))
+    if model.post_quantization is not None:
+        model.set_post_quantization(*projections(config.post_quantization_dim))
+    with torch.no_grad():
+        for _, head in model.visual_heads():
+            head.classifier.mul_(sharpen)
+        model.get_output_embeddings().weight.mul_(sharpen**0.5)
+    return model.eval()
+
+
+def projections(width: int = 16, causal: bool = True) -> list[AttentionProjection]:
+    """Projections behind the quantizers, as a visual tokenizer has them."""
+    torch.manual_seed(11)
+    return [AttentionProjection(DIM, width, causal) for _ in range(2)]
+
+
+def random_codes(generator: torch.Generator | None = None, positions: int = POSITIONS) -> torch.Tensor:
+    return torch.randint(CODES, (positions, 2, DEPTH), generator=generator)
+
+
+def caption(text: str, seed: int = 0) -> Document:
+    codes = random_codes(torch.Generator().manual_seed(seed))
+    return Document([ImagePart(codes), TextPart("Say: ", loss=False), TextPart(text)], f"caption {text}")
+
+
+def generation(text: str, seed: int = 0) -> Document:
+    codes = random_codes(torch.Generator().manual_seed(seed))
+    return Document([TextPart(text, loss=False), ImagePart(codes, loss=True)], f"generate {text}")
+
+
+def plain(text: str) -> Document:
+    return Document([TextPart(text)], f"text {text}")
+
+
+def tokenized(*documents: Document):
+    return [tokenize_document(document, TOKENIZER, IDS) for document in documents]

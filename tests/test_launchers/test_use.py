@@ -1,0 +1,112 @@
+"""`dualtoken reconstruct`, `generate`, `caption` and `evaluate` on tiny real models and picture files."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from launchers import cli, evaluate
+from tests.support.command import call
+from tests.support.tiny_run import make_tiny_run, picture
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_tiny_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def dualtoken(run, tmp_path, monkeypatch, capsys):
+    """Call the command in an empty folder with two pictures; gives exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    picture(0).save("red one.png")
+    picture(1).save("green.jpg")
+    models = [f"--visual-tokenizer={run / 'tokenizer' / 'export'}", f"--model={run / 'mllm' / 'export'}"]
+
+    def run_command(command, *arguments):
+        options = models if command in ("generate", "caption") else models[: command == "reconstruct"]
+        code, out, err = call([command, *arguments, *options], capsys)
+        return code, out.splitlines(), err
+
+    return run_command
+
+
+def test_reconstruct(dualtoken, tmp_path):
+    code, lines, _ = dualtoken("reconstruct", "red one.png", "green.jpg")
+    assert code == 0
+    assert lines[0].startswith("red one.png -> reconstructed/red-one.png (left the input")
+    assert len(lines) == 2
+    with Image.open(tmp_path / "reconstructed" / "green.png") as pair:
+        assert pair.size == (32, 16)
+        assert pair.getpixel((8, 8))[1] > 100 > pair.getpixel((8, 8))[0]  # the input's green on the left
+
+
+def test_generate(dualtoken, tmp_path):
+    def pixels(name):
+        return (tmp_path / "generated" / name).read_bytes()
+
+    sampled = ("--guidance-scale", "2", "--temperature", "1")
+    code, lines, _ = dualtoken("generate", "red", "blue", *sampled, "--seed", "3")
+    assert code == 0
+    assert lines == ["'red' -> generated/red.png", "'blue' -> generated/blue.png"]
+    # The same batch: rounding differs between batch sizes, and a draw on the border with it.
+    dualtoken("generate", "red", "blue", *sampled, "--seed", "3")
+    assert pixels("red.png") == pixels("red-2.png")
+    dualtoken("generate", "red", "blue", *sampled, "--seed", "4")
+    assert pixels("red.png") != pixels("red-3.png")
+    # By default the likeliest codes: the seed does not matter.
+    for seed in ("3", "4"):
+        dualtoken("generate", "a circle", "--seed", seed)
+    assert pixels("a-circle.png") == pixels("a-circle-2.png")
+
+
+def test_generate_from_pictures(dualtoken, run, tmp_path):
+    code, lines, _ = dualtoken("generate", "like <image>", "like", "--image", "red one.png")
+    assert code == 0
+    assert lines == ["'like <image>' -> generated/like-image.png", "'like' -> generated/like.png"]
+    pictures = [(tmp_path / "generated" / name).read_bytes() for name in ("like-image.png", "like.png")]
+    assert pictures[0] != pictures[1]
+    dualtoken("generate", "like <image>", "like", "--image", "green.jpg")
+    assert (tmp_path / "generated" / "like-image-2.png").read_bytes() != pictures[0]
+
+
+def test_caption(dualtoken):
+    code, lines, _ = dualtoken("caption", "red one.png", "green.jpg", "--language", "de")
+    assert code == 0
+    assert [line.partition(":")[0] for line in lines] == ["red one.png", "green.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("reconstruct", ["gone.png"], "no such file: gone.png"),
+        ("generate", ["a <image> here"], "the text has 1 <image> tags but 0 images; give one image for each"),
+        ("generate", ["red", "--image", "green.jpg"], "the text has 0 <image> tags but 1 images"),
+        ("caption", ["gone.png"], "no such file: gone.png"),
+        ("generate", ["red", "--top-p", "0"], "top_p=0.0; expected more than 0"),
+        ("generate", ["red", "--temperature", "-1"], "temperature=-1.0; expected 0"),
+    ],
+)
+def test_mistakes_are_one_line(dualtoken, command, arguments, message):
+    code, _, err = dualtoken(command, *arguments)
+    assert code == 2
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_evaluate_everything(dualtoken, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "available_cores", lambda: 1)  # in this process: no second start of torch
+    output = tmp_path / "results"
+    code, lines, _ = dualtoken("evaluate", "--run", str(run), "--output", str(output), "--count", "2")
+    assert code == 0
+    done = json.loads((output / "done.json").read_text(encoding="utf-8"))
+    assert set(done["seconds"]) == {measure.value for measure in cli.Measure}
+    assert lines[0].startswith("measuring generation, likelihood") and len(lines) == 1 + len(cli.Measure)
+    (output / "done.json").unlink()
+    dualtoken("evaluate", "layers", "--run", str(run), "--output", str(output))
+    assert not (output / "done.json").exists()  # not everything has been measured
+
+
+def test_what_is_wrong_in_a_worker_is_one_line(dualtoken, run, tmp_path):
+    code, _, err = dualtoken("evaluate", "layers", "reconstruction", "--run", str(tmp_path / "nowhere"))
+    assert code == 2
+    assert err.startswith("error: no ") and err.count("\n") == 1

@@ -1,0 +1,134 @@
+"""What a training step asks of a GPU: where the host waits for it, what NCCL carries, where tensors are made.
+
+Steps run on the CPU under DeepSpeed on two ranks; operations that would make the host wait are counted at the
+function of the project that asked. Each allowed one has its reason here and stands in docs/performance.md.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.support.distributed import ROOT, run_function
+from tests.support.pretend_cuda import CountWaits
+from tests.test_pretrain import test_contrastive
+from tests.test_pretrain.test_jobs import codes, folder, mllm_words, tokenizer_run, tokenizer_words  # noqa: F401
+
+# Function -> how often it may wait in a step of the test's sizes, and why it has to.
+ALLOWED = {
+    "NearestCodeSearch.__call__": (8, "which rows fp32 cannot; each depth needs those before"),
+    "EMACodebooks._offer_candidates": (8, "on the CPU only: candidates are drawn there"),
+    "EMACodebooks.update": (2, "a codebook's figures and its unused codes, once a step"),
+    "DualTokenForCausalLM.checked_codes": (2, "all counts of a pack, and that its codes exist"),
+    "DualTokenForCausalLM.forward": (2, "transformers looks whether positions restart"),
+    "_ForwardGradients.backward": (12, "whether gradients made in the forward pass serve"),
+    "loop_over_documents": (4, "on the CPU only: CUDA has one kernel for a pack"),
+    "backward_and_step": (99, "DeepSpeed: overflow, norms, skipped steps"),
+    "Averages.reduce": (1, "that ranks report the same figures, with more than one"),
+    "Runtime.smallest": (1, "how many pairs every rank has, in the contrastive phase"),
+}
+
+
+def step_of(arguments: list[str]) -> tuple[dict[str, int], set[str]]:
+    """Waits of a job's third step by place, and the types of what its collectives carry."""
+    from pretrain.config import job_classes, load_job_config
+    from pretrain.engine import start_runtime
+
+    config = load_job_config(arguments)
+    runtime = start_runtime(config)
+    task = job_classes(config.job)[1](config, runtime)
+    batches, sent = iter(task.train_loader), set()
+    own = dist.all_reduce
+
+    def all_reduce(tensor, *args, **kwargs):
+        sent.add(str(tensor.dtype))
+        return own(tensor, *args, **kwargs)
+
+    for step in range(3):
+        micro_batches = [next(batches) for _ in range(runtime.micro_steps)]
+        counter = CountWaits()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_reduce", all_reduce)
+            if step < 2:
+                task.train_step(micro_batches)
+            else:
+                with counter:
+                    task.train_step(micro_batches)
+        runtime.step += 1
+    return {place.partition(":")[2]: count for place, count in counter.waits.items()}, sent
+
+
+def steps(runs: list[list[str]]) -> list[tuple[dict[str, int], set[str]]]:
+    return [step_of(words) for words in runs]
+
+
+@pytest.fixture(scope="module")
+def found(folder, codes):  # noqa: F811
+    tokenizer = [*tokenizer_words(folder, "waits", 2), "losses.gan_start_step=0", "losses.contrastive=0.1"]
+    images = [f"data.path={folder / 'images'}", f"text_tokenizer={folder / 'siglip'}"]
+    contrastive = [*test_contrastive.words(folder, "waits"), *images, "validation_data=null"]
+    runs = [tokenizer, mllm_words(folder, "waits", 2), contrastive]
+    (first, _) = run_function(steps, [[*words, "precision=bf16"] for words in runs], process_group=False)
+    return dict(zip(("tokenizer", "mllm", "contrastive"), first, strict=True))
+
+
+@pytest.mark.parametrize("job", ["tokenizer", "mllm", "contrastive"])
+def test_a_step_waits_only_where_it_may(found, job):
+    waits = found[job][0]
+    too_many = {place: n for place, n in waits.items() if n > ALLOWED.get(place, (0,))[0]}
+    assert not too_many, f"waits for the device that are not on the list: {too_many}"
+
+
+def test_the_list_of_waits_is_true(found):
+    """A place that no longer waits leaves the list."""
+    seen = {place for waits, _ in found.values() for place in waits}
+    assert seen == set(ALLOWED)
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert [name for name in ALLOWED if f"`{name}`" not in text] == []
+
+
+def test_collectives_carry_what_nccl_takes(found):
+    for _, sent in found.values():
+        assert sent and sent <= {f"torch.{name}" for name in ("float32", "float64", "int64", "uint8")}
+
+
+# Functions that make a tensor out of nothing, on the CPU unless they are told where.
+FACTORIES = set("zeros ones empty full arange tensor rand randn randint randperm eye".split())
+# Functions that make tensors on the CPU on purpose. Modules' own, made in `__init__`, move with them.
+ON_THE_CPU = {
+    "laid out there, moved as a whole": {"pack_documents", "build", "append", "state_from_released"},
+    "drawn there, for all devices to get the same": {
+        *("_offer_candidates", "_restart", "row_noise", "stream", "augment", "drop_patches"),
+    },
+    "figures of features that were gathered there": {"recall_at_1", "layer_similarity"},
+}
+
+
+def made_without_device(path: Path):
+    """Function and line of each call like `torch.zeros(...)` that says nothing of a device."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    owner = {}
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            owner |= {node: function.name for node in ast.walk(function)}  # the innermost comes last
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            is_factory = ast.unparse(node.func.value) == "torch" and node.func.attr in FACTORIES
+            if is_factory and "device" not in {keyword.arg for keyword in node.keywords}:
+                yield owner.get(node, "<module>"), node.lineno
+
+
+def test_no_step_makes_a_tensor_without_saying_where():
+    allowed = set().union(*ON_THE_CPU.values()) | {"__init__"}
+    paths = [path for name in ("dualtoken", "pretrain") for path in sorted((ROOT / name).rglob("*.py"))]
+    made = {path: list(made_without_device(path)) for path in paths}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} in {function}"
+        for path, calls in made.items()
+        for function, line in calls
+        if function not in allowed
+    ]
+    assert not wrong, f"tensors that would be made on the CPU; give them device=: {wrong}"
+    unused = allowed - {function for calls in made.values() for function, _ in calls}
+    assert not unused
