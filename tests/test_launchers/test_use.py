@@ -5,7 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from launchers import cli, evaluate
+from launchers import evaluate
+from launchers.commands import measure
 from tests.support.command import call
 from tests.support.tiny_run import make_tiny_run, picture
 
@@ -99,8 +100,8 @@ def test_evaluate_everything(dualtoken, run, tmp_path, monkeypatch):
     code, lines, _ = dualtoken("evaluate", "--run", str(run), "--output", str(output), "--count", "2")
     assert code == 0
     done = json.loads((output / "done.json").read_text(encoding="utf-8"))
-    assert set(done["seconds"]) == {measure.value for measure in cli.Measure}
-    assert lines[0].startswith("measuring generation, likelihood") and len(lines) == 1 + len(cli.Measure)
+    assert set(done["seconds"]) == {one.value for one in measure.Measure}
+    assert lines[0].startswith("measuring generation, likelihood") and len(lines) == 1 + len(measure.Measure)
     (output / "done.json").unlink()
     dualtoken("evaluate", "layers", "--run", str(run), "--output", str(output))
     assert not (output / "done.json").exists()  # not everything has been measured
