@@ -1,0 +1,104 @@
+"""Commands that measure: layers, variants, the models of a run, the report."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launchers.commands.options import RUN, RanksOption, RunOption, say
+
+commands = typer.Typer()
+
+
+class Measure(StrEnum):
+    """What `evaluate` can measure."""
+
+    RECONSTRUCTION = "reconstruction"
+    RETRIEVAL = "retrieval"
+    LIKELIHOOD = "likelihood"
+    GENERATION = "generation"
+    LAYERS = "layers"
+
+
+@commands.command("analyze-layers", rich_help_panel="Measure")
+def analyze_layers(
+    images: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
+    backbone: Annotated[Path, typer.Option(help="SigLIP: a folder, or a name on the hub.")] = RUN
+    / "siglip"
+    / "export",
+    count: Annotated[int, typer.Option(min=1, help="Pictures at most.")] = 1000,
+    output: Annotated[
+        Path, typer.Option("--out", "--output", help="Folder for layers.json and layers.png.")
+    ] = Path("layers"),
+) -> None:
+    """Compare a SigLIP's layers on pictures; proposes which to read for pixels and which for meaning.
+
+    Example: [bold]dualtoken analyze-layers photos/ --backbone models/siglip[/]
+    """
+    from launchers.convert import analyze_layers as analyze
+
+    for line in analyze(backbone, images, count, output):
+        say(line)
+
+
+@commands.command(rich_help_panel="Measure")
+def ablate(
+    run: RunOption = RUN,
+    output: Annotated[
+        Path, typer.Option("--out", "--output", help="Folder for the runs and the table.")
+    ] = Path("runs/ablation"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each training.")] = 200,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each variant.")] = 3,
+    ranks: RanksOption = None,
+) -> None:
+    """Compare ways to build the tokenizer on a quickstart's data: one codebook or two, which layers.
+
+    Example: [bold]dualtoken ablate --steps 200 --seeds 3[/] (about half an hour on two cores)
+    """
+    from launchers.ablate import RECIPE
+    from launchers.ablate import ablate as run_all
+    from launchers.processes import default_ranks
+
+    run_all(run, output, steps, seeds, ranks or default_ranks(RECIPE), say)
+
+
+@commands.command(rich_help_panel="Measure")
+def evaluate(
+    measures: Annotated[list[Measure] | None, typer.Argument(help="What to measure; all by default.")] = None,
+    run: RunOption = RUN,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Measure on that many samples at most.", show_default=False)
+    ] = None,
+    siglip: Annotated[Path | None, typer.Option(help="Exported SigLIP instead of the run's.")] = None,
+    visual_tokenizer: Annotated[
+        Path | None, typer.Option(help="Visual tokenizer instead of the run's.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Unified model instead of the run's.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", "--output", help="Folder for results instead of the run's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is chosen at random.")] = 0,
+) -> None:
+    """Measure the models of a run on held-out and on seen data.
+
+    Example: [bold]dualtoken evaluate reconstruction --run runs/mine[/]
+    """
+    from eval.inputs import EvaluationPaths
+    from launchers.evaluate import evaluate as take_measures
+
+    paths = EvaluationPaths.from_run(
+        run, siglip=siglip, visual_tokenizer=visual_tokenizer, model=model, output=output
+    )
+    take_measures([measure.value for measure in measures or []], paths, count, seed, say)
+
+
+@commands.command(rich_help_panel="Measure")
+def report(run: RunOption = RUN) -> None:
+    """Write report.html and report.json of a run from what has been trained and measured so far.
+
+    Example: [bold]dualtoken report --run runs/mine[/]
+    """
+    from eval.report import build_report
+
+    say(f"written: {build_report(run)}")

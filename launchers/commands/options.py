@@ -1,0 +1,50 @@
+"""Options that several commands have, and how commands speak."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RUN = Path("runs/quickstart")
+TOKENIZER = RUN / "tokenizer" / "export"
+MODEL = RUN / "mllm" / "export"
+
+RunOption = Annotated[Path, typer.Option("--run", help="Folder of a quickstart.", show_default=True)]
+RanksOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Processes: by default one for each GPU, or two on the CPU, as far as the batch splits.",
+        show_default=False,
+    ),
+]
+SettingsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe to change, such as steps=200."),
+]
+TokenizerOption = Annotated[
+    Path, typer.Option("--visual-tokenizer", help="Exported visual tokenizer, a folder.")
+]
+ModelOption = Annotated[Path, typer.Option("--model", help="Exported unified model, a folder.")]
+ImagesArgument = Annotated[list[Path], typer.Argument(help="Picture files: PNG, JPEG, WebP, ...")]
+GuidanceOption = Annotated[
+    float, typer.Option(help="How closely pictures follow the prompt: 1 as trained, more for closer.")
+]
+TemperatureOption = Annotated[
+    float, typer.Option(help="0 takes the likeliest every time, 1 draws by the model's probabilities.")
+]
+TopKOption = Annotated[
+    int, typer.Option(help="Draw among that many of the likeliest; 0 for all. Needs --temperature.")
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(help="Draw among the likeliest that make up this share; 1 for all. Needs --temperature."),
+]
+SeedOption = Annotated[int, typer.Option(help="Of the draws, with --temperature above 0.")]
+
+
+def say(line: str) -> None:
+    """Print a line for the user, at once also into a pipe."""
+    typer.echo(line)
+    sys.stdout.flush()
