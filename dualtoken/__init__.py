@@ -1,9 +1,8 @@
 """The models: visual tokenizer and unified language model; importable with torch and transformers alone."""
 
-import importlib
+from dualtoken.public_names import imported_on_first_use
 
-# Public names and the modules they live in; imported on first use, so that `import dualtoken` stays light.
-# transformers' Auto classes know a model once its name has been used.
+# Public names and where they live. transformers' Auto classes know a model once its name has been used.
 _HOMES = {
     "AttentionProjection": "projection",
     "DualTokenConfig": "unified_model",
@@ -21,9 +20,4 @@ _HOMES = {
 }
 
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"dualtoken.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'dualtoken' has no attribute {name!r}")
+__getattr__ = imported_on_first_use(__name__, _HOMES)

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data_pipeline.languages import caption_prompt
-from data_pipeline.shards.code_shards import CodeSample, DatasetManifest
-from dualtoken.generation.generate import generate_images, generate_text
+from data_pipeline.shards.code_shards import CodeSample, DatasetManifest, require_same_codes
+from dualtoken.generation.generators import generate_images, generate_text
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.unified_model.sequence import Document, ImagePart, TextPart
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
@@ -20,7 +20,6 @@ from eval.inputs import (
     load_pictures,
     load_unified_model,
     load_visual_tokenizer,
-    require_same_codes,
     stack_codes,
     to_picture,
 )
@@ -152,7 +151,8 @@ def run(
     """
     tokenizer = load_visual_tokenizer(paths.visual_tokenizer)
     model, text_tokenizer = load_unified_model(paths.model)
-    require_same_codes(model, tokenizer.fingerprint(), paths.visual_tokenizer)
+    expected = model.config.tokenizer_fingerprint
+    require_same_codes(paths.visual_tokenizer, tokenizer.fingerprint(), expected)
     result: dict = {
         "settings": {
             **SAMPLING,
@@ -164,7 +164,7 @@ def run(
         "caption_exact": {},
     }
     for name, folder in paths.codes().items():
-        require_same_codes(model, DatasetManifest.load(folder).fingerprint, folder)
+        require_same_codes(folder, DatasetManifest.load(folder).fingerprint, expected)
         samples = load_codes(folder, min(count or PROMPTS, PROMPTS), seed)
         split = _Split(name, samples, tokenizer, paths.images()[name], paths.output)
         result["pictures"][name] = split.generate(model, text_tokenizer, guidance_scales, seed)

@@ -196,13 +196,3 @@ def load_unified_model(folder: Path) -> tuple[DualTokenForCausalLM, PreTrainedTo
     # Exports are fp32; one that somebody saved in another type is measured in fp32 like the others.
     model = DualTokenForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     return model.to(default_device()), AutoTokenizer.from_pretrained(folder)
-
-
-def require_same_codes(model: DualTokenForCausalLM, fingerprint: str, source: str | Path) -> None:
-    """Raise ValueError unless the model speaks the codes of the visual tokenizer with this fingerprint."""
-    expected = model.config.tokenizer_fingerprint
-    if expected != fingerprint:
-        raise ValueError(
-            f"{source} has the codes of visual tokenizer {fingerprint[:12]}, the model speaks those of "
-            f"{expected[:12]}: codes of one mean nothing to the other"
-        )

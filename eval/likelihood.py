@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data_pipeline.languages import caption_prompt
-from data_pipeline.shards.code_shards import CodeSample, DatasetManifest
+from data_pipeline.shards.code_shards import CodeSample, DatasetManifest, require_same_codes
 from data_pipeline.streams.views import caption_document, generation_document
 from dualtoken.generation.likelihood import document_nll
 from dualtoken.unified_model.model import CODEBOOKS, DualTokenForCausalLM
@@ -19,7 +19,6 @@ from eval.inputs import (
     draw_prompts,
     load_codes,
     load_unified_model,
-    require_same_codes,
     stack_codes,
 )
 from eval.results import write_json
@@ -147,7 +146,8 @@ def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict
     size = model.config.codebook_size
     splits = {}
     for split, folder in paths.codes().items():
-        require_same_codes(model, DatasetManifest.load(folder).fingerprint, folder)
+        fingerprint = DatasetManifest.load(folder).fingerprint
+        require_same_codes(folder, fingerprint, model.config.tokenizer_fingerprint)
         samples = load_codes(folder, min(count or DOCUMENTS[split], DOCUMENTS[split]), seed)
         splits[split] = {
             "documents": len(samples),

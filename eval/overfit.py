@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data_pipeline.shards.code_shards import CodeSample
-from dualtoken.generation.generate import generate_images
+from dualtoken.generation.generators import generate_images
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from eval.comparisons import Baseline, Comparison

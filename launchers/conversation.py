@@ -10,7 +10,7 @@ from torch import Tensor
 from data_pipeline.shards.code_shards import CodeSample
 from data_pipeline.shards.conversations import IMAGE_TAG, TEMPLATES, ChatTemplate, conversation_parts
 from data_pipeline.streams.views import parts_document
-from dualtoken.generation.generate import generate_images, stream
+from dualtoken.generation.generators import generate_images, stream
 from dualtoken.generation.sampling import Sampling
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.unified_model.sequence import Document, ImagePart, tokenize_document

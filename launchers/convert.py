@@ -82,9 +82,8 @@ def analyze_layers(backbone: Path, images: Sequence[Path], count: int, output: P
         UserError: no pictures.
     """
     from dualtoken.visual_tokenizer.backbone import load_backbone
-    from dualtoken.visual_tokenizer.layer_analysis import analyze_backbone, plot_similarity
     from eval.inputs import default_device
-    from eval.results import write_json
+    from eval.layers import compare_layers
 
     files = find_pictures(images, count)
     transformers_logging.disable_progress_bar()
@@ -95,21 +94,7 @@ def analyze_layers(backbone: Path, images: Sequence[Path], count: int, output: P
         for start in with_progress(range(0, len(files), BATCH), "reading pictures"):
             yield read_pictures(files[start : start + BATCH], size).to(default_device())
 
-    similarity, proposal = analyze_backbone(model, batches())
-    output.mkdir(parents=True, exist_ok=True)
-    plot_similarity(similarity, proposal, output / "layers.png", f"{backbone}, {len(files)} pictures")
-    result = {
-        "backbone": str(backbone),
-        "pictures": len(files),
-        "blocks": proposal.blocks,
-        "blocks_are_clear": proposal.clear,
-        "reconstruction_layer": proposal.reconstruction_layer,
-        "by_blocks": proposal.from_blocks,
-        "by_first_quarter": proposal.from_rule,
-        "semantic_layer": proposal.semantic_layer,
-        "similarity": similarity.tolist(),
-    }
-    write_json(output / "layers.json", result)
-    yield f"{len(similarity)} layers, {len(files)} pictures"
+    result, proposal = compare_layers(model, batches(), len(files), str(backbone), output)
+    yield f"{len(result['layers'])} layers, {len(files)} pictures"
     yield from proposal.describe()
     yield f"written: {output / 'layers.json'}, {output / 'layers.png'}"

@@ -5,14 +5,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipeline.shards.code_shards import MANIFEST, CodeSample, DatasetManifest, ShardWriter, iterate_shard
+from data_pipeline.shards.code_shards import (
+    MANIFEST,
+    CodeSample,
+    DatasetManifest,
+    ShardWriter,
+    iterate_shard,
+    require_same_codes,
+)
 from data_pipeline.whole_folder import whole_folder
 from eval.inputs import (
     draw_prompts,
     load_codes,
     load_unified_model,
     load_visual_tokenizer,
-    require_same_codes,
 )
 from eval.overfit import Reproduction, reproduce, write_results
 from eval.results import read_json
@@ -70,11 +76,7 @@ def overfit(
             f"no dual-code data set in {codes}: `dualtoken pretokenize` makes one, or give --codes"
         )
     manifest = DatasetManifest.load(codes)
-    if manifest.fingerprint != tokenizer.fingerprint():
-        raise UserError(
-            f"{codes} has the codes of visual tokenizer {manifest.fingerprint[:12]}, {visual_tokenizer} is "
-            f"{tokenizer.fingerprint()[:12]}: give the one that made the codes"
-        )
+    require_same_codes(codes, manifest.fingerprint, tokenizer.fingerprint(), visual_tokenizer)
     samples = one_caption_each(load_codes(codes, pairs, seed))
     if len(samples) < pairs:
         raise UserError(f"{codes} holds {len(samples)} pairs, not {pairs}: give fewer --pairs")
@@ -87,7 +89,7 @@ def overfit(
     if done is None:
         raise UserError(f"the training in {run} failed; see above, then start the same command again")
     model, words_of_model = load_unified_model(run / "export")
-    require_same_codes(model, manifest.fingerprint, codes)
+    require_same_codes(codes, manifest.fingerprint, model.config.tokenizer_fingerprint)
     result = reproduce(model, words_of_model, tokenizer, samples, drawing_progress())
     kept = {"recipe": recipe, "steps": done["steps"], "words": words, "seconds": done["wall_seconds"]}
     write_results(result, tokenizer, samples, kept, output)

@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 
 from data_pipeline.images.decoding import build_image_decoder
-from eval.inputs import load_unified_model, load_visual_tokenizer, require_same_codes, to_picture
+from data_pipeline.shards.code_shards import require_same_codes
+from eval.inputs import load_unified_model, load_visual_tokenizer, to_picture
 from launchers.errors import UserError
 
 T = TypeVar("T")
@@ -79,12 +80,13 @@ def generate_files(
 
     `images` take the places of the prompts' image tags, in their order.
     """
-    from dualtoken.generation.generate import generate_images
+    from dualtoken.generation.generators import generate_images
     from dualtoken.processing import DualTokenProcessor
 
     tokenizer = load_visual_tokenizer(visual_tokenizer)
     unified, text_tokenizer = load_unified_model(model)
-    require_same_codes(unified, tokenizer.fingerprint(), visual_tokenizer)
+    expected = unified.config.tokenizer_fingerprint
+    require_same_codes(visual_tokenizer, tokenizer.fingerprint(), expected)
     shown = []
     if images:
         given = read_pictures(images, tokenizer.config.image_size)
@@ -113,7 +115,8 @@ def caption_files(
 
     tokenizer = load_visual_tokenizer(visual_tokenizer)
     unified, text_tokenizer = load_unified_model(model)
-    require_same_codes(unified, tokenizer.fingerprint(), visual_tokenizer)
+    expected = unified.config.tokenizer_fingerprint
+    require_same_codes(visual_tokenizer, tokenizer.fingerprint(), expected)
     pictures = read_pictures(images, tokenizer.config.image_size)
     codes = tokenizer.encode(pictures.to(tokenizer.device)).cpu()
     captions = write_captions(unified, text_tokenizer, list(codes), language, max_new_tokens)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
 from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
-from dualtoken.visual_tokenizer.backbone import pool
+from dualtoken.visual_tokenizer.backbone import load_backbone, pool
 from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig
 from pretrain.engine import (
@@ -294,7 +294,7 @@ def build_siglip(config: ContrastiveJobConfig, text_tokenizer: Any) -> SiglipMod
     if config.init_from is not None:
         if not (Path(config.init_from) / "config.json").is_file():
             raise ConfigError(f"init_from={config.init_from}: expected a folder with a SigLIP model")
-        return SiglipModel.from_pretrained(config.init_from, dtype=torch.float32)
+        return load_backbone(config.init_from)
     text = {
         **asdict(config.text),
         "vocab_size": len(text_tokenizer),

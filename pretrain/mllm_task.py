@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.shards.code_shards import CodeGeometry
+from data_pipeline.shards.code_shards import CodeGeometry, require_same_codes
 from data_pipeline.streams import DocumentLoader, DocumentStreamConfig, document_loader
 from dualtoken.processing import DualTokenProcessor
 from dualtoken.unified_model.config import DualTokenConfig
@@ -130,11 +130,8 @@ class MllmTask:
             with sharded_construction(self.config, self.runtime):
                 # Exports hold fp32; their config names the precision they were trained in.
                 model = DualTokenForCausalLM.from_pretrained(parts.init_from, dtype=torch.float32)
-            if model.config.tokenizer_fingerprint != fingerprint:
-                raise ValueError(
-                    f"{parts.init_from} speaks codes of tokenizer {model.config.tokenizer_fingerprint[:12]}, "
-                    f"{parts.visual_tokenizer} is {fingerprint[:12]}: codes of one mean nothing to the other"
-                )
+            expected = model.config.tokenizer_fingerprint
+            require_same_codes(parts.visual_tokenizer, fingerprint, expected, parts.init_from)
             for name, value in parts.heads.items():
                 if (found := getattr(model.config, name, None)) != value:
                     raise ConfigError(

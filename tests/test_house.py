@@ -1,6 +1,7 @@
 """The house rules: direction of imports, optional dependencies, packaging, what the README says."""
 
 import ast
+import importlib
 import re
 import runpy
 import shlex
@@ -23,6 +24,20 @@ MAY_IMPORT = {
     "eval": {"dualtoken", "data_pipeline"},
     "launchers": {"dualtoken", "data_pipeline", "pretrain", "eval"},
 }
+
+# Which rooms of its package each room may import, besides files that lie beside the rooms. Those files import
+# no room, but for the ones that put both models together.
+ROOMS = {
+    "dualtoken.visual_tokenizer": set(),
+    "dualtoken.unified_model": set(),
+    "dualtoken.generation": {"dualtoken.unified_model"},
+    "data_pipeline.images": set(),
+    "data_pipeline.shards": set(),
+    "data_pipeline.pretokenize": {"data_pipeline.images", "data_pipeline.shards"},
+    "data_pipeline.streams": {"data_pipeline.shards"},
+    "data_pipeline.sources": {"data_pipeline.shards"},
+}
+ABOVE_THE_ROOMS = {"dualtoken.processing"}
 
 # Distribution -> the name it is imported by, for every distribution of an extra that the code may import.
 OPTIONAL_IMPORTS = {
@@ -116,6 +131,79 @@ def test_imports_point_downwards(package):
     for path in (ROOT / package).rglob("*.py"):
         upwards = (imported_roots(path) & own) - MAY_IMPORT[package] - {package}
         assert not upwards, f"{path.relative_to(ROOT)} imports {sorted(upwards)}"
+
+
+def imports_at_load(path: Path) -> set[str]:
+    """Own modules that a file imports as it is loaded: not inside functions, not for type checkers alone."""
+    found, waiting = set(), list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if module_path(name) else node.module for name in whole}
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return {name for name in found if name.split(".")[0] in MAY_IMPORT}
+
+
+def module_path(name: str) -> Path | None:
+    path = ROOT / Path(*name.split("."))
+    candidates = (path.with_suffix(".py"), path / "__init__.py")
+    return next((candidate for candidate in candidates if candidate.exists()), None)
+
+
+def room_of(name: str) -> str:
+    return next((room for room in ROOMS if name == room or name.startswith(f"{room}.")), name.split(".")[0])
+
+
+@pytest.mark.parametrize("room", ["dualtoken", "data_pipeline", *ROOMS])
+def test_rooms_import_what_they_may(room):
+    package = room.split(".")[0]
+    allowed = ROOMS.get(room, set()) | {room, package}
+    for name in modules_of(package):
+        if room_of(name) != room or name in ABOVE_THE_ROOMS:
+            continue
+        wrong = {
+            other
+            for other in imports_at_load(module_path(name))
+            if other.split(".")[0] == package and room_of(other) not in allowed
+        }
+        assert not wrong, f"{name} imports {sorted(wrong)}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {
+        name: imports_at_load(module_path(name)) for package in MAY_IMPORT for name in modules_of(package)
+    }
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"a circle of imports: {' -> '.join((*way[way.index(name) :], name))}"
+        if name not in done:
+            for other in graph.get(name, ()):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_every_room_says_what_it_is_for():
+    for package in MAY_IMPORT:
+        for init in (ROOT / package).rglob("__init__.py"):
+            assert ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))), init
+
+
+@pytest.mark.parametrize("package", ["dualtoken", *(room for room in ROOMS if room.startswith("dualtoken."))])
+def test_public_names_are_there(package):
+    module = importlib.import_module(package)
+    assert module.__all__ and all(getattr(module, name) for name in module.__all__)
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        module.nothing  # noqa: B018
 
 
 def test_every_extra_has_its_import_name():
@@ -212,7 +300,10 @@ def without_encoding(tree: ast.AST) -> list[int]:
                 and any(re.fullmatch("[rwax]t?[+]?", mode) for mode in modes[-1:])
             )
             or (name == "TextIOWrapper" and len(call.args) < 2)
-            or any(isinstance(keywords.get(key), ast.Constant) for key in ("text", "universal_newlines"))
+            or any(
+                isinstance(value := keywords.get(key), ast.Constant) and value.value is True
+                for key in ("text", "universal_newlines")
+            )
         )
         if text and "encoding" not in keywords and "fileobj" not in keywords:
             lines.append(call.lineno)
@@ -235,6 +326,7 @@ def test_encoding_rule_finds_what_it_looks_for():
         "open(p, 'rb')",
         "p.open('wb')",
         "tarfile.open(p, 'w')",
+        "f(text='a')",
         "p.read_text('utf-8')",
         "run(c, text=True, encoding='utf-8')",
     ]

@@ -281,11 +281,27 @@ class DatasetManifest:
             found, expected = getattr(self, item.name), getattr(geometry, item.name)
             if found != expected:
                 raise DatasetError(f"{folder}: codes have {item.name} {found}, the model expects {expected}")
-        if fingerprint and fingerprint != self.fingerprint:
-            raise DatasetError(
-                f"{folder}: codes were made by the visual tokenizer {self.fingerprint[:12]}, the model "
-                f"expects {fingerprint[:12]}; pretokenize again with the model's visual tokenizer"
-            )
+        if fingerprint:
+            require_same_codes(folder, self.fingerprint, fingerprint)
+
+
+def require_same_codes(
+    source: str | Path, fingerprint: str, expected: str, expected_by: str | Path = "the model"
+) -> None:
+    """Raise DatasetError unless codes are those of the visual tokenizer that is expected.
+
+    Args:
+        source: what holds the codes, or the visual tokenizer that makes them.
+        fingerprint: of the visual tokenizer behind `source`.
+        expected: the fingerprint it has to be.
+        expected_by: who reads the codes, for the message.
+    """
+    if fingerprint != expected:
+        raise DatasetError(
+            f"{source}: codes were made by the visual tokenizer {fingerprint[:12]}, {expected_by} expects "
+            f"{expected[:12]}: codes of one mean nothing to the other; take the visual tokenizer that the "
+            "model was trained with, or pretokenize again with it"
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

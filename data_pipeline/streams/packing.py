@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -38,6 +39,39 @@ def fullest_pack(lengths: Sequence[int], capacity: int) -> list[int]:
     return [0, *reversed(chosen)]
 
 
+class Waiting:
+    """The lengths of items that wait for a pack, as they came; the items themselves are kept by the caller.
+
+    Args:
+        capacity: What a pack holds.
+        contexts_held: As many packs' worth of items are waited for, to choose from.
+        lengths: Of items that wait already.
+    """
+
+    def __init__(self, capacity: int, contexts_held: int, lengths: Iterable[int] = ()) -> None:
+        self.capacity = capacity
+        self.enough = contexts_held * capacity
+        self.lengths = list(lengths)
+        self.total = sum(self.lengths)
+
+    def add(self, length: int) -> bool:
+        """Let one more item wait; returns whether there are enough to make a pack."""
+        self.lengths.append(length)
+        self.total += length
+        return self.total >= self.enough
+
+    def take(self) -> list[int]:
+        """Choose the fullest pack with the oldest item: the places of its items among those that waited."""
+        places = fullest_pack(self.lengths, self.capacity)
+        self.total -= sum(take_out(self.lengths, places))
+        return places
+
+
+def take_out(items: Any, places: Sequence[int]) -> list[Any]:
+    """Pop the items at ascending places, in their order."""
+    return [items.pop(place) for place in reversed(places)][::-1]
+
+
 def pack_lengths(lengths: Sequence[int], capacity: int, contexts_held: int = 8) -> list[list[int]]:
     """Divide items into packs as they come: the fullest pack with the oldest item, of those held.
 
@@ -54,22 +88,13 @@ def pack_lengths(lengths: Sequence[int], capacity: int, contexts_held: int = 8) 
     """
     packs: list[list[int]] = []
     held: list[int] = []
-    waiting = 0  # their length
-
-    def close_pack() -> int:
-        places = fullest_pack([lengths[item] for item in held], capacity)
-        packs.append([held[place] for place in places])
-        for place in reversed(places):
-            del held[place]
-        return sum(lengths[item] for item in packs[-1])
-
+    waiting = Waiting(capacity, contexts_held)
     for item, length in enumerate(lengths):
         held.append(item)
-        waiting += length
-        while waiting >= contexts_held * capacity:
-            waiting -= close_pack()
+        if waiting.add(length):
+            packs.append(take_out(held, waiting.take()))
     while held:
-        close_pack()
+        packs.append(take_out(held, waiting.take()))
     return packs
 
 

@@ -11,7 +11,7 @@ from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
 from data_pipeline.errors import DatasetError
-from data_pipeline.streams.packing import fullest_pack
+from data_pipeline.streams.packing import Waiting, take_out
 from dualtoken.unified_model.sequence import PackedBatch, TokenizedDocument
 
 _MOST_LEFT_OUT_IN_A_ROW = 100_000
@@ -82,7 +82,8 @@ class PackingDataset(BaseWrapperDataset[DocumentSample, Pack]):
 
     def __iter__(self) -> Iterator[Pack]:
         self._samples.worker_start()
-        lengths = [len(sample.document) for sample in self._samples.buffer if sample.document is not None]
+        lengths = (len(sample.document) for sample in self._samples.buffer if sample.document is not None)
+        waiting = Waiting(self.context_length, self.contexts_held, lengths)
         for sample in self.dataset:
             if sample.document is None:
                 self._left_out.append((sample.__key__, sample.reason))
@@ -92,21 +93,17 @@ class PackingDataset(BaseWrapperDataset[DocumentSample, Pack]):
                     )
                 continue
             self._samples.append(sample)
-            lengths.append(len(sample.document))
-            if sum(lengths) >= self.contexts_held * self.context_length:
-                yield self._next_pack(lengths)
-        while lengths:
-            yield self._next_pack(lengths)
+            if waiting.add(len(sample.document)):
+                yield self._next_pack(waiting)
+        while waiting.lengths:
+            yield self._next_pack(waiting)
         if self._left_out:
             left_out, self._left_out = self._left_out, []
             yield Pack(None, [], left_out)
 
-    def _next_pack(self, lengths: list[int]) -> Pack:
-        """Take a pack's documents, which have these lengths, out of those that wait."""
-        places = fullest_pack(lengths, self.context_length)
-        samples = [self._samples.pop(place) for place in reversed(places)][::-1]
-        for place in reversed(places):
-            del lengths[place]
+    def _next_pack(self, waiting: Waiting) -> Pack:
+        """Take a pack's documents out of those that wait."""
+        samples = take_out(self._samples, waiting.take())
         left_out, self._left_out = self._left_out, []
         documents = [sample.document for sample in samples if sample.document is not None]
         return Pack(self.pack(documents), [sample.entry for sample in samples], left_out)

@@ -1,6 +1,15 @@
 """Text and pictures from the unified model, and how likely given ones are."""
 
-from dualtoken.generation.generate import generate, generate_images, generate_text, stream, stream_text
-from dualtoken.generation.likelihood import document_nll
+from dualtoken.public_names import imported_on_first_use
 
-__all__ = ["document_nll", "generate", "generate_images", "generate_text", "stream", "stream_text"]
+_HOMES = {
+    "document_nll": "likelihood",
+    "generate": "generators",
+    "generate_images": "generators",
+    "generate_text": "generators",
+    "stream": "generators",
+    "stream_text": "generators",
+}
+
+__all__ = list(_HOMES)
+__getattr__ = imported_on_first_use(__name__, _HOMES)

@@ -1,6 +1,11 @@
 """The language model that reads and writes text and codes: decoder, visual embedder, two heads, packs."""
 
-from dualtoken.unified_model.config import DualTokenConfig
-from dualtoken.unified_model.model import DualTokenForCausalLM
+from dualtoken.public_names import imported_on_first_use
 
-__all__ = ["DualTokenConfig", "DualTokenForCausalLM"]
+_HOMES = {
+    "DualTokenConfig": "config",
+    "DualTokenForCausalLM": "model",
+}
+
+__all__ = list(_HOMES)
+__getattr__ = imported_on_first_use(__name__, _HOMES)

@@ -1,11 +1,13 @@
 """Pictures to pixel and semantic codes and back: tower, projections, quantizers, decoder."""
 
-from dualtoken.visual_tokenizer.config import DualTokenVisualTokenizerConfig, preset_config
-from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer, VisualTokenizerOutput
+from dualtoken.public_names import imported_on_first_use
 
-__all__ = [
-    "DualTokenVisualTokenizer",
-    "DualTokenVisualTokenizerConfig",
-    "VisualTokenizerOutput",
-    "preset_config",
-]
+_HOMES = {
+    "DualTokenVisualTokenizer": "model",
+    "DualTokenVisualTokenizerConfig": "config",
+    "VisualTokenizerOutput": "model",
+    "preset_config": "config",
+}
+
+__all__ = list(_HOMES)
+__getattr__ = imported_on_first_use(__name__, _HOMES)

@@ -11,13 +11,14 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipTextModel, SiglipVisionModel
+
+from dualtoken.strict_loading import load_strictly
 
 
 class Backbone(nn.Module):
@@ -121,11 +122,7 @@ def load_backbone(path: str | Path) -> SiglipModel:
             f"{path} holds a {config.get('model_type')!r} model, expected 'siglip' "
             "(SigLIP, or SigLIP2 at a fixed resolution; the NaFlex variants of SigLIP2 are not supported)"
         )
-    loaded: Any = SiglipModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    model, report = loaded
-    problems = {kind: sorted(map(str, report[kind])) for kind in report if report[kind]}
-    if problems:
-        raise ValueError(f"the weights in {path} do not fit their config: {problems}")
+    model, _ = load_strictly(SiglipModel.from_pretrained, path, dtype=torch.float32)
     return model
 
 

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
-from dualtoken.visual_tokenizer.config import VISION_SIZES
-
-if TYPE_CHECKING:
-    from dualtoken.visual_tokenizer.config import DualTokenVisualTokenizerConfig
-    from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer.config import VISION_SIZES, DualTokenVisualTokenizerConfig
 
 _SETTINGS = (
     "reconstruction_layer",
@@ -32,14 +29,19 @@ _SETTINGS = (
 _VISION_SETTINGS = (*VISION_SIZES, "hidden_act", "layer_norm_eps")
 
 
-def fingerprint_of_codes(model: DualTokenVisualTokenizer) -> str:
-    """Return the sha256 (hex) over the settings and weights between an image and its codes."""
-    config = model.config.to_dict()
-    settings = {name: config[name] for name in _SETTINGS}
-    settings["vision"] = {name: config["vision_config"][name] for name in _VISION_SETTINGS}
+def fingerprint_of_codes(config: DualTokenVisualTokenizerConfig, state: Mapping[str, Tensor]) -> str:
+    """Return the sha256 (hex) over the settings and weights between an image and its codes.
+
+    Args:
+        config: of the visual tokenizer.
+        state: its state dict.
+    """
+    values = config.to_dict()
+    settings = {name: values[name] for name in _SETTINGS}
+    settings["vision"] = {name: values["vision_config"][name] for name in _VISION_SETTINGS}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if _changes_codes(name, model.config):
+    for name, tensor in sorted(state.items()):
+        if _changes_codes(name, config):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

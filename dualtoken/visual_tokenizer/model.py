@@ -23,6 +23,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from dualtoken.projection import AttentionProjection, ProjectionAttention
+from dualtoken.strict_loading import load_strictly
 from dualtoken.visual_tokenizer.backbone import Backbone, hidden_states_after, load_backbone, pool
 from dualtoken.visual_tokenizer.config import VISION_SIZES, DualTokenVisualTokenizerConfig
 from dualtoken.visual_tokenizer.fingerprint import fingerprint_of_codes
@@ -293,7 +294,7 @@ class DualTokenVisualTokenizer(PreTrainedModel):
 
     def fingerprint(self) -> str:
         """Return the sha256 over everything that can change a code: settings and weights on the way there."""
-        return fingerprint_of_codes(self)
+        return fingerprint_of_codes(self.config, self.state_dict())
 
     def parameters_per_part(self) -> dict[str, int]:
         """Return the number of parameters (and codebook entries) of each part; works on the meta device."""
@@ -368,18 +369,11 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         depend on where the tokenizer was trained.
 
         Raises:
-            ValueError: if weights are missing, superfluous or of another shape than the config says.
+            ValueError: the weights do not fit the config (`load_strictly`).
         """
         kwargs.setdefault("dtype", torch.float32)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
-        model, report = loaded
-        problems = {kind: sorted(map(str, found)) for kind, found in report.items() if found}
-        if problems:
-            raise ValueError(
-                f"the weights in {pretrained_model_name_or_path} do not fit their config: {problems}"
-            )
+        load = super().from_pretrained
+        model, report = load_strictly(load, pretrained_model_name_or_path, *args, **kwargs)
         return (model, report) if output_loading_info else model
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dualtoken.generation.generate import generate_images
+from dualtoken.generation.generators import generate_images
 from dualtoken.unified_model.attention import loop_over_documents, varlen_documents
 from dualtoken.unified_model.depth_transformer import VisualHead
 from dualtoken.visual_tokenizer.config import preset_config

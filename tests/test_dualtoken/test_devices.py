@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import SiglipModel
 
-from dualtoken.generation.generate import generate_images, generate_text
+from dualtoken.generation.generators import generate_images, generate_text
 from dualtoken.unified_model.sequence import Document, ImagePart, TextPart, pack_documents
 from dualtoken.visual_tokenizer.backbone import FrozenTeacher
 from dualtoken.visual_tokenizer.config import preset_config

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from dualtoken.generation.generate import generate_images, generate_text
+from dualtoken.generation.generators import generate_images, generate_text
 from dualtoken.processing import DualTokenProcessor
 from dualtoken.unified_model.sequence import ImagePart, TextPart
 from tests.support.distributed import run_code

@@ -179,7 +179,8 @@ def test_layers(paths):
     assert result["layers"] == [1, 2, 3, 4] and result["pictures"] == 5
     matrix = torch.tensor(result["matrix"])
     torch.testing.assert_close(matrix.diagonal(), torch.ones(4))
-    assert (result["reconstruction_layer"], result["semantic_layer"]) == (1, 3)
+    assert result["read"] == {"reconstruction_layer": 1, "semantic_layer": 3}
+    assert result == json.loads((paths.output / "layers.json").read_text(encoding="utf-8"))
     assert (paths.output / "layers.png").is_file()
 
 

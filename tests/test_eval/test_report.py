@@ -87,7 +87,8 @@ def results():
         },
         "layers": {
             "matrix": [[1.0, 0.5], [0.5, 1.0]], "layers": [0, 1], "pictures": 3,
-            "reconstruction_layer": 1, "semantic_layer": 1, "proposal": ["blocks of similar layers: 1, 2"],
+            "read": {"reconstruction_layer": 1, "semantic_layer": 1},
+            "proposal": ["blocks of similar layers: 1, 2"],
         },
     }  # fmt: skip
 

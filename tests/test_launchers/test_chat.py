@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from data_pipeline.shards.conversations import TEMPLATES
-from dualtoken.generation.generate import generate, generate_images
+from dualtoken.generation.generators import generate, generate_images
 from dualtoken.generation.sampling import Sampling
 from dualtoken.unified_model.sequence import Document, ImagePart, TextPart, tokenize_document
 from eval.inputs import load_unified_model, load_visual_tokenizer

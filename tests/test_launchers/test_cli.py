@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from launchers import cli
 from launchers.errors import UserError
@@ -52,7 +53,7 @@ def test_the_folder_for_results_has_one_name_everywhere():
 
 
 def cli_docstring(command):
-    return getattr(cli, command.replace("-", "_")).__doc__
+    return typer.main.get_command(cli.app).commands[command].callback.__doc__
 
 
 def parses(arguments):

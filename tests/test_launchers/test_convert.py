@@ -81,8 +81,8 @@ def test_analyze_layers(dualtoken, tmp_path):
     assert code == 0
     assert any(line.startswith("reconstruction layer") and "first quarter" in line for line in lines)
     found = json.loads((tmp_path / "layers" / "layers.json").read_text(encoding="utf-8"))
-    assert found["pictures"] == 5 and found["semantic_layer"] == 3
-    matrix = torch.tensor(found["similarity"])
+    assert found["pictures"] == 5 and found["proposed"]["semantic_layer"] == 3 and found["read"] is None
+    matrix = torch.tensor(found["matrix"])
     assert matrix.shape == (4, 4)
     torch.testing.assert_close(matrix.diagonal(), torch.ones(4))
     assert (tmp_path / "layers" / "layers.png").stat().st_size > 1000

@@ -193,7 +193,7 @@ def test_auto_classes_load_the_export(runs, phase):
     assert processor.special == model.config.special
     config = model.config
     codes = torch.zeros(config.positions_per_image, 2, config.num_quantizers, dtype=torch.long)
-    inputs = processor(text="red <image> blue", codes=[codes], encoding="utf-8")
+    inputs = processor(text="red <image> blue", codes=[codes])
     assert model(**inputs).text_count == 0  # no targets without labels, but the layout fits
     visual_tokenizer = load_visual_tokenizer(runs / "tokenizer" / "export")
     assert processor.image_size == visual_tokenizer.config.image_size

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dualtoken.generation.generate import generate, generate_images, generate_text, stream, stream_text
+from dualtoken.generation.generators import generate, generate_images, generate_text, stream, stream_text
 from dualtoken.generation.likelihood import document_nll
 from dualtoken.generation.sampling import Sampling, row_noise
 from dualtoken.unified_model.sequence import Document, ImagePart, TextPart, pack_documents, tokenize_document

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dualtoken.generation.generate import generate_images, generate_text
+from dualtoken.generation.generators import generate_images, generate_text
 from dualtoken.unified_model.config import DualTokenConfig
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.unified_model.sequence import Document, ImagePart, TextPart, pack_documents, tokenize_document
