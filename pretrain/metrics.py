@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import uuid
@@ -126,7 +127,9 @@ class MetricsLog:
             logged: dict[str, Any] = {f"{split}/{key}": value for key, value in numbers.items()}
             logged |= {f"{split}/{key}": wandb.Image(str(path)) for key, path in files.items()}
             self._wandb.log(logged, step=step)
-        self.say(self._line(step, split, numbers))
+        # A terminal says how wide it is; a pipe gets lines that fit most.
+        width = shutil.get_terminal_size((118, 24)).columns if self._progress is not None else 118
+        self.say(console_line(step, self.config.steps, split, numbers, width))
 
     def close(self) -> None:
         """Finish the outputs."""
@@ -139,10 +142,6 @@ class MetricsLog:
             self._wandb.finish()
         self._file.close()
 
-    def _line(self, step: int, split: str, numbers: dict[str, float]) -> str:
-        words = [f"{key} {_short(value)}" for key, value in numbers.items() if not _is_detail(key)]
-        return f"{split:5s} {step:>{len(str(self.config.steps))}}/{self.config.steps}  " + "  ".join(words)
-
     def _save_picture(self, step: int, key: str, picture: Tensor) -> Path:
         from PIL import Image
 
@@ -151,6 +150,38 @@ class MetricsLog:
         path = folder / f"step_{step:08d}_{key.replace('/', '_')}.png"
         Image.fromarray(picture.cpu().numpy()).save(path)
         return path
+
+
+def console_line(step: int, steps: int, split: str, numbers: dict[str, float], width: int = 118) -> str:
+    """A step in one line: what matters most first, and as much as fits; metrics.jsonl has all of it.
+
+    Args:
+        step: the step of `steps`.
+        steps: of the run.
+        split: `train` or `val`.
+        numbers: figures by name.
+        width: columns that the line may have; the first words are there in any case.
+    """
+    left = {key: value for key, value in numbers.items() if not _is_detail(key)}
+    line = f"{split:5s} {step:>{len(str(steps))}}/{steps}"
+    words = []
+    if "loss/total" in left:
+        words.append(f"loss {_short(left.pop('loss/total'))}")
+        left = {key.removeprefix("loss/"): value for key, value in left.items()}
+    if "seconds_per_step" in left:
+        words.append(f"{left.pop('seconds_per_step'):.3g} s/step")
+    for key in [key for key in left if key.endswith("_per_second")]:
+        words.append(f"{left.pop(key):.3g} {key.removesuffix('_per_second')}/s")
+    if (waiting := left.pop("data_wait", 0.0)) >= 0.05:
+        words.append(f"{waiting:.0%} waiting for data")
+    line = "  ".join([line, *words])
+    last = ("lr", "gradient_norm", "seconds")
+    for key in sorted(left, key=lambda key: key.partition("/")[0] in last):
+        word = f"  {key} {_short(left[key])}"
+        if len(line) + len(word) > width:
+            break
+        line += word
+    return line
 
 
 def peak_memory_bytes(device: torch.device) -> int:

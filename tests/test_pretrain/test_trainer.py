@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pretrain.metrics import console_line
 from tests.support.distributed import Ranks, run_function
 
 TOY = [
@@ -251,6 +252,26 @@ def test_finished_run_with_more_steps_goes_on(runs):
     assert ended["wandb"] == ["finished", "finished"]
     assert sorted(figures(folder / "wandb")) == [2, 3]
     assert json.loads((folder / "wandb" / "done.json").read_text(encoding="utf-8"))["steps"] == 3
+
+
+def test_console_line_fits():
+    numbers = {
+        "loss/mse": 0.61984,
+        "loss/total": 3.3731,
+        "codebook_usage/pixel": 0.5,
+        "gradient_norm/a": 78.49,
+    }
+    numbers |= {f"loss/part{n}": 0.5 for n in range(20)}
+    numbers |= {"seconds_per_step": 0.53151, "images_per_second": 15.05, "data_wait": 0.25, "lr/a": 1e-3}
+    line = console_line(10, 520, "train", numbers, 100)
+    start = (
+        "train  10/520  loss 3.373  0.532 s/step  15.1 images/s  25% waiting for data  mse 0.6198  part0 0.5"
+    )
+    assert line == start
+    wide = console_line(10, 520, "train", numbers, 1000)
+    assert wide.startswith(start) and wide.endswith("part19 0.5  gradient_norm/a 78.49  lr/a 0.001")
+    assert "codebook" not in wide and "waiting" not in console_line(1, 2, "val", {"data_wait": 0.01})
+    assert console_line(2, 2, "val", {"loss/model": 0.5}) == "val   2/2  loss/model 0.5"
 
 
 def test_figures_and_pictures(runs):
