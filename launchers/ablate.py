@@ -130,26 +130,11 @@ def ablate(
     for seed in range(seeds):
         for variant in todo:
             folder = output / f"{variant.name}-seed{seed}"
-            settings = [*_budget(steps), f"seed={seed}", f"model.overrides.codebook_seed={seed}"]
-            words = [
-                f"recipe={RECIPE}",
-                f"run_dir={folder}",
-                f"model.backbone={siglip}",
-                f"data.path={data / 'train'}",
-                f"validation_data.path={data / 'val'}",
-                "wandb.mode=disabled",
-                *settings,
-                *variant.words,
-            ]
+            words = [*_words(folder, siglip, data, steps, seed), *variant.words]
             figures = read_json(folder / "ablation.json")
             if figures is None or figures["words"] != words:
                 say(f"{variant.name}, seed {seed}: {variant.meaning}")
-                finished = processes.run(processes.deepspeed_command("pretrain.train", words, ranks), ranks)
-                if finished.returncode or not (folder / "done.json").is_file():
-                    raise UserError(f"the training in {folder} failed; see above, then start this again")
-                images = {"held_out": data / "val", "seen": data / "train"}
-                figures = {"words": words, **measure(folder / "export", siglip, images)}
-                write_json(folder / "ablation.json", figures)
+                figures = _train_and_measure(folder, words, ranks, siglip, data)
             results[variant.name].append(figures)
     rows = [_row(variant, results[variant.name]) for variant in todo]
     verdicts = orderings({row["name"]: row for row in rows})
@@ -165,15 +150,34 @@ def ablate(
     return rows
 
 
-def _budget(steps: int) -> list[str]:
+def _words(folder: Path, siglip: Path, data: Path, steps: int, seed: int) -> list[str]:
     """Every loss but the adversarial one, which hides differences of this size; no stops on the way."""
     return [
+        f"recipe={RECIPE}",
+        f"run_dir={folder}",
+        f"model.backbone={siglip}",
+        f"data.path={data / 'train'}",
+        f"validation_data.path={data / 'val'}",
+        "wandb.mode=disabled",
         f"steps={steps}",
         "losses.gan=0",
         f"losses.perceptual_start_step={steps * 4 // 5}",
         "validate_every=0",
         "checkpoint_every=0",
+        f"seed={seed}",
+        f"model.overrides.codebook_seed={seed}",
     ]
+
+
+def _train_and_measure(folder: Path, words: list[str], ranks: int, siglip: Path, data: Path) -> dict:
+    """Train one variant with one seed; measure it and keep the figures in its folder."""
+    finished = processes.run(processes.deepspeed_command("pretrain.train", words, ranks), ranks)
+    if finished.returncode or not (folder / "done.json").is_file():
+        raise UserError(f"the training in {folder} failed; see above, then start this again")
+    images = {"held_out": data / "val", "seen": data / "train"}
+    figures = {"words": words, **measure(folder / "export", siglip, images)}
+    write_json(folder / "ablation.json", figures)
+    return figures
 
 
 def _row(variant: Variant, runs: Sequence[dict[str, float]]) -> dict:

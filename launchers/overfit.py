@@ -71,15 +71,8 @@ def overfit(
             f"no text tokenizer in {text_tokenizer}: `dualtoken sample-data` makes a small one, or give "
             "--text-tokenizer"
         )
-    if not (codes / MANIFEST).is_file():
-        raise UserError(
-            f"no dual-code data set in {codes}: `dualtoken pretokenize` makes one, or give --codes"
-        )
-    manifest = DatasetManifest.load(codes)
+    manifest, samples = draw_pairs(codes, pairs, seed)
     require_same_codes(codes, manifest.fingerprint, tokenizer.fingerprint(), visual_tokenizer)
-    samples = one_caption_each(load_codes(codes, pairs, seed))
-    if len(samples) < pairs:
-        raise UserError(f"{codes} holds {len(samples)} pairs, not {pairs}: give fewer --pairs")
     write_pairs(samples, manifest, output / "codes")
     ranks = min(ranks, pairs)
     words = training_words(recipe, steps, settings, samples, text_tokenizer, visual_tokenizer, output, ranks)
@@ -108,6 +101,22 @@ def one_caption_each(samples: Sequence[CodeSample]) -> list[CodeSample]:
         parts = [{"image": 0, "loss": False}, {"text": row["prompt"]}]
         chosen.append(replace(sample, parts=parts, captions={row["language"]: row["prompt"]}))
     return chosen
+
+
+def draw_pairs(codes: Path, pairs: int, seed: int) -> tuple[DatasetManifest, list[CodeSample]]:
+    """Draw pairs of one image and a caption from a dual-code data set.
+
+    Raises:
+        UserError: there is no data set, or it holds fewer pairs.
+    """
+    if not (codes / MANIFEST).is_file():
+        raise UserError(
+            f"no dual-code data set in {codes}: `dualtoken pretokenize` makes one, or give --codes"
+        )
+    samples = one_caption_each(load_codes(codes, pairs, seed))
+    if len(samples) < pairs:
+        raise UserError(f"{codes} holds {len(samples)} pairs, not {pairs}: give fewer --pairs")
+    return DatasetManifest.load(codes), samples
 
 
 def write_pairs(samples: Sequence[CodeSample], source: DatasetManifest, folder: Path) -> None:

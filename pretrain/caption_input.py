@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from pretrain.config import ConfigError
-from pretrain.engine import Runtime
+from pretrain.runtime import Runtime
 
 
 class CaptionInput:

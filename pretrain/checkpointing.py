@@ -16,7 +16,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from pretrain.config import ConfigError, JobConfig
-from pretrain.engine import Runtime
+from pretrain.runtime import Runtime
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"

@@ -20,16 +20,11 @@ from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loade
 from dualtoken.visual_tokenizer.backbone import load_backbone, pool
 from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig
-from pretrain.engine import (
-    Runtime,
-    backward_and_step,
-    build_engine,
-    count_parameters,
-    full_state_dict,
-    save_in_fp32,
-)
+from pretrain.engine import backward_and_step, build_engine, count_parameters
+from pretrain.export import full_state_dict, save_in_fp32
 from pretrain.image_input import ImageInput, ImageInputConfig
 from pretrain.metrics import Averages
+from pretrain.runtime import Runtime
 
 
 @dataclass

@@ -1,188 +1,21 @@
-"""From recipe and DeepSpeed JSON to running engines: processes, device, precision, seeds, backward passes."""
+"""From recipe and DeepSpeed JSON to running engines, and their backward passes."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
-import os
-import random
-import socket
-import sys
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Literal
 
-import numpy as np
+import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
-
-import deepspeed
 from deepspeed import DeepSpeedEngine
+from torch import Tensor, nn
 
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.optim import LearningRateSchedule, build_optimizer, parameter_groups
-
-DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
-
-
-@dataclass
-class Runtime:
-    """Where and how this process runs; handed to every task."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    device: torch.device
-    dtype: torch.dtype  # of parameters and activations; master weights are fp32 in any case
-    seed: int
-    micro_steps: int  # micro-batches per rank and optimizer step
-    run_dir: Path
-    step: int = 0  # optimizer steps done; the trainer keeps it true
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that writes and prints."""
-        return self.rank == 0
-
-    def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` holds on at least one rank; every rank has to call."""
-        if self.world_size == 1:
-            return flag
-        tensor = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return bool(tensor.item())
-
-    def smallest(self, number: int) -> int:
-        """The smallest `number` of all ranks; every rank has to call."""
-        if self.world_size == 1:
-            return number
-        tensor = torch.tensor([number], device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
-        return int(tensor.item())
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.world_size > 1:
-            dist.barrier()
-
-
-def start_runtime(config: JobConfig) -> Runtime:
-    """Join the processes of this run, choose device and precision, set the seeds.
-
-    Started by `deepspeed`, `torchrun` or Slurm the environment names the ranks; alone it is one rank.
-    """
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(free_port())
-    # DeepSpeed calls collectives by names that torch has since changed: hundreds of lines a run.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
-        # DeepSpeed would compile a shared-memory all-reduce for CPU ranks at start: half a minute and a C++
-        # compiler for a gain that only many-core hosts see.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Nothing is compiled on a CPU here; without this, DeepSpeed's optimizers load all of inductor.
-        if hasattr(torch.compiler, "set_default_backend"):
-            torch.compiler.set_default_backend("eager")
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timedelta(minutes=30),
-    )
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    seed_everything(config.seed)
-    return Runtime(
-        rank=rank,
-        local_rank=local_rank,
-        world_size=world_size,
-        device=device,
-        dtype=choose_precision(config, device),
-        seed=config.seed,
-        micro_steps=config.micro_steps(world_size),
-        run_dir=Path(config.run_dir),
-    )
-
-
-def leave(runtime: Runtime) -> None:
-    """End a successful process: wait for the others, flush, exit 0.
-
-    The interpreter is not unwound: gloo's background threads sometimes abort a process that is shutting down,
-    after all its work is done, and the launcher would then report a failed run.
-    """
-    runtime.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed Python, numpy and torch; models are built with rank 0's seed, steps run with each rank's own."""
-    value = (seed * 1_000_003 + rank) % 2**32
-    random.seed(value)
-    np.random.seed(value)
-    torch.manual_seed(value)
-
-
-def choose_precision(config: JobConfig, device: torch.device) -> torch.dtype:
-    """Dtype of parameters and activations: from the recipe or the JSON, else bf16 if the hardware has it.
-
-    Raises:
-        ConfigError: recipe and JSON both set it.
-    """
-    precision = config.precision
-    in_json = _read_deepspeed_file(config.deepspeed).get("bf16", {}).get("enabled", "auto")
-    if in_json != "auto":
-        if precision != "auto":
-            raise ConfigError(
-                f"{config.deepspeed} sets bf16.enabled={in_json} and the recipe precision={precision}: "
-                'write "auto" in one of the two'
-            )
-        precision = "bf16" if in_json else "fp32"
-    if precision == "auto":
-        precision = "bf16" if computes_in_bf16(device) else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bf16, which is what `precision: auto` asks.
-
-    The environment variable DUALTOKEN_NATIVE_BF16 (0 or 1) answers in its place: one machine then runs what
-    `auto` would choose on another.
-
-    Raises:
-        ConfigError: the variable is neither.
-    """
-    answer = os.environ.get("DUALTOKEN_NATIVE_BF16", "")
-    if answer not in ("", "0", "1"):
-        raise ConfigError(f"DUALTOKEN_NATIVE_BF16={answer}: expected 0, 1, or not set to ask the hardware")
-    if answer:
-        return answer == "1"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+from pretrain.runtime import Runtime, read_deepspeed_file
 
 
 def deepspeed_settings(
@@ -200,7 +33,7 @@ def deepspeed_settings(
         ConfigError: the file is missing or not JSON, it sets what the recipe owns, or an "auto" is left over.
     """
     name = path or config.deepspeed
-    settings = _read_deepspeed_file(name)
+    settings = read_deepspeed_file(name)
     recipe_values = {
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
@@ -241,7 +74,7 @@ def deepspeed_settings(
 
 def zero_level(config: JobConfig, path: str | None = None) -> int:
     """ZeRO level that the DeepSpeed file asks for."""
-    return int(_read_deepspeed_file(path or config.deepspeed).get("zero_optimization", {}).get("stage", 0))
+    return int(read_deepspeed_file(path or config.deepspeed).get("zero_optimization", {}).get("stage", 0))
 
 
 @contextlib.contextmanager
@@ -372,82 +205,6 @@ def count_parameters(module: nn.Module, trainable_only: bool = False) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
 
 
-def rounded_by_engine(model: nn.Module, runtime: Runtime) -> dict[str, Tensor]:
-    """Copies on the CPU of the frozen parameters that a bf16 engine rounds for good, for `full_state_dict`.
-
-    Trained parameters have fp32 masters in the engine; frozen ones are cast and nothing else is kept, so that
-    what a phase leaves alone would come out of it changed. Empty in fp32 and on ranks that do not export.
-
-    Args:
-        model: before `build_engine`, whole and in fp32.
-        runtime: rank and precision.
-    """
-    if runtime.dtype == torch.float32 or not runtime.is_main:
-        return {}
-    frozen = ((name, p) for name, p in model.named_parameters() if not p.requires_grad)
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in frozen}
-
-
-def full_state_dict(engine: DeepSpeedEngine, frozen: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The whole model on the CPU in fp32, trained parameters from their masters; every rank has to call.
-
-    Args:
-        engine: the engine.
-        frozen: parameters by name to take in place of the engine's, which in bf16 has rounded them.
-
-    Returns:
-        The state dict on the main rank, an empty one on the others.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    module, is_main = engine.module, dist.get_rank() == 0
-    frozen = frozen or {}
-    gathered: dict[int, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-        if master is not None:
-            value = master
-        else:
-            with deepspeed.zero.GatheredParameters([parameter]):
-                value = parameter.detach().clone()
-        if is_main:
-            gathered[id(parameter)] = frozen.get(name, value).detach().cpu()
-    if not is_main:
-        return {}
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    state = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        value = gathered[id(parameters[name])] if name in parameters else tensor.detach().cpu()
-        state[name] = value.float() if value.is_floating_point() else value
-    return state
-
-
-def saved_weights(folder: str | Path, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors of a model folder's safetensors files; `names` maps names there to names of the result."""
-    found = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= {names[name]: file.get_tensor(name) for name in file.keys() if name in names}
-    return found
-
-
-def save_in_fp32(model: PreTrainedModel, directory: Path, state: dict[str, Tensor]) -> None:
-    """Save a model by its fp32 `state`, and say fp32 in its config.
-
-    transformers writes the type of the live parameters into the config and, by default, loads in the type
-    that the config names: a model trained in bf16 would be read back rounded to bf16.
-    """
-    model.save_pretrained(directory, state_dict=state)
-    path = directory / "config.json"
-
-    def in_fp32(section: dict[str, Any]) -> dict[str, Any]:
-        settings = {key: in_fp32(part) if isinstance(part, dict) else part for key, part in section.items()}
-        return settings | ({"dtype": "float32"} if "dtype" in settings else {})
-
-    config = in_fp32(json.loads(path.read_text(encoding="utf-8")))
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def gradient_norm(engine: DeepSpeedEngine) -> float | None:
     """Global norm of what the last optimizer step was made from, before clipping; None before the first.
 
@@ -455,18 +212,6 @@ def gradient_norm(engine: DeepSpeedEngine) -> float | None:
     """
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
-
-
-def _read_deepspeed_file(name: str) -> dict[str, Any]:
-    candidates = (Path(name), DS_CONFIGS / name, DS_CONFIGS / f"{name}.json")
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if path is None:
-        known = ", ".join(sorted(p.name for p in DS_CONFIGS.glob("*.json")))
-        raise ConfigError(f"deepspeed={name}: there is no such file; ds_configs has {known}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"deepspeed={name} is not valid JSON: {error}") from error
 
 
 def _find_auto(settings: dict[str, Any], prefix: str = "") -> Iterator[str]:

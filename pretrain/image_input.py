@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_pipeline.images.decoding import build_image_decoder
 from data_pipeline.streams import ImageTextBatch
-from pretrain.engine import Runtime
+from pretrain.runtime import Runtime
 
 
 @dataclass

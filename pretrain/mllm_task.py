@@ -22,18 +22,16 @@ from dualtoken.unified_model.sequence import PackedBatch, SpecialTokens, add_spe
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from pretrain.config import ConfigError, JobConfig
 from pretrain.engine import (
-    Runtime,
     backward_and_step,
     build_engine,
     count_parameters,
-    full_state_dict,
     gathered_for_writing,
-    save_in_fp32,
-    saved_weights,
     sharded_construction,
 )
+from pretrain.export import full_state_dict, save_in_fp32, saved_weights
 from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
+from pretrain.runtime import Runtime
 
 BRANCHES = ("pixel", "semantic")
 

@@ -21,15 +21,8 @@ from dualtoken.visual_tokenizer.quantizer import QuantizerStats
 from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.discriminator import DiscriminatorConfig, PatchDiscriminator
-from pretrain.engine import (
-    Runtime,
-    backward_and_step,
-    build_engine,
-    count_parameters,
-    full_state_dict,
-    rounded_by_engine,
-    save_in_fp32,
-)
+from pretrain.engine import backward_and_step, build_engine, count_parameters
+from pretrain.export import full_state_dict, rounded_by_engine, save_in_fp32
 from pretrain.image_input import ImageInput, ImageInputConfig
 from pretrain.losses import (
     PerceptualConfig,
@@ -42,6 +35,7 @@ from pretrain.losses import (
 )
 from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
+from pretrain.runtime import Runtime
 from pretrain.tokenizer_model import (
     TokenizerModelConfig,
     build_visual_tokenizer,

@@ -38,13 +38,17 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         config = load_job_config(argv)
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find that out with a warning
         from pretrain.trainer import Trainer, TrainingError, finished_before
 
         if (line := finished_before(config)) is not None:
             if os.environ.get("RANK", "0") == "0":
                 sys.stdout.write(line + "\n")
             return
-        from pretrain.engine import leave, start_runtime
+        from pretrain.runtime import leave, start_runtime
 
         runtime = start_runtime(config)
         _, task_class = job_classes(config.job)

@@ -24,8 +24,9 @@ from pretrain.checkpointing import (
     save_checkpoint,
 )
 from pretrain.config import ConfigError, JobConfig, changed_keys, config_as_yaml
-from pretrain.engine import Runtime, gradient_norm, seed_everything
+from pretrain.engine import gradient_norm
 from pretrain.metrics import MetricsLog, peak_memory_bytes
+from pretrain.runtime import Runtime, seed_everything
 
 MAX_SKIPPED_IN_A_ROW = 20
 

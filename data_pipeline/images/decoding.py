@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +27,6 @@ DEFAULT_MAX_PIXELS = 1 << 26
 """67 million pixels, 200 MB decoded: above what cameras give, below what exhausts a worker."""
 
 _CACHED_BYTES = 1 << 18  # of pixels that are normalised together
-_PIXELS_TOGETHER = 1 << 27  # of images that DALI decodes together: 400 MB decoded
 
 
 @dataclass(frozen=True)
@@ -158,10 +154,10 @@ class ImageDecoder:
         places = list(pixels)
         if places and len(places) == places[-1] - places[0] + 1:
             whole = torch.stack(list(pixels.values())) if len(places) > 1 else pixels[places[0]][None]
-            _normalise(whole, images[places[0] : places[-1] + 1])
+            normalise(whole, images[places[0] : places[-1] + 1])
             return
         for place, image in pixels.items():
-            _normalise(image[None], images[place : place + 1])
+            normalise(image[None], images[place : place + 1])
 
     def _map(self, function: Callable[[list[int]], Any], items: list[list[int]]) -> list[Any]:
         if self._threads is None or len(items) < 2:
@@ -181,7 +177,7 @@ class ImageDecoder:
         return torch.from_numpy(pixels)
 
 
-def _normalise(pixels: Tensor, out: Tensor) -> None:
+def normalise(pixels: Tensor, out: Tensor) -> None:
     """Bring uint8 [n, S, S, 3] to [-1, 1] in `out` [n, 3, S, S]."""
     pixels = pixels.to(out.device, non_blocking=True)  # as bytes: a quarter of what floats would take
     out.copy_(pixels.permute(0, 3, 1, 2)).div_(127.5).sub_(1)
@@ -234,156 +230,6 @@ class TorchvisionDecoder(ImageDecoder):
         return pixels
 
 
-class DaliDecoder(TorchvisionDecoder):
-    """Decodes and resizes with DALI: on a GPU `mixed` (nvJPEG), else its CPU operators.
-
-    Batches are cut where their images have too many pixels, by their headers, to be decoded at a time.
-    A pipeline is no longer valid after an image it cannot decode; it is then built again without that image.
-    Images with transparency, 16 bits or extended WebP go to PIL and torch. The GPU path has not been run: it
-    was written without a GPU at hand.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if find_spec("nvidia") is None or find_spec("nvidia.dali") is None:
-            raise ImportError(
-                "backend dali needs NVIDIA DALI: pip install nvidia-dali-cuda130 (or the build for your CUDA)"
-            )
-        self.on_gpu = self.device.type == "cuda"
-        self.name = f"DALI ({'mixed' if self.on_gpu else 'CPU'})"
-        self._pipeline: Any = None
-        self._capacity = 32
-
-    def _takes(self, header: ImageHeader) -> bool:
-        return header.format in ("JPEG", "PNG", "WEBP") and not header.special
-
-    def _build(self) -> Any:
-        dali: Any = import_module("nvidia.dali")
-        fn, types = dali.fn, dali.types
-        device_id = None
-        if self.on_gpu:
-            device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
-        pipeline = dali.Pipeline(
-            batch_size=self._capacity,
-            num_threads=self.num_threads,
-            device_id=device_id,
-            prefetch_queue_depth=1,
-            exec_async=False,
-            exec_pipelined=False,
-        )
-        with pipeline:
-            encoded = fn.external_source(name="encoded", device="cpu", dtype=types.UINT8, ndim=1)
-            images = fn.decoders.image(
-                encoded,
-                device="mixed" if self.on_gpu else "cpu",
-                output_type=types.RGB,
-                jpeg_fancy_upsampling=True,
-            )
-            if self.fit == "crop":
-                side = fn.external_source(name="side", device="cpu", dtype=types.FLOAT, ndim=0)
-                images = fn.crop(
-                    images,
-                    crop_h=side,
-                    crop_w=side,
-                    crop_pos_x=0.5,
-                    crop_pos_y=0.5,
-                    rounding="truncate",
-                )
-            images = fn.resize(
-                images,
-                size=[self.image_size, self.image_size],
-                interp_type=types.INTERP_CUBIC,
-                antialias=True,
-                dtype=types.UINT8,
-            )
-            pipeline.set_outputs(images)
-        pipeline.build()
-        return pipeline
-
-    def _run(self, encoded: list[bytes], headers: list[ImageHeader]) -> Tensor:
-        """One run over a batch: uint8 [n, S, S, 3], a copy; after a RuntimeError the pipeline is gone."""
-        if self._pipeline is None or len(encoded) > self._capacity:
-            self._capacity = max(self._capacity, 1 << (len(encoded) - 1).bit_length())
-            self._pipeline = self._build()
-        pipeline = self._pipeline
-        pipeline.feed_input("encoded", [np.frombuffer(data, dtype=np.uint8) for data in encoded])
-        if self.fit == "crop":
-            sides = [np.array(min(header.width, header.height), dtype=np.float32) for header in headers]
-            pipeline.feed_input("side", sides)
-        try:
-            (output,) = pipeline.run()
-        except RuntimeError:
-            self._pipeline = None
-            raise
-        if self.on_gpu:
-            return torch.from_dlpack(output.as_tensor()).clone()
-        return torch.from_numpy(np.array(output.as_array()))
-
-    def _decode_alone(self, data: bytes, header: ImageHeader) -> Tensor:
-        return ImageDecoder._decode_alone(self, data, header)  # never torchvision's decode_png
-
-    def _decode_together(
-        self, encoded: Sequence[bytes], headers: dict[int, ImageHeader], images: Tensor
-    ) -> set[int]:
-        slots = {index: slot for slot, index in enumerate(headers)}
-        groups: list[list[int]] = []
-        room = 0
-        for index, header in headers.items():
-            if not self._takes(header):
-                continue
-            pixels = header.width * header.height
-            if not groups or pixels > room:
-                groups.append([])
-                room = _PIXELS_TOGETHER
-            groups[-1].append(index)
-            room -= pixels
-        done: set[int] = set()
-        while groups:
-            group = groups.pop(0)
-            data = [encoded[index] for index in group], [headers[index] for index in group]
-            try:
-                batch = self._run(*data)
-            except RuntimeError as error:
-                groups[:0] = self._without_culprit(group, error, *data)
-                continue
-            places = [slots[index] for index in group]
-            if places[-1] - places[0] + 1 == len(places):
-                _normalise(batch, images[places[0] : places[-1] + 1])
-            else:
-                part = torch.empty(len(group), *images.shape[1:], device=self.device)
-                _normalise(batch, part)
-                images[torch.tensor(places, device=self.device)] = part
-            done.update(group)
-        return done
-
-    def _without_culprit(
-        self, group: list[int], error: RuntimeError, encoded: list[bytes], headers: list[ImageHeader]
-    ) -> list[list[int]]:
-        """Cut up a group that DALI failed on: without its bad image, or in halves where none is bad.
-
-        DALI names the image; should it not, the images are tried one by one. Where every one decodes alone,
-        together they were too much for the memory.
-        """
-        named = re.search(r"[Ff]ailed to decode sample #(\d+)", str(error))
-        culprit = int(named[1]) if named and int(named[1]) < len(group) else None
-        if culprit is None and len(group) > 1:
-            culprit = self._tried_alone(encoded, headers)
-            if culprit is None:
-                logger.warning("DALI failed on %d images together, now in halves: %s", len(group), error)
-                return [group[: len(group) // 2], group[len(group) // 2 :]]
-        left = [index for position, index in enumerate(group) if position != (culprit or 0)]
-        return [left] if left else []
-
-    def _tried_alone(self, encoded: list[bytes], headers: list[ImageHeader]) -> int | None:
-        """Return the position of the first image that DALI cannot decode alone."""
-        for position, (data, header) in enumerate(zip(encoded, headers, strict=True)):
-            try:
-                self._run([data], [header])
-            except RuntimeError:
-                return position
-        return None
-
-
 def build_image_decoder(
     image_size: int,
     backend: Backend = "auto",
@@ -418,7 +264,11 @@ def build_image_decoder(
         raise ValueError(f"fit is {fit!r}, expected 'resize' or 'crop'")
     if backend == "auto":
         backend = "dali" if device.type == "cuda" else "torchvision"
-    classes = {"dali": DaliDecoder, "torchvision": TorchvisionDecoder, "pil": ImageDecoder}
+    classes = {"torchvision": TorchvisionDecoder, "pil": ImageDecoder}
+    if backend == "dali":
+        from data_pipeline.images.dali import DaliDecoder  # which builds on those here
+
+        classes["dali"] = DaliDecoder
     if backend not in classes:
-        raise ValueError(f"image decoding backend is {backend!r}, expected auto, {', '.join(classes)}")
+        raise ValueError(f"image decoding backend is {backend!r}, expected auto, dali, {', '.join(classes)}")
     return classes[backend](image_size, device, fit, max_pixels, num_threads)

@@ -178,6 +178,33 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
             self.config.prompt_dropout if self.training else 0.0,
         )
 
+    def stream(self, workers: WorkerConfig) -> SavableDataset:
+        """Build the whole stream: shards of every entry, blended by weight, shuffled and packed."""
+        config = self.config
+        datasets = [
+            LoadedDataset(
+                dataset=PreparedShards(
+                    entry.path,
+                    workers,
+                    self.training,
+                    config.slice_length,
+                    index,
+                    skip_unreadable=config.on_bad_sample == "skip",
+                ),
+                weight=entry.weight,
+            )
+            for index, entry in enumerate(self.entries)
+        ]
+        if self.training:
+            return self.build_train_datasets(
+                datasets=datasets,
+                worker_config=workers,
+                batch_size=None,
+                shuffle_buffer_size=config.shuffle_buffer_size,
+                blend_mode=DatasetBlendMode.DATASET_WEIGHT,
+            )
+        return self.build_val_datasets(datasets=datasets, worker_config=workers, batch_size=1)
+
     def _pack(self, documents: list[TokenizedDocument]) -> PackedBatch:
         return pack_documents(documents, self.config.context_length)
 
@@ -281,31 +308,6 @@ def document_loader(
     special = SpecialTokens.from_tokenizer(text_tokenizer)
     encoder = _DocumentTaskEncoder(config, entries, text_tokenizer, special, geometry, seed, training)
 
-    def build() -> SavableDataset:
-        datasets = [
-            LoadedDataset(
-                dataset=PreparedShards(
-                    entry.path,
-                    workers,
-                    training,
-                    config.slice_length,
-                    index,
-                    skip_unreadable=config.on_bad_sample == "skip",
-                ),
-                weight=entry.weight,
-            )
-            for index, entry in enumerate(entries)
-        ]
-        if training:
-            return encoder.build_train_datasets(
-                datasets=datasets,
-                worker_config=workers,
-                batch_size=None,
-                shuffle_buffer_size=config.shuffle_buffer_size,
-                blend_mode=DatasetBlendMode.DATASET_WEIGHT,
-            )
-        return encoder.build_val_datasets(datasets=datasets, worker_config=workers, batch_size=1)
-
     settings = asdict(config)
     del settings["blend"], settings["on_bad_sample"]
     identity = {
@@ -320,7 +322,7 @@ def document_loader(
     }
     padding = tokenize_document(Document([]), text_tokenizer, special)
     return DocumentLoader(
-        build,
+        lambda: encoder.stream(workers),
         identity,
         endless=training,
         samples=sum(samples[entry.path] for entry in entries),

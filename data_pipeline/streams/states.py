@@ -32,28 +32,7 @@ def redistribute_states(
         ValueError: The states are not those of all ranks of one run, ranks read without workers, or the
             number of readers is another.
     """
-    identities = [dict(state["identity"]) for state in states]
-    ranks = [identity.pop("rank") for identity in identities]
-    if not states or any(identity != identities[0] for identity in identities):
-        raise ValueError(
-            f"got {len(states)} states of different runs; expected those of all ranks of one run"
-        )
-    common = identities[0]
-    if ranks != list(range(common["world_size"])):
-        raise ValueError(
-            f"got the states of ranks {ranks}, expected those of all {common['world_size']} in their order"
-        )
-    old = f"{common['world_size']} ranks x {common['num_workers']} workers"
-    if min(world_size, num_workers, common["num_workers"]) < 1:
-        raise ValueError(
-            f"cannot go from {old} to {world_size} x {num_workers}: a rank that reads by itself (0 workers) "
-            "keeps its place in another form; start training with 1 worker or more"
-        )
-    if world_size * num_workers != common["world_size"] * common["num_workers"]:
-        raise ValueError(
-            f"cannot go from {old} to {world_size} x {num_workers}: each reader has its own share of the "
-            "samples, so ranks x workers has to stay the same"
-        )
+    common = _common_identity(states, world_size, num_workers)
     loaded = [pickle.loads(state["energon"]) for state in states]
     energon: list[SavableDataLoaderState | None] = [None] * world_size  # where nothing has been read yet
     if all(state is not None for state in loaded):
@@ -76,6 +55,33 @@ def redistribute_states(
         for rank, state in enumerate(new):
             state["statistics"] = _added_up(statistics if rank == 0 else statistics[:0], statistics[0])
     return new
+
+
+def _common_identity(states: Sequence[dict[str, Any]], world_size: int, num_workers: int) -> dict[str, Any]:
+    """Return the identity of the run without the rank; ValueError if its states cannot be moved."""
+    identities = [dict(state["identity"]) for state in states]
+    ranks = [identity.pop("rank") for identity in identities]
+    if not states or any(identity != identities[0] for identity in identities):
+        raise ValueError(
+            f"got {len(states)} states of different runs; expected those of all ranks of one run"
+        )
+    common = identities[0]
+    if ranks != list(range(common["world_size"])):
+        raise ValueError(
+            f"got the states of ranks {ranks}, expected those of all {common['world_size']} in their order"
+        )
+    old = f"{common['world_size']} ranks x {common['num_workers']} workers"
+    if min(world_size, num_workers, common["num_workers"]) < 1:
+        raise ValueError(
+            f"cannot go from {old} to {world_size} x {num_workers}: a rank that reads by itself (0 workers) "
+            "keeps its place in another form; start training with 1 worker or more"
+        )
+    if world_size * num_workers != common["world_size"] * common["num_workers"]:
+        raise ValueError(
+            f"cannot go from {old} to {world_size} x {num_workers}: each reader has its own share of the "
+            "samples, so ranks x workers has to stay the same"
+        )
+    return common
 
 
 def _added_up(items: Sequence[dict[str, Any]], like: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from pretrain.config import JobConfig, OptimizerConfig
-from pretrain.engine import Runtime, backward_and_step, build_engine, count_parameters, full_state_dict
+from pretrain.engine import backward_and_step, build_engine, count_parameters
+from pretrain.export import full_state_dict
 from pretrain.metrics import Averages
+from pretrain.runtime import Runtime
 
 
 @dataclass

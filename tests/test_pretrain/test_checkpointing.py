@@ -20,7 +20,7 @@ from pretrain.checkpointing import (
     save_checkpoint,
 )
 from pretrain.config import ConfigError, JobConfig
-from pretrain.engine import Runtime
+from pretrain.runtime import Runtime
 
 
 def runtime_at(step: int, world_size: int = 1) -> Runtime:

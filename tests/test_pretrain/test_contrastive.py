@@ -76,7 +76,7 @@ def words(folder: Path, run: str, *more: str) -> list[str]:
 def build(arguments: list[str]):
     from pretrain.config import load_job_config
     from pretrain.contrastive_task import ContrastiveTask
-    from pretrain.engine import start_runtime
+    from pretrain.runtime import start_runtime
 
     config = load_job_config(arguments)
     runtime = start_runtime(config)
@@ -86,7 +86,7 @@ def build(arguments: list[str]):
 def losses_on_given_batches(folder: Path, level: str) -> tuple[list[float], dict]:
     """Losses and weights after four steps on eight pictures each, which the two ranks share."""
     from data_pipeline.streams import ImageTextBatch
-    from pretrain.engine import full_state_dict
+    from pretrain.export import full_state_dict
 
     _, runtime, task = build(words(folder, "given", f"deepspeed={level}.json"))
     loader = iter(image_batches(folder))
@@ -109,8 +109,8 @@ def image_batches(folder: Path):
 def losses_of_plain_torch(folder: Path) -> tuple[list[float], dict]:
     """The same in one process, without DeepSpeed and without exchange between ranks."""
     from pretrain.contrastive_task import ContrastiveModel, build_siglip
-    from pretrain.engine import seed_everything
     from pretrain.optim import build_optimizer, learning_rate_factor
+    from pretrain.runtime import seed_everything
 
     # Of the task only what reads a batch is used.
     config, runtime, task = build(words(folder, "plain"))
@@ -237,7 +237,7 @@ def test_recall():
 def test_accumulation_is_refused(runs):
     from pretrain.config import ConfigError, load_job_config
     from pretrain.contrastive_task import ContrastiveTask
-    from pretrain.engine import Runtime
+    from pretrain.runtime import Runtime
 
     config = load_job_config(words(runs[0], "refused"), world_size=1)
     runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32, 0, 2, runs[0])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
-from pretrain.engine import Runtime, choose_precision, deepspeed_settings
+from pretrain.engine import deepspeed_settings
 from pretrain.optim import (
     LearningRateSchedule,
     build_optimizer,
@@ -16,6 +16,7 @@ from pretrain.optim import (
     learning_rate_factor,
     parameter_groups,
 )
+from pretrain.runtime import Runtime, choose_precision
 from tests.support.distributed import run_function
 
 
@@ -268,8 +269,10 @@ def engines_on_two_ranks(folder: Path) -> dict:
     from deepspeed.accelerator import get_accelerator
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from pretrain.engine import build_engine, full_state_dict, sharded_construction, start_runtime
+    from pretrain.engine import build_engine, sharded_construction
+    from pretrain.export import full_state_dict
     from pretrain.metrics import Averages
+    from pretrain.runtime import start_runtime
 
     found: dict = {}
     here = start_runtime(job())

@@ -19,9 +19,10 @@ from dualtoken.unified_model.sequence import Document, ImagePart, TextPart, pack
 from dualtoken.visual_tokenizer.config import preset_config
 from eval.inputs import load_unified_model, load_visual_tokenizer
 from pretrain.config import ConfigError, load_job_config
-from pretrain.engine import Runtime, count_parameters
+from pretrain.engine import count_parameters
 from pretrain.mllm_task import MllmTask
 from pretrain.optim import build_optimizer, freeze_parameters, parameter_groups
+from pretrain.runtime import Runtime
 from tests.support.distributed import run_module
 from tests.support.tiny_run import make_tiny_run, picture
 from tests.support.unified_support import (

@@ -121,7 +121,8 @@ def test_last_phases_keep_pixel_codes_and_pictures(folder, tokenizer_run, phase)
 def one_contrastive_step(arguments: list[str]) -> dict:
     """Loss, pooled vectors and weights of one step on eight pictures, the ranks' shares in turn."""
     from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
-    from pretrain.engine import full_state_dict, start_runtime
+    from pretrain.export import full_state_dict
+    from pretrain.runtime import start_runtime
     from pretrain.tokenizer_task import TokenizerTask
 
     config = load_job_config(arguments)

@@ -33,7 +33,7 @@ ALLOWED = {
 def step_of(arguments: list[str]) -> tuple[dict[str, int], set[str]]:
     """Waits of a job's third step by place, and the types of what its collectives carry."""
     from pretrain.config import job_classes, load_job_config
-    from pretrain.engine import start_runtime
+    from pretrain.runtime import start_runtime
 
     config = load_job_config(arguments)
     runtime = start_runtime(config)

@@ -79,7 +79,7 @@ def test_neither_preset_nor_export():
 def build_task(arguments):
     """The task, and the micro-batches that its rank has of eight given pictures."""
     from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
-    from pretrain.engine import start_runtime
+    from pretrain.runtime import start_runtime
     from pretrain.tokenizer_task import TokenizerTask
 
     config = load_job_config(arguments)
@@ -107,7 +107,7 @@ def break_teacher(task, rank, micro_step):
 
 
 def state_of(task):
-    from pretrain.engine import full_state_dict
+    from pretrain.export import full_state_dict
 
     return {name: value.clone() for name, value in full_state_dict(task.engines["tokenizer"]).items()}
 

@@ -48,7 +48,7 @@ def toy_arguments(folder: Path, level: str, *more: str) -> list[str]:
 def train(arguments: list[str]) -> str:
     """Run the loop in this process: `finished`, `stopped`, or the message of the error that ended it."""
     from pretrain.config import job_classes, load_job_config
-    from pretrain.engine import start_runtime
+    from pretrain.runtime import start_runtime
     from pretrain.trainer import Trainer, TrainingError
 
     config = load_job_config(arguments)
@@ -105,8 +105,8 @@ def scenarios_on_two_ranks(folder: Path) -> dict[str, list[str]]:
 def plain_torch() -> list[tuple[float, float]]:
     """Loss and gradient norm of every step, on the whole batch in one process, without DeepSpeed."""
     from pretrain.config import load_job_config
-    from pretrain.engine import seed_everything
     from pretrain.optim import build_optimizer, learning_rate_factor
+    from pretrain.runtime import seed_everything
     from tests.support.toy_task import ToyLoader, ToyModel
 
     config = load_job_config([*TOY, "run_dir=unused"], world_size=1)

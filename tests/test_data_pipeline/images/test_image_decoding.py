@@ -10,6 +10,7 @@ import torch
 from matplotlib.cbook import get_sample_data
 from PIL import Image, ImageOps
 
+from data_pipeline.images import dali
 from data_pipeline.images import decoding as image_decoding
 from data_pipeline.images.decoding import build_image_decoder, decode_rgb
 from data_pipeline.images.header import BadImageError, read_header
@@ -324,7 +325,7 @@ def test_dali_decodes_no_more_pixels_at_a_time_than_it_may(pictures, photograph,
     files = [encode(photograph.resize((side, 100)), "JPEG") for side in (40, 50, 60, 200, 30)]
     files.insert(1, pictures["png with alpha"])  # not for DALI
     whole = decoder(files)
-    monkeypatch.setattr(image_decoding, "_PIXELS_TOGETHER", 10_000)
+    monkeypatch.setattr(dali, "_PIXELS_TOGETHER", 10_000)
     cut = decoder(files)
     assert sizes == [[40, 50, 60, 200, 30], [40, 50], [60], [200], [30]]
     assert cut.kept == list(range(6)) and torch.equal(cut.images, whole.images)
@@ -341,7 +342,7 @@ def test_choice_is_named_and_wrong_arguments_are_refused(monkeypatch):
         build_image_decoder(64, fit="pad")
     with pytest.raises(ValueError, match="image_size 0"):
         build_image_decoder(0)
-    monkeypatch.setattr(image_decoding, "find_spec", lambda name: None)
+    monkeypatch.setattr(dali, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install nvidia-dali"):
         build_image_decoder(64, "dali")
 

@@ -1,0 +1,190 @@
+"""Where a job runs: ranks, device, seeds, and the precision that `auto` means there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import sys
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pretrain.config import ConfigError, JobConfig
+
+DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+
+
+@dataclass
+class Runtime:
+    """Where and how this process runs; handed to every task."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype  # of parameters and activations; master weights are fp32 in any case
+    seed: int
+    micro_steps: int  # micro-batches per rank and optimizer step
+    run_dir: Path
+    step: int = 0  # optimizer steps done; the trainer keeps it true
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` holds on at least one rank; every rank has to call."""
+        if self.world_size == 1:
+            return flag
+        tensor = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    def smallest(self, number: int) -> int:
+        """The smallest `number` of all ranks; every rank has to call."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor([number], device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return int(tensor.item())
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start_runtime(config: JobConfig) -> Runtime:
+    """Join the processes of this run, choose device and precision, set the seeds.
+
+    Started by `deepspeed`, `torchrun` or Slurm the environment names the ranks; alone it is one rank.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(free_port())
+    # DeepSpeed calls collectives by names that torch has since changed: hundreds of lines a run.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+        # DeepSpeed would compile a shared-memory all-reduce for CPU ranks at start: half a minute and a C++
+        # compiler for a gain that only many-core hosts see.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Nothing is compiled on a CPU here; without this, DeepSpeed's optimizers load all of inductor.
+        if hasattr(torch.compiler, "set_default_backend"):
+            torch.compiler.set_default_backend("eager")
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timedelta(minutes=30),
+    )
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    seed_everything(config.seed)
+    return Runtime(
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        device=device,
+        dtype=choose_precision(config, device),
+        seed=config.seed,
+        micro_steps=config.micro_steps(world_size),
+        run_dir=Path(config.run_dir),
+    )
+
+
+def leave(runtime: Runtime) -> None:
+    """End a successful process: wait for the others, flush, exit 0.
+
+    The interpreter is not unwound: gloo's background threads sometimes abort a process that is shutting down,
+    after all its work is done, and the launcher would then report a failed run.
+    """
+    runtime.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed Python, numpy and torch; models are built with rank 0's seed, steps run with each rank's own."""
+    value = (seed * 1_000_003 + rank) % 2**32
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def choose_precision(config: JobConfig, device: torch.device) -> torch.dtype:
+    """Dtype of parameters and activations: from the recipe or the JSON, else bf16 if the hardware has it.
+
+    Raises:
+        ConfigError: recipe and JSON both set it.
+    """
+    precision = config.precision
+    in_json = read_deepspeed_file(config.deepspeed).get("bf16", {}).get("enabled", "auto")
+    if in_json != "auto":
+        if precision != "auto":
+            raise ConfigError(
+                f"{config.deepspeed} sets bf16.enabled={in_json} and the recipe precision={precision}: "
+                'write "auto" in one of the two'
+            )
+        precision = "bf16" if in_json else "fp32"
+    if precision == "auto":
+        precision = "bf16" if computes_in_bf16(device) else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bf16, which is what `precision: auto` asks.
+
+    The environment variable DUALTOKEN_NATIVE_BF16 (0 or 1) answers in its place: one machine then runs what
+    `auto` would choose on another.
+
+    Raises:
+        ConfigError: the variable is neither.
+    """
+    answer = os.environ.get("DUALTOKEN_NATIVE_BF16", "")
+    if answer not in ("", "0", "1"):
+        raise ConfigError(f"DUALTOKEN_NATIVE_BF16={answer}: expected 0, 1, or not set to ask the hardware")
+    if answer:
+        return answer == "1"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+
+
+def read_deepspeed_file(name: str) -> dict[str, Any]:
+    """Read DeepSpeed's settings from a path, or from a file in ds_configs/ by its name.
+
+    Raises:
+        ConfigError: there is no such file, or it is not JSON.
+    """
+    candidates = (Path(name), DS_CONFIGS / name, DS_CONFIGS / f"{name}.json")
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(p.name for p in DS_CONFIGS.glob("*.json")))
+        raise ConfigError(f"deepspeed={name}: there is no such file; ds_configs has {known}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"deepspeed={name} is not valid JSON: {error}") from error
