@@ -319,7 +319,8 @@ def test_killed_again_and_again(tmp_path: Path, undisturbed: tuple) -> None:
     kills = 0
     while True:
         child = fork_worker(inputs, tmp_path, delay=0.01)
-        deadline = time.monotonic() + random.uniform(0.01, 0.25)
+        # The first one is killed before it can be done, however fast the machine.
+        deadline = time.monotonic() + random.uniform(0.01, 0.25 if kills else 0.03)
         finished, status = os.waitpid(child, os.WNOHANG)
         while not finished and (time.monotonic() < deadline or kills >= 12):
             time.sleep(0.002)
