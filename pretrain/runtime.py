@@ -8,10 +8,11 @@ import random
 import socket
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import numpy as np
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from pretrain.config import ConfigError, JobConfig
 
+T = TypeVar("T")
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
 
@@ -57,6 +59,30 @@ class Runtime:
         tensor = torch.tensor([number], device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return int(tensor.item())
+
+    def from_main(self, value: T) -> T:
+        """The main process's `value`; every rank has to call."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def share_out(self, values: Sequence[T] | None) -> T:
+        """This rank's part of what the main process gives, a value for each rank; every rank has to call."""
+        if self.world_size == 1:
+            return values[0]
+        mine: list[Any] = [None]
+        dist.scatter_object_list(mine, list(values) if values is not None else None, src=0)
+        return mine[0]
+
+    def to_main(self, value: T) -> list[T]:
+        """The values of all ranks on the main process, nothing on the others; every rank has to call."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0)
+        return values or []
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find that out with a warning
+        from pretrain.checkpointing import CheckpointError
         from pretrain.trainer import Trainer, TrainingError, finished_before
 
         if (line := finished_before(config)) is not None:
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.run()
     except ConfigError as error:
         _fail(error, code=2)
-    except TrainingError as error:
+    except (TrainingError, CheckpointError) as error:
         _fail(error, code=1)
     except KeyboardInterrupt:
         os._exit(130)

@@ -124,9 +124,7 @@ class Trainer:
     def _start_or_resume(self) -> None:
         # Parameters were drawn with the same seed everywhere; from here each rank draws its own numbers.
         seed_everything(self.config.seed, self.runtime.rank)
-        checkpoint = find_checkpoint(self.config, self.checkpoints)
-        # Every rank decides by itself: none may write into the folder before all have looked.
-        self.runtime.barrier()
+        checkpoint = find_checkpoint(self.config, self.checkpoints, self.runtime, self.log.say)
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.runtime, self.task.engines, self.config.job)
             try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, NoReturn, TypeVar
@@ -12,12 +11,13 @@ import torch
 from megatron.energon import SavableDataLoader, SavableDataset, WorkerConfig, get_savable_loader
 
 from data_pipeline.errors import DatasetError
+from data_pipeline.streams.plain_state import from_plain, to_plain
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _WATCHDOG_SECONDS = 300.0
 
 
@@ -147,7 +147,7 @@ class StreamLoader(Generic[T]):
         return self._loader
 
     def save_state(self) -> dict[str, Any]:
-        """Return the place in the stream as plain values and bytes, safe to write with torch.save.
+        """Return the place in the stream as plain values, for a JSON file.
 
         Raises:
             ValueError: On a validation loader, which always starts anew.
@@ -156,7 +156,7 @@ class StreamLoader(Generic[T]):
         return {
             "version": _STATE_VERSION,
             "identity": dict(self._identity),
-            "energon": pickle.dumps(self._open().save_state_rank()),
+            "energon": to_plain(self._open().save_state_rank()),
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
@@ -175,7 +175,7 @@ class StreamLoader(Generic[T]):
                     f"{name}={expected}; resume with the same data settings and world size"
                 )
         self.close()
-        self._open().restore_state_rank(pickle.loads(state["energon"]))
+        self._open().restore_state_rank(from_plain(state["energon"]))
 
     def _require_endless(self) -> None:
         if not self._endless:

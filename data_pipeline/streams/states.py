@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
 from megatron.energon.savable_loader import SavableDataLoaderState
+
+from data_pipeline.streams.plain_state import from_plain, to_plain
 
 
 def redistribute_states(
@@ -33,7 +34,7 @@ def redistribute_states(
             number of readers is another.
     """
     common = _common_identity(states, world_size, num_workers)
-    loaded = [pickle.loads(state["energon"]) for state in states]
+    loaded = [from_plain(state["energon"]) for state in states]
     energon: list[SavableDataLoaderState | None] = [None] * world_size  # where nothing has been read yet
     if all(state is not None for state in loaded):
         readers = [reader for state in loaded for reader in state.worker_states]
@@ -47,7 +48,7 @@ def redistribute_states(
         ]
     identity = {**common, "world_size": world_size, "num_workers": num_workers}
     new: list[dict[str, Any]] = [
-        {**states[0], "identity": {**identity, "rank": rank}, "energon": pickle.dumps(energon[rank])}
+        {**states[0], "identity": {**identity, "rank": rank}, "energon": to_plain(energon[rank])}
         for rank in range(world_size)
     ]
     if "statistics" in states[0]:

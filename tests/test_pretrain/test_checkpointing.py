@@ -1,5 +1,7 @@
 """Checkpoints are whole or absent, and the newest whole one is found."""
 
+import errno
+import json
 import os
 import random
 import time
@@ -9,8 +11,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.energon.flavors.webdataset.sample_loader import SliceState
+from megatron.energon.state import FlexState
 
+from data_pipeline.streams.plain_state import from_plain, to_plain
 from pretrain.checkpointing import (
+    CheckpointError,
+    _writer,
     complete_checkpoints,
     find_checkpoint,
     load_checkpoint,
@@ -21,6 +30,18 @@ from pretrain.checkpointing import (
 )
 from pretrain.config import ConfigError, JobConfig
 from pretrain.runtime import Runtime
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
+plain_values = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner)
+        | st.lists(inner).map(tuple)
+        | st.dictionaries(st.text() | st.integers() | st.just("!"), inner)
+        | st.dictionaries(st.text(), inner).map(FlexState)
+    ),
+    max_leaves=12,
+)
 
 
 def runtime_at(step: int, world_size: int = 1) -> Runtime:
@@ -36,11 +57,16 @@ def config(resume: str = "auto") -> JobConfig:
     return JobConfig("toy", "unused", 1, 1, 1, resume=resume)
 
 
+def find(folder: Path, resume: str = "auto", said: list[str] | None = None) -> Path | None:
+    lines = [] if said is None else said
+    return find_checkpoint(config(resume), folder, runtime_at(0), lines.append)
+
+
 def test_newest_is_found_and_old_ones_go(tmp_path):
-    assert find_checkpoint(config(), tmp_path) is None
+    assert find(tmp_path) is None
     for step in (10, 20, 30):
         saved = save(tmp_path, step, loader=step)
-        assert find_checkpoint(config(), tmp_path) == saved
+        assert find(tmp_path) == saved
         assert (tmp_path / "latest").read_text(encoding="utf-8") == saved.name
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000020", "step_00000030"]
     runtime = runtime_at(0)
@@ -79,26 +105,115 @@ def test_interrupted_writing_leaves_the_previous_one(tmp_path, monkeypatch, fail
     assert not list(tmp_path.glob(".writing*"))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "state"])
-def test_damaged_checkpoint_is_passed_over(tmp_path, damage):
-    good, bad = save(tmp_path, 1), save(tmp_path, 2)
-    file = bad / ("state.json" if damage == "state" else "rank_00000.pt")
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("truncate", "rank_00000.json has other contents than when it was written"),
+        ("byte", "rank_00000.json has other contents than when it was written"),
+        ("remove", "rank_00000.json cannot be read (No such file or directory)"),
+        ("state", "is incomplete and passed over"),
+    ],
+)
+def test_damaged_checkpoint_is_passed_over(tmp_path, damage, reason):
+    good, bad = save(tmp_path, 1, loader=[1.5] * 9), save(tmp_path, 2, loader=[1.5] * 9)
+    file = bad / ("state.json" if damage == "state" else "rank_00000.json")
+    content = file.read_bytes()
     if damage == "remove":
         file.unlink()
     else:
-        file.write_bytes(file.read_bytes()[:-10])
-    assert find_checkpoint(config(), tmp_path) == good
-    with pytest.raises(ConfigError, match="expected auto, never or the folder of a complete checkpoint"):
-        find_checkpoint(config(str(bad)), tmp_path)
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        file.write_bytes(flipped if damage == "byte" else content[:-10])
+    said: list[str] = []
+    assert find(tmp_path, said=said) == good
+    assert len(said) == 1 and str(bad) in said[0] and reason in said[0] and "passed over" in said[0]
+    expected = "folder of a complete checkpoint" if damage == "state" else "are damaged; restore one"
+    with pytest.raises((ConfigError, CheckpointError), match=expected):
+        find(tmp_path, str(bad))
+    (good / "rank_00000.json").unlink()
+    if damage != "state":
+        with pytest.raises(CheckpointError, match="step_00000002, step_00000001 in .* are damaged"):
+            find(tmp_path)
+
+
+def test_a_full_disk_leaves_the_previous_one(tmp_path, monkeypatch):
+    previous = save(tmp_path, 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pretrain.checkpointing._write_text", full)
+        with pytest.raises(CheckpointError, match="step 2 could not be written .*No space left.*Make room"):
+            save(tmp_path, 2)
+
+    class Broken:
+        def save_checkpoint(self, *_, **__):
+            raise RuntimeError("short write")
+
+    with pytest.raises(CheckpointError, match="step 2 could not be written .*short write"):
+        save_checkpoint(tmp_path, runtime_at(2), {"model": Broken()}, {}, "toy", 2)
+    said: list[str] = []
+    assert find(tmp_path, said=said) == previous
+    assert said == [f"{tmp_path / '.writing_step_00000002'} is incomplete and passed over"]
+    assert save(tmp_path, 2).is_dir() and not list(tmp_path.glob(".writing*"))
+
+
+def test_rank_state_is_plain_text_and_comes_back(tmp_path):
+    flex = FlexState(a=SliceState(index=1, current=2))
+    state = {
+        "loader": {
+            "rng": b"\x00\xff",
+            3: (1, None, "x"),
+            "nested": [flex, {"!": 1}],
+        },
+        "random": random_state(),
+        "tensor": torch.arange(6, dtype=torch.int64).reshape(2, 3),
+        "small": 5e-324,
+    }
+    saved = save(tmp_path, 1, **state)
+    json.loads((saved / "rank_00000.json").read_text(encoding="utf-8"))
+    back = load_checkpoint(saved, runtime_at(0), {}, "toy")
+    assert back["loader"] == state["loader"] and type(back["loader"]["nested"][0]) is FlexState
+    assert torch.equal(back["tensor"], state["tensor"]) and back["small"] == 5e-324
+    assert back["random"]["python"] == state["random"]["python"]
+    np.testing.assert_array_equal(back["random"]["numpy"][1], state["random"]["numpy"][1])
+    with pytest.raises(TypeError, match="a state holds a pathlib.PosixPath"):
+        save(tmp_path, 2, path=tmp_path)
+
+
+@given(plain_values)
+def test_plain_state_is_exact(value):
+    back = from_plain(json.loads(json.dumps(to_plain(value))))
+    assert repr(back) == repr(value)
+
+
+def test_files_of_ranks_are_told_by_their_names():
+    names = {
+        "rank_00003.json": 3,
+        "model/zero_pp_rank_7_mp_rank_00_model_states.pt": 7,
+        "model/bf16_zero_pp_rank_12_mp_rank_00_optim_states.pt": 12,
+        "model/mp_rank_00_model_states.pt": 0,
+        "zero_to_fp32.py": 0,
+    }
+    assert {name: _writer(name) for name in names} == names
+
+
+def test_format_of_another_version(tmp_path):
+    saved = save(tmp_path, 1)
+    state = read_state(saved)
+    (saved / "state.json").write_text(json.dumps({**state, "format_version": 1}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="has format version 1, this program reads 2"):
+        load_checkpoint(saved, runtime_at(0), {}, "toy")
 
 
 def test_resume_never_and_by_path(tmp_path):
-    assert find_checkpoint(config("never"), tmp_path) is None
+    assert find(tmp_path, "never") is None
     first = save(tmp_path, 1)
     save(tmp_path, 2)
-    assert find_checkpoint(config(str(first)), tmp_path) == first
+    assert find(tmp_path, str(first)) == first
     with pytest.raises(ConfigError, match="resume=never, but .* holds step_00000002"):
-        find_checkpoint(config("never"), tmp_path)
+        find(tmp_path, "never")
 
 
 def test_checkpoint_of_another_run(tmp_path):
@@ -108,9 +223,11 @@ def test_checkpoint_of_another_run(tmp_path):
     engine = SimpleNamespace(zero_optimization_stage=lambda: 2, bfloat16_enabled=lambda: False)
     with pytest.raises(ConfigError, match=r"engines none; expected job toy with generator \(ZeRO-2, fp32\)"):
         load_checkpoint(saved, runtime_at(0), {"generator": engine}, "toy")
-    message = r"written by 1 rank\(s\) and this run has 2: .*ds_to_universal"
+    state = read_state(saved)
+    (saved / "state.json").write_text(json.dumps({**state, "world_size": 2}), encoding="utf-8")
+    message = r"written by 2 rank\(s\) and this run has 1: .*ds_to_universal"
     with pytest.raises(ConfigError, match=message):
-        load_checkpoint(saved, runtime_at(0, world_size=2), {}, "toy")
+        load_checkpoint(saved, runtime_at(0), {}, "toy")
     with pytest.raises(ConfigError, match="is not a checkpoint"):
         load_checkpoint(tmp_path, runtime_at(0), {}, "toy")
 
