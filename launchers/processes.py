@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -179,6 +180,8 @@ class _MemorySampler(threading.Thread):
     def __exit__(self, *exc_info: object) -> None:
         self._stop_event.set()
         self.join()
+        if not self.peak:  # it ended before anybody looked: no child so far held more than this
+            self.peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
     def run(self) -> None:
         most_resident = 0
