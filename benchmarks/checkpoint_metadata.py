@@ -2,10 +2,11 @@
 
 `python -m benchmarks.checkpoint_metadata [--ranks 1024] [--files 16] [--checkpoints 5] [--milliseconds 5]`
 
-Nothing sleeps: the calls of the main process and of one other rank on real folders are counted, and a call is
-taken to cost so many milliseconds. Ranks work at the same time, so at a start the slower of the two counts; in
-a save the main process has the longest part. "Before" is what this project did first: every rank looks at the
-size of every file of every checkpoint, the main process syncs and removes all files by itself, and nobody hashes.
+Nothing sleeps: the calls of the main process and of one other rank on real folders are counted, and a call
+is taken to cost so many milliseconds. Ranks work at the same time, so at a start the slower of the two counts;
+in a save the main process has the longest part. "Before" is what this project did first: every rank looks at
+the size of every file of every checkpoint, the main process syncs and removes all files by itself, and nobody
+hashes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import os
 import shutil
 import sys
 import tempfile
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,21 @@ class SimulatedRank(Runtime):
     folder: Path | None = None
 
     def from_main(self, value: Any) -> Any:
+        """What the main process said at this place."""
         if self.is_main:
             self.sent.append(value)
             return value
         return self.sent.pop(0)
 
     def share_out(self, values: Any) -> Any:
+        """This rank's part."""
         if self.is_main:
             self.sent.append(values[OTHER_RANK])
             return values[0]
         return self.sent.pop(0)
 
     def to_main(self, value: Any) -> list[Any]:
+        """Its own alone: those of the others need no file."""
         return [value] if self.is_main else []
 
     def barrier(self) -> None:
@@ -71,14 +74,17 @@ class Engine:
         self.ranks, self.files, self.main = ranks, files, main
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        """Write the step's files."""
         if self.main:
             with not_counted():
                 write_files(Path(folder), self.ranks, self.files)
 
     def zero_optimization_stage(self) -> int:
+        """As an engine answers."""
         return 3
 
     def bfloat16_enabled(self) -> bool:
+        """As an engine answers."""
         return True
 
 

@@ -40,7 +40,7 @@ class ImageInput:
 
     def describe(self) -> str:
         """Return the choice of decoder in words."""
-        return f"images: {self.decoder.describe()}"
+        return self.decoder.describe()
 
     def state_dict(self) -> dict[str, list[str]]:
         """Return which pictures have been recorded."""
