@@ -2,11 +2,10 @@
 
 `python -m benchmarks.checkpoint_metadata [--ranks 1024] [--files 16] [--checkpoints 5] [--milliseconds 5]`
 
-Nothing sleeps: the calls of the main process and of one other rank on real folders are counted, and a call
-is taken to cost so many milliseconds. Ranks work at the same time, so at a start the slower of the two counts;
-in a save the main process has the longest part. "Before" is what this project did first: every rank looks at
-the size of every file of every checkpoint, the main process syncs and removes all files by itself, and nobody
-hashes.
+Nothing sleeps: the calls of the main process and of one other rank on real folders are counted, and a call is
+taken to cost so many milliseconds. Ranks work at the same time: of a start the slower of the two counts, of a
+save the main process, which has the longest part. "Before" is what this project did first: every rank looks
+at the size of every file of every checkpoint, the main process syncs and removes all, and nobody hashes.
 """
 
 from __future__ import annotations
