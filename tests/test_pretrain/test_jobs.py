@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipeline.streams.plain_state import from_plain
 from tests.support.distributed import Ranks, run_module
 from tests.support.unified_support import byte_tokenizer
 from tests.test_pretrain.test_contrastive import write_pictures, write_text_tokenizer
@@ -216,6 +217,8 @@ def last_checkpoint(run: Path) -> dict[str, torch.Tensor | list[str]]:
     folder = run / "checkpoints" / f"step_{STEPS:08d}"
     for path in sorted(folder.rglob("*.pt")):
         collect(torch.load(path, map_location="cpu", weights_only=False), str(path.relative_to(folder)))
+    for path in sorted(folder.glob("rank_*.json")):
+        collect(from_plain(json.loads(path.read_text(encoding="utf-8"))), path.name)
     return found
 
 
