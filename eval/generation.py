@@ -17,9 +17,8 @@ from eval.inputs import (
     EvaluationPaths,
     draw_prompts,
     load_codes,
+    load_models,
     load_pictures,
-    load_unified_model,
-    load_visual_tokenizer,
     stack_codes,
     to_picture,
 )
@@ -149,10 +148,7 @@ def run(
         FileNotFoundError: a model is missing.
         ValueError: model, codes and visual tokenizer do not belong together.
     """
-    tokenizer = load_visual_tokenizer(paths.visual_tokenizer)
-    model, text_tokenizer = load_unified_model(paths.model)
-    expected = model.config.tokenizer_fingerprint
-    require_same_codes(paths.visual_tokenizer, tokenizer.fingerprint(), expected)
+    model, text_tokenizer, tokenizer = load_models(paths.model, paths.visual_tokenizer)
     result: dict = {
         "settings": {
             **SAMPLING,
@@ -164,7 +160,9 @@ def run(
         "caption_exact": {},
     }
     for name, folder in paths.codes().items():
-        require_same_codes(folder, DatasetManifest.load(folder).fingerprint, expected)
+        require_same_codes(
+            folder, DatasetManifest.load(folder).fingerprint, model.config.tokenizer_fingerprint
+        )
         samples = load_codes(folder, min(count or PROMPTS, PROMPTS), seed)
         split = _Split(name, samples, tokenizer, paths.images()[name], paths.output)
         result["pictures"][name] = split.generate(model, text_tokenizer, guidance_scales, seed)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from data_pipeline.images.decoding import build_image_decoder
-from data_pipeline.shards.code_shards import CodeSample, DatasetManifest, iterate_shard
+from data_pipeline.shards.code_shards import CodeSample, DatasetManifest, iterate_shard, require_same_codes
 from data_pipeline.streams import ImageStreamConfig, image_loader
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
@@ -196,3 +196,18 @@ def load_unified_model(folder: Path) -> tuple[DualTokenForCausalLM, PreTrainedTo
     # Exports are fp32; one that somebody saved in another type is measured in fp32 like the others.
     model = DualTokenForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     return model.to(default_device()), AutoTokenizer.from_pretrained(folder)
+
+
+def load_models(
+    unified: Path, visual_tokenizer: Path
+) -> tuple[DualTokenForCausalLM, PreTrainedTokenizerBase, DualTokenVisualTokenizer]:
+    """Load a unified model, its text tokenizer and the visual tokenizer whose codes it speaks, for use.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        DatasetError: the model was trained with another visual tokenizer.
+    """
+    tokenizer = load_visual_tokenizer(visual_tokenizer)
+    model, text_tokenizer = load_unified_model(unified)
+    require_same_codes(visual_tokenizer, tokenizer.fingerprint(), model.config.tokenizer_fingerprint)
+    return model, text_tokenizer, tokenizer

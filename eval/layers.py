@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dualtoken.visual_tokenizer.backbone import load_backbone
 from dualtoken.visual_tokenizer.config import DualTokenVisualTokenizerConfig
-from dualtoken.visual_tokenizer.layer_analysis import LayerProposal, analyze_backbone, plot_similarity
+from dualtoken.visual_tokenizer.layer_analysis import analyze_backbone, plot_similarity
 from eval.inputs import EvaluationPaths, default_device, load_pictures, require_export
 from eval.results import write_json
 
@@ -27,7 +27,7 @@ def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict
     pictures = load_pictures(paths.held_out_images, siglip.config.vision_config.image_size, count, seed)
     layers = {"reconstruction_layer": read.reconstruction_layer, "semantic_layer": read.semantic_layer}
     batches = pictures.images.split(BATCH)
-    return compare_layers(siglip, batches, len(pictures), str(paths.siglip), paths.output, layers)[0]
+    return compare_layers(siglip, batches, len(pictures), str(paths.siglip), paths.output, layers)
 
 
 def compare_layers(
@@ -37,7 +37,7 @@ def compare_layers(
     source: str,
     output: Path,
     read: dict[str, int] | None = None,
-) -> tuple[dict, LayerProposal]:
+) -> dict:
     """Compare the layers of a SigLIP; write `layers.json` and `layers.png`.
 
     Args:
@@ -49,7 +49,7 @@ def compare_layers(
         read: reconstruction_layer and semantic_layer of a tokenizer built on it, where there is one.
 
     Returns:
-        what the file holds, and the proposal in it.
+        what the file holds.
     """
     similarity, proposal = analyze_backbone(siglip, batches)
     result = {
@@ -71,4 +71,4 @@ def compare_layers(
     output.mkdir(parents=True, exist_ok=True)
     plot_similarity(similarity, proposal, output / "layers.png", f"{source}, {pictures} pictures")
     write_json(output / "layers.json", result)
-    return result, proposal
+    return result

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.shards.code_shards import require_same_codes
 from data_pipeline.shards.conversations import IMAGE_TAG, TEMPLATES, ChatTemplate
 from dualtoken.generation.sampling import Sampling
 from dualtoken.unified_model.sequence import ImagePart
-from eval.inputs import load_unified_model, load_visual_tokenizer, to_picture
+from eval.inputs import load_models, to_picture
 from launchers.conversation import NO_TEMPLATE, Chat
 from launchers.errors import UserError
 from launchers.use import drawing_progress, free_names
@@ -73,10 +72,7 @@ def chat(
         UserError, ValueError, OSError: a model or one of `images` cannot be read.
     """
     chosen = Sampling(**sampling)
-    tokenizer = load_visual_tokenizer(visual_tokenizer)
-    unified, text_tokenizer = load_unified_model(model)
-    expected = unified.config.tokenizer_fingerprint
-    require_same_codes(visual_tokenizer, tokenizer.fingerprint(), expected)
+    unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
     style, notes = choose_template(template, model)
     if system and not style.system:
         raise UserError("this chat template has no place for a system prompt: leave --system out")

@@ -94,7 +94,7 @@ def analyze_layers(backbone: Path, images: Sequence[Path], count: int, output: P
         for start in with_progress(range(0, len(files), BATCH), "reading pictures"):
             yield read_pictures(files[start : start + BATCH], size).to(default_device())
 
-    result, proposal = compare_layers(model, batches(), len(files), str(backbone), output)
+    result = compare_layers(model, batches(), len(files), str(backbone), output)
     yield f"{len(result['layers'])} layers, {len(files)} pictures"
-    yield from proposal.describe()
+    yield from result["proposal"]
     yield f"written: {output / 'layers.json'}, {output / 'layers.png'}"

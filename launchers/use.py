@@ -8,8 +8,7 @@ from typing import TypeVar
 import torch
 
 from data_pipeline.images.decoding import build_image_decoder
-from data_pipeline.shards.code_shards import require_same_codes
-from eval.inputs import load_unified_model, load_visual_tokenizer, to_picture
+from eval.inputs import load_models, load_visual_tokenizer, to_picture
 from launchers.errors import UserError
 
 T = TypeVar("T")
@@ -83,10 +82,7 @@ def generate_files(
     from dualtoken.generation.generators import generate_images
     from dualtoken.processing import DualTokenProcessor
 
-    tokenizer = load_visual_tokenizer(visual_tokenizer)
-    unified, text_tokenizer = load_unified_model(model)
-    expected = unified.config.tokenizer_fingerprint
-    require_same_codes(visual_tokenizer, tokenizer.fingerprint(), expected)
+    unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
     shown = []
     if images:
         given = read_pictures(images, tokenizer.config.image_size)
@@ -113,10 +109,7 @@ def caption_files(
     """Yield a line with a caption for each picture."""
     from eval.generation import write_captions
 
-    tokenizer = load_visual_tokenizer(visual_tokenizer)
-    unified, text_tokenizer = load_unified_model(model)
-    expected = unified.config.tokenizer_fingerprint
-    require_same_codes(visual_tokenizer, tokenizer.fingerprint(), expected)
+    unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
     pictures = read_pictures(images, tokenizer.config.image_size)
     codes = tokenizer.encode(pictures.to(tokenizer.device)).cpu()
     captions = write_captions(unified, text_tokenizer, list(codes), language, max_new_tokens)
