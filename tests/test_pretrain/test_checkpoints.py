@@ -140,6 +140,9 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, damage, reason):
     said: list[str] = []
     assert find(tmp_path, said=said) == good
     assert len(said) == 1 and str(bad) in said[0] and reason in said[0] and "passed over" in said[0]
+    if damage != "state":
+        assert find(tmp_path) == good and not bad.exists()
+        (tmp_path / ".damaged_step_00000002").rename(bad)
     expected = "folder of a complete checkpoint" if damage == "state" else "are damaged; restore one"
     with pytest.raises((ConfigError, CheckpointError), match=expected):
         find(tmp_path, str(bad))

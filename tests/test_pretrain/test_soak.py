@@ -94,6 +94,7 @@ def soak(whole: Path, disturbed: Path, words, seed: int) -> None:
     arguments = [*words(disturbed.name), *MORE]
     ways = [("kill", "stop", "damage")[number % 3] for number in range(DISTURBANCES)]
     draw.shuffle(ways)
+    ways = ["stop", "stop", *ways]  # there has to be one before the first that is damaged
     damaged: Path | None = None
     for way in ways:
         said = disturb(disturbed, arguments, "kill" if way == "kill" else "stop", draw)
