@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import SiglipModel
 
+from dualtoken.plain_tensors import read_tensors
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
-from dualtoken.visual_tokenizer.released import load_released, read_checkpoint
+from dualtoken.visual_tokenizer.released import load_released
 from tests.support.command import call
 from tests.support.released_reference import config, random_state
 from tests.support.tiny_run import picture
@@ -42,7 +43,7 @@ def test_there_and_back_bit_for_bit(dualtoken, tmp_path):
         "convert", "tokenizer", "--to", "released", "--model", tmp_path / "ours", "--out", tmp_path / "back"
     )
     assert code == 0
-    back = read_checkpoint(tmp_path / "back" / "epoch_0.pt")["state_dict"]
+    back = read_tensors(tmp_path / "back" / "epoch_0.pt")["state_dict"]
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
