@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualtoken.plain_tensors import read_tensors
+from dualtoken.visual_tokenizer.config import DualTokenVisualTokenizerConfig
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer.released_config import config_from_released, config_to_released
 
@@ -170,10 +171,21 @@ def load_released(
         WeightsError: if any key is missing, unexpected or misshapen.
         ValueError: if a file cannot be read safely or asks for another kind of model.
     """
-    built = config_from_released(config, backbone_config, full_attention)
-    state = state_from_released(read_released_weights(checkpoint), built.shared_codebook)
-    model = DualTokenVisualTokenizer(built)
-    load_strict(model, state, str(checkpoint))
+    translated = config_from_released(config, backbone_config, full_attention)
+    return build_released(translated, read_released_weights(checkpoint), str(checkpoint))
+
+
+def build_released(
+    config: DualTokenVisualTokenizerConfig, released: dict[str, Tensor], source: str
+) -> DualTokenVisualTokenizer:
+    """Build a tokenizer from a translated config and the weights of a released checkpoint called ``source``.
+
+    Raises:
+        WeightsError: if any key is missing, unexpected or misshapen.
+        ValueError: as of :func:`state_from_released`.
+    """
+    model = DualTokenVisualTokenizer(config)
+    load_strict(model, state_from_released(released, config.shared_codebook), source)
     return model.eval()
 
 
