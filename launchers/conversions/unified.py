@@ -74,9 +74,7 @@ def build_unified(
     ]
     enlarged = decoder.get_input_embeddings().num_embeddings
     if enlarged > rows:
-        report.notes.append(
-            f"NEW: rows {rows} to {enlarged - 1} of the embedding, and of an output layer of its own"
-        )
+        report.notes.append(f"NEW: rows {rows} to {enlarged - 1} of the embedding and the output layer")
     if not files:
         report.notes.append("the language model was loaded whole: its files do not name weights as it does")
 

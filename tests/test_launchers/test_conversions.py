@@ -1,4 +1,4 @@
-"""`dualtoken convert unified` and `llm`: what training builds, there and back, a shard in memory at a time."""
+"""`dualtoken convert unified` and `llm`: what training builds, there and back, a shard in memory."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from dualtoken.unified_model.model import DualTokenForCausalLM
-from dualtoken.unified_model.sequence import add_special_tokens
+from dualtoken.unified_model.sequence import SpecialTokens, add_special_tokens
 from launchers.conversions.llm import extract_llm
 from launchers.conversions.unified import build_unified
 from launchers.conversions.weight_files import WeightFiles
@@ -44,13 +44,14 @@ def report_of(folder):
     return json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
 
 
-def build_as_in_training(base, eyes, seed, more):
+def build_as_in_training(base, eyes, seed, more, init_from=None):
     """What `MllmTask` builds for a recipe with these settings."""
     words = [
         "recipe=mllm_align",
         f"seed={seed}",
-        f"model.llm={base}",
-        f"model.text_tokenizer={base}",
+        f"model.llm={'null' if init_from else base}",
+        f"model.init_from={init_from or 'null'}",
+        f"model.text_tokenizer={init_from or base}",
         f"model.visual_tokenizer={eyes}",
         *(f"model.heads.{word}" for word in (*HEADS, *more)),
         "data.blend=[]",
@@ -61,8 +62,10 @@ def build_as_in_training(base, eyes, seed, more):
     task.config = load_job_config(words, world_size=1)
     task.runtime = Runtime(0, 0, 1, torch.device("cpu"), torch.float32, seed, 1, base)
     seed_everything(seed)
-    task.text_tokenizer = AutoTokenizer.from_pretrained(base)
-    add_special_tokens(task.text_tokenizer)
+    task.text_tokenizer = AutoTokenizer.from_pretrained(init_from or base)
+    if not init_from:
+        add_special_tokens(task.text_tokenizer)
+    task.special = SpecialTokens.from_tokenizer(task.text_tokenizer)
     return task.build_model()
 
 
@@ -83,6 +86,8 @@ def test_unified_is_what_training_builds(folders, tmp_path, capsys, kind, more):
         for name in ("unified", "expected")
     ]
     assert configs[0] == configs[1]
+    taken = build_as_in_training(folders / kind, folders / "eyes", 9, more, tmp_path / "unified")
+    assert all(torch.equal(value, taken.state_dict()[name]) for name, value in built.state_dict().items())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "unified")
     processor = AutoProcessor.from_pretrained(tmp_path / "unified")
     assert isinstance(loaded, DualTokenForCausalLM) and processor.special == loaded.config.special
