@@ -1,4 +1,4 @@
-"""`dualtoken convert llava`: LLaVA's names and modules compute what the embedder does, and back bit for bit."""
+"""`dualtoken convert llava`: LLaVA's names and modules compute what the embedder does; back bit for bit."""
 
 import json
 import re
@@ -103,7 +103,8 @@ def test_there_and_back_bit_for_bit(folders, tmp_path, capsys):
             assert torch.equal(mixed[name], (projector if name in NAMES else rest)[name]), name
         assert not torch.equal(projector[next(iter(NAMES))], rest[next(iter(NAMES))])
     assert DualTokenForCausalLM.from_pretrained(tmp_path / "mixed").config.to_dict() == (
-        DualTokenForCausalLM.from_pretrained(second).config.to_dict() | {"_name_or_path": str(tmp_path / "mixed")}
+        DualTokenForCausalLM.from_pretrained(second).config.to_dict()
+        | {"_name_or_path": str(tmp_path / "mixed")}
     )
     said = json.loads((tmp_path / "mixed/conversion.json").read_text(encoding="utf-8"))
     assert said["conversion"] == "projector of LLaVA" and said["dropped"] == list(NAMES)
@@ -135,5 +136,11 @@ def test_what_llava_cannot_express_is_refused(folders, tmp_path, capsys):
     save_file({**weights, "model.mm_projector.4.bias": torch.zeros(2)}, path)
     fails("1 superfluous (model.mm_projector.4.bias)", "--model", model, "--projector", path)
     save_file({name: tensor[..., :-1].contiguous() for name, tensor in weights.items()}, path)
-    fails("4 misshapen (visual_embedder.mlps.0.down.bias (31,), not (32,)", "--model", model, "--projector", path)
+    fails(
+        "4 misshapen (visual_embedder.mlps.0.down.bias (31,), not (32,)",
+        "--model",
+        model,
+        "--projector",
+        path,
+    )
     fails("no projector at", "--model", model, "--projector", eyes)
