@@ -15,8 +15,8 @@ def load_strictly(load: Callable[..., Any], source: Any, *args: Any, **kwargs: A
     error of its own on rank 0.
 
     Raises:
-        ValueError: weights are missing, superfluous or of another shape than the config says, or in a file that
-            would run code.
+        ValueError: weights are missing, superfluous or of another shape than the config says, or in a file
+            that would run code.
     """
     # Misshapen weights are let through to be refused here, in one line with the others.
     settings = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DatasetError
@@ -217,6 +217,7 @@ NAMES = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(NAMES, max_size=4))
 def test_pictures_named_by_keys_stay_in_their_folder(keys):
     output = Path("/tmp")  # nothing is written here
@@ -224,6 +225,7 @@ def test_pictures_named_by_keys_stay_in_their_folder(keys):
         assert path.parent == output and path.suffix == ".png" and "\0" not in path.name
 
 
+@settings(deadline=None)
 @given(NAMES)
 def test_what_is_below_a_folder(name):
     root = Path("/a/b")

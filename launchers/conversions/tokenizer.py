@@ -55,7 +55,9 @@ def tokenizer_to_released(model: Path, output: Path) -> Iterator[str]:
     state = tokenizer.state_dict()
     names = names_from_released(state_to_released(state, tokenizer.config.num_quantizers))
     report = Report("tokenizer to released", {"model": str(model)})
-    report.renamed = {ours: released for released, ours in names.items() if ours is not None}
+    for released, ours in names.items():
+        before = report.renamed.get(str(ours))
+        report.renamed[str(ours)] = f"{before}, {released}" if before else released
     report.dropped = sorted(state.keys() - report.renamed.keys())
     report.notes.append("a codebook is written once for each depth, with a last row of padding")
     with new_folder(output, report) as folder:
