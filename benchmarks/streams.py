@@ -173,7 +173,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     start = time.perf_counter()
     state = stream.save_state()
     saved = time.perf_counter() - start
-    stream.restore_state(state)
+    stream.restore_states([state])
     next(stream)
     print(f"save {saved:.3f} s, restore to the next pack {time.perf_counter() - start - saved:.2f} s")
 

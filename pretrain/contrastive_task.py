@@ -243,9 +243,9 @@ class ContrastiveTask:
         """Which broken pictures have been recorded."""
         return {"images": self.read_images.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        self.read_images.load_state_dict(state["images"])
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take back what `state_dict` gave on the ranks that saved."""
+        self.read_images.load_state_dicts([state["images"] for state in states])
 
     def export(self, directory: Path) -> None:
         """Write the SigLIP model in fp32, its text tokenizer and its image processor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,9 +47,9 @@ class ImageInput:
         """Return which pictures have been recorded."""
         return {"rejected_keys": sorted(self.rejected_keys)}
 
-    def load_state_dict(self, state: dict[str, list[str]]) -> None:
-        """Take back what :meth:`state_dict` gave."""
-        self.rejected_keys = set(state["rejected_keys"])
+    def load_state_dicts(self, states: Sequence[dict[str, list[str]]]) -> None:
+        """Take back what :meth:`state_dict` gave on all ranks, since their file of broken pictures is one."""
+        self.rejected_keys = {key for state in states for key in state["rejected_keys"]}
 
     def _record(self, key: str, reason: str) -> None:
         if key in self.rejected_keys:

@@ -130,8 +130,7 @@ class TokenizerTask:
             for name, part in [*self.tokenizer.backbone.named_children(), *self.tokenizer.named_children()]
         ]
         lines.append(f"perceptual loss: {self.perceptual.source if self.perceptual else 'off'}")
-        lines.append(self.read_images.describe())
-        return lines
+        return [*lines, self.read_images.describe(), self.train_loader.describe()]
 
     def train_step(self, micro_batches: list[ImageTextBatch]) -> dict[str, Any]:
         """Take one optimizer step of the tokenizer and, once it has started, of the discriminator.
@@ -331,9 +330,9 @@ class TokenizerTask:
         """Return this rank's state beyond the engines'."""
         return {"images": self.read_images.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` gave."""
-        self.read_images.load_state_dict(state["images"])
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take back what :meth:`state_dict` gave on the ranks that saved."""
+        self.read_images.load_state_dicts([state["images"] for state in states])
 
     def export(self, directory: Path) -> None:
         """Write the tokenizer in fp32 and the backbone's text tokenizer, for `from_pretrained`."""

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +44,7 @@ class Task(Protocol):
     """
 
     engines: Mapping[str, DeepSpeedEngine]
-    train_loader: Any  # endless iterable with save_state() and restore_state(state)
+    train_loader: Any  # endless iterable with save_state() and restore_states(states of all ranks)
 
     def train_step(self, micro_batches: list[Any]) -> dict[str, Any]:
         """One optimizer step."""
@@ -55,8 +55,8 @@ class Task(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs besides its engines to go on exactly."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take over what `state_dict` returned on every rank, however many; the own is enough on as many."""
 
     def export(self, directory: Path) -> None:
         """Write what the next job or a user loads; every rank calls, the main one writes."""
@@ -128,10 +128,10 @@ class Trainer:
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.runtime, self.task.engines, self.config.job)
             try:
-                self.task.train_loader.restore_state(state["loader"])
+                self.task.train_loader.restore_states([state["loader"]])
             except ValueError as error:
                 raise ConfigError(f"{checkpoint} does not fit the data settings: {error}") from error
-            self.task.load_state_dict(state["task"])
+            self.task.load_state_dicts([state["task"]])
             self.wall_seconds = state["wall_seconds"]
             restore_random_state(state["random"])
         self.log.start(self.runtime.step)

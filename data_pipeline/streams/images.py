@@ -9,6 +9,7 @@ from megatron.energon import (
     DefaultTaskEncoder,
     Sample,
     SavableDataset,
+    WorkerConfig,
     edataclass,
     stateless,
 )
@@ -119,7 +120,7 @@ def image_loader(
     if training:
         require_samples({config.path: samples}, workers)
 
-    def build() -> SavableDataset:
+    def build(workers: WorkerConfig) -> SavableDataset:
         encoder = _ImageTaskEncoder(config)
         skip = config.on_bad_sample == "skip"
         shards = PreparedShards(config.path, workers, training, config.slice_length, skip_unreadable=skip)
@@ -139,12 +140,9 @@ def image_loader(
     identity = {
         "stream": "images",
         "samples": samples,
-        "rank": rank,
-        "world_size": world_size,
-        "num_workers": config.num_workers,
         "micro_batch_size": micro_batch_size,
         "shuffle_buffer_size": config.shuffle_buffer_size,
         "slice_length": config.slice_length,
         "seed": seed,
     }
-    return StreamLoader(build, identity, endless=training, samples=samples)
+    return StreamLoader(build, workers, identity, endless=training, samples=samples)

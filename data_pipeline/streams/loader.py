@@ -1,24 +1,23 @@
-"""The loader around an Energon data set: endless or one pass, exact state, one-line errors."""
+"""The loader of a rank: endless or one pass, exact state for any number of ranks, one-line errors."""
 
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Generic, NoReturn, TypeVar
 
-import torch
-from megatron.energon import SavableDataLoader, SavableDataset, WorkerConfig, get_savable_loader
+from megatron.energon import SavableDataset, WorkerConfig
 
 from data_pipeline.errors import DatasetError
-from data_pipeline.streams.plain_state import from_plain, to_plain
+from data_pipeline.streams.reader import Reader
+from data_pipeline.streams.states import STATE_VERSION, furthest_places, states_for
+from data_pipeline.streams.turns import Turns
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_STATE_VERSION = 2
-_WATCHDOG_SECONDS = 300.0
 
 
 def _sample_name(sample: Any) -> str:
@@ -86,35 +85,47 @@ class StreamLoader(Generic[T]):
     """Iterates micro-batches of one rank and saves and restores its place exactly.
 
     A training loader is endless and goes on where it was, however often it is iterated; a validation loader
-    makes one pass each time it is iterated. The state belongs to the rank that saved it; those of all ranks
-    become those of another number of ranks by `redistribute_states`.
+    makes one pass each time it is iterated. What each rank saved at the same step can be restored on another
+    number of ranks: no sample is lost or comes twice, and a step takes the micro-batches it would have taken.
     """
 
     def __init__(
         self,
-        build: Callable[[], SavableDataset],
+        build: Callable[[WorkerConfig], SavableDataset],
+        workers: WorkerConfig,
         identity: dict[str, Any],
         *,
         endless: bool = True,
         samples: int = -1,
-        unwrap: Callable[[Any], T] | None = None,
     ) -> None:
         """Wrap a data set.
 
         Args:
-            build: Makes the Energon data set; called anew for each pass and each restore.
-            identity: Plain values that must be the same when a state is restored (settings, sizes, rank).
+            build: Makes the Energon data set of a reader; called anew for each pass and each restore.
+            workers: This rank, the number of ranks and of reading processes for each.
+            identity: Plain values that must be the same when a state is restored (settings, sizes), none of
+                them about ranks or workers.
             endless: Whether the data set repeats for ever.
             samples: Number of samples in the data set over all ranks, if known.
-            unwrap: Applied to each item in the main process.
         """
         self.samples = samples
+        self.rank, self.world_size = workers.rank, workers.world_size
         self._build = build
+        self._workers = workers
         self._identity = identity
         self._endless = endless
-        self._unwrap = unwrap
-        self._loader: SavableDataLoader | None = None
-        self._iterator: Iterator | None = None
+        self._readers: dict[int, Reader] = {}  # by turn
+        self._waiting: deque[Reader] = deque()  # the next one first
+        self._begin_at(self._configured(), 0, {})
+
+    def _configured(self) -> Turns:
+        """How a run that begins with these settings deals its micro-batches."""
+        return Turns(self.world_size, max(1, self._workers.num_workers))
+
+    def _begin_at(self, turns: Turns, dealt: int, places: dict[int, dict[str, Any]]) -> None:
+        """Take the place where `dealt` micro-batches have been dealt to all ranks; `places` are by turn."""
+        self._turns, self._first, self._places = turns, dealt, places
+        self._taken = 0  # by this rank since then
 
     def __iter__(self) -> StreamLoader[T]:
         if not self._endless:
@@ -122,29 +133,48 @@ class StreamLoader(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        if self._iterator is None:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*no accelerator is found.*")
-                self._iterator = iter(self._open())
-        try:
-            item = next(self._iterator)
-        except DatasetError as error:  # from a worker process it comes with that process's whole traceback
-            line = str(error).strip().splitlines()[-1]
-            raise DatasetError(line.removeprefix(f"{DatasetError.__module__}.DatasetError: ")) from None
-        return self._unwrap(item) if self._unwrap else item
+        if not self._readers:
+            self._open()
+        while self._waiting:
+            try:
+                batch = self._waiting[0].batch(self._next_number())
+            except StopIteration:
+                if self._endless:
+                    raise
+                self._waiting.popleft()  # its pass is over, that of others may not be
+                continue
+            except DatasetError as error:  # from a process of its own it comes with a whole traceback
+                line = str(error).strip().splitlines()[-1]
+                raise DatasetError(line.removeprefix(f"{DatasetError.__module__}.DatasetError: ")) from None
+            self._waiting.rotate(-1)
+            self._taken += 1
+            return batch
+        raise StopIteration
 
-    def _open(self) -> SavableDataLoader:
-        if self._loader is None:
-            dataset = self._build()
-            in_process = dataset.worker_config.num_workers == 0
-            self._loader = get_savable_loader(
-                dataset,
-                # In the trainer's own process collecting garbage is the trainer's business.
-                gc_collect_every_n_steps=0 if in_process else 10,
-                watchdog_timeout_seconds=None if in_process else _WATCHDOG_SECONDS,
+    def _next_number(self) -> int:
+        """Which of the next reader's batches is this rank's; 0, any, in a pass, where no reader is shared."""
+        dealt = self._first + self._taken * self.world_size + self.rank
+        return dealt // self._turns.readers if self._endless else 0
+
+    def _open(self) -> None:
+        for turn in self._turns.of_rank(self.rank, self.world_size, self._first):
+            workers = replace(
+                self._workers,
+                rank=self._turns.share(turn),
+                world_size=self._turns.readers,
+                num_workers=min(1, self._workers.num_workers),
             )
-            self._loader.pin_memory = torch.cuda.is_available() and not in_process
-        return self._loader
+            self._readers[turn] = Reader(self._build(workers), self._places.get(turn))
+        for reader in self._readers.values():
+            reader.start()
+        self._waiting = deque(self._readers.values())
+
+    def describe(self) -> str:
+        """Return in words how the stream is divided over readers and ranks, once a state is restored."""
+        words = self._turns.describe(self.world_size)
+        if self._turns != self._configured():
+            words += f"; as this run began, with {self._turns.ranks} rank(s) x {self._turns.workers}"
+        return f"data: {words}"
 
     def save_state(self) -> dict[str, Any]:
         """Return the place in the stream as plain values, for a JSON file.
@@ -153,29 +183,34 @@ class StreamLoader(Generic[T]):
             ValueError: On a validation loader, which always starts anew.
         """
         self._require_endless()
+        places = {turn: reader.save() for turn, reader in self._readers.items()} or self._places
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "identity": dict(self._identity),
-            "energon": to_plain(self._open().save_state_rank()),
+            "began": {"ranks": self._turns.ranks, "workers": self._turns.workers},
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "taken": self._first + self._taken * self.world_size,
+            "readers": [[turn, place] for turn, place in places.items()],
         }
 
-    def restore_state(self, state: dict[str, Any]) -> None:
+    def restore_states(self, states: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Go to a saved place; the micro-batches that follow are those that followed when it was saved.
 
+        Args:
+            states: Those that all ranks saved at the same step; on as many ranks this rank's own is enough.
+
+        Returns:
+            Those of them that this rank goes on from, by rank.
+
         Raises:
-            ValueError: The state is of another version, or was saved with other settings, data or rank.
+            ValueError: They are of another version, settings, data, run or step, or some are missing.
         """
         self._require_endless()
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"loader state has version {state.get('version')}, expected {_STATE_VERSION}")
-        for name, expected in self._identity.items():
-            if state["identity"].get(name) != expected:
-                raise ValueError(
-                    f"loader state was saved with {name}={state['identity'].get(name)}, this loader has "
-                    f"{name}={expected}; resume with the same data settings and world size"
-                )
+        states = states_for(states, self._identity, self.rank, self.world_size)
         self.close()
-        self._open().restore_state_rank(from_plain(state["energon"]))
+        self._begin_at(Turns(**states[0]["began"]), states[0]["taken"], furthest_places(states))
+        return states
 
     def _require_endless(self) -> None:
         if not self._endless:
@@ -185,9 +220,7 @@ class StreamLoader(Generic[T]):
 
     def close(self) -> None:
         """Stop the worker processes, if any; iterating again starts from the beginning."""
-        workers = getattr(self._loader, "_iterator", None)
-        if workers is not None:
-            # DataLoader has no public way to do so; left to garbage collection it can take 5 s a worker.
-            workers._shutdown_workers()
-        self._iterator = None
-        self._loader = None
+        for reader in self._readers.values():
+            reader.close()
+        self._readers, self._waiting = {}, deque()
+        self._begin_at(self._configured(), 0, {})

@@ -87,7 +87,7 @@ import pickle, sys
 from data_pipeline.streams import ImageStreamConfig, image_loader
 config, state = pickle.load(sys.stdin.buffer)
 loader = image_loader(config, 3, 1, 2)
-loader.restore_state(state)
+loader.restore_states([state])
 sys.stdout.write(repr([next(loader).keys for _ in range(12)]))
 """
 
@@ -99,7 +99,7 @@ def test_restored_state_gives_the_same_batches(images: Path, num_workers: int) -
     keys(loader, 7)
     state = loader.save_state()
     expected = keys(loader, 12)
-    loader.restore_state(state)
+    loader.restore_states([state])
     assert keys(loader, 12) == expected
     loader.close()
     if num_workers:
@@ -137,7 +137,7 @@ def test_many_ranks_divide_many_shards(world_size: int) -> None:
 def test_state_of_another_setting_is_refused(images: Path) -> None:
     state = image_loader(config(images), 3).save_state()
     with pytest.raises(ValueError, match="micro_batch_size=3.*micro_batch_size=4"):
-        image_loader(config(images), 4).restore_state(state)
+        image_loader(config(images), 4).restore_states([state])
     with pytest.raises(ValueError, match="no state"):
         image_loader(config(images), 3, split="val").save_state()
 
