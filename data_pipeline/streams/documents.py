@@ -324,7 +324,7 @@ def document_loader(
     }
     padding = tokenize_document(Document([]), text_tokenizer, special)
     return DocumentLoader(
-        encoder.stream,
+        lambda reader, _: encoder.stream(reader),
         workers,
         identity,
         endless=training,

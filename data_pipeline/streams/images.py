@@ -53,6 +53,15 @@ class ImageTextBatch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @classmethod
+    def of_parts(cls, parts: list[tuple[ImageTextBatch, slice]]) -> ImageTextBatch:
+        """Put together parts of micro-batches, in their order."""
+        return cls(
+            keys=[key for batch, part in parts for key in batch.keys[part]],
+            image_bytes=[data for batch, part in parts for data in batch.image_bytes[part]],
+            captions=[captions for batch, part in parts for captions in batch.captions[part]],
+        )
+
 
 @edataclass
 class _ImageTextSample(Sample):
@@ -120,7 +129,7 @@ def image_loader(
     if training:
         require_samples({config.path: samples}, workers)
 
-    def build(workers: WorkerConfig) -> SavableDataset:
+    def build(workers: WorkerConfig, batch_size: int) -> SavableDataset:
         encoder = _ImageTaskEncoder(config)
         skip = config.on_bad_sample == "skip"
         shards = PreparedShards(config.path, workers, training, config.slice_length, skip_unreadable=skip)
@@ -129,20 +138,25 @@ def image_loader(
             return encoder.build_train_datasets(
                 datasets=datasets,
                 worker_config=workers,
-                batch_size=micro_batch_size,
+                batch_size=batch_size,
                 shuffle_buffer_size=config.shuffle_buffer_size,
                 blend_mode=DatasetBlendMode.NONE,
             )
-        return encoder.build_val_datasets(
-            datasets=datasets, worker_config=workers, batch_size=micro_batch_size
-        )
+        return encoder.build_val_datasets(datasets=datasets, worker_config=workers, batch_size=batch_size)
 
     identity = {
         "stream": "images",
         "samples": samples,
-        "micro_batch_size": micro_batch_size,
         "shuffle_buffer_size": config.shuffle_buffer_size,
         "slice_length": config.slice_length,
         "seed": seed,
     }
-    return StreamLoader(build, workers, identity, endless=training, samples=samples)
+    return StreamLoader(
+        build,
+        workers,
+        identity,
+        micro_batch_size=micro_batch_size,
+        join=ImageTextBatch.of_parts,
+        endless=training,
+        samples=samples,
+    )

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Generic, NoReturn, TypeVar
 
 from megatron.energon import SavableDataset, WorkerConfig
 
 from data_pipeline.errors import DatasetError
+from data_pipeline.streams.dealing import Dealing
 from data_pipeline.streams.reader import Reader
 from data_pipeline.streams.states import STATE_VERSION, furthest_places, states_for
-from data_pipeline.streams.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -86,25 +86,30 @@ class StreamLoader(Generic[T]):
 
     A training loader is endless and goes on where it was, however often it is iterated; a validation loader
     makes one pass each time it is iterated. What each rank saved at the same step can be restored on another
-    number of ranks: no sample is lost or comes twice, and a step takes the micro-batches it would have taken.
+    number of ranks: no sample is lost or comes twice, and a step takes the samples it would have taken.
     """
 
     def __init__(
         self,
-        build: Callable[[WorkerConfig], SavableDataset],
+        build: Callable[[WorkerConfig, int], SavableDataset],
         workers: WorkerConfig,
         identity: dict[str, Any],
         *,
+        micro_batch_size: int = 1,
+        join: Callable[[list[tuple[T, slice]]], T] | None = None,
         endless: bool = True,
         samples: int = -1,
     ) -> None:
         """Wrap a data set.
 
         Args:
-            build: Makes the Energon data set of a reader; called anew for each pass and each restore.
+            build: Makes the Energon data set of a reader, with batches of a size; called anew for each pass
+                and each restore.
             workers: This rank, the number of ranks and of reading processes for each.
             identity: Plain values that must be the same when a state is restored (settings, sizes), none of
-                them about ranks or workers.
+                them about ranks, workers or micro-batches.
+            micro_batch_size: Samples in a micro-batch; the last ones of a pass may be smaller.
+            join: Makes a micro-batch of parts of others; needed where a state of another size is restored.
             endless: Whether the data set repeats for ever.
             samples: Number of samples in the data set over all ranks, if known.
         """
@@ -113,19 +118,19 @@ class StreamLoader(Generic[T]):
         self._build = build
         self._workers = workers
         self._identity = identity
+        self._size = micro_batch_size
+        self._join = join
         self._endless = endless
-        self._readers: dict[int, Reader] = {}  # by turn
-        self._waiting: deque[Reader] = deque()  # the next one first
+        self._readers: dict[int, Reader] = {}  # by turn, in the order in which they are needed
         self._begin_at(self._configured(), 0, {})
 
-    def _configured(self) -> Turns:
-        """How a run that begins with these settings deals its micro-batches."""
-        return Turns(self.world_size, max(1, self._workers.num_workers))
+    def _configured(self) -> Dealing:
+        """How a run that begins with these settings deals its samples."""
+        return Dealing(self.world_size, max(1, self._workers.num_workers), self._size)
 
-    def _begin_at(self, turns: Turns, dealt: int, places: dict[int, dict[str, Any]]) -> None:
-        """Take the place where `dealt` micro-batches have been dealt to all ranks; `places` are by turn."""
-        self._turns, self._first, self._places = turns, dealt, places
-        self._taken = 0  # by this rank since then
+    def _begin_at(self, dealing: Dealing, dealt: int, places: dict[int, dict[str, Any]]) -> None:
+        """Take the place where `dealt` samples have been dealt to all ranks; `places` of readers by turn."""
+        self._dealing, self._dealt, self._places = dealing, dealt, places
 
     def __iter__(self) -> StreamLoader[T]:
         if not self._endless:
@@ -135,46 +140,61 @@ class StreamLoader(Generic[T]):
     def __next__(self) -> T:
         if not self._readers:
             self._open()
+        try:
+            return self._next_of_stream() if self._endless else self._next_of_pass()
+        except DatasetError as error:  # from a process of its own it comes with a whole traceback
+            line = str(error).strip().splitlines()[-1]
+            raise DatasetError(line.removeprefix(f"{DatasetError.__module__}.DatasetError: ")) from None
+
+    def _next_of_stream(self) -> T:
+        parts = self._dealing.parts(self._dealt + self.rank * self._size, self._size)
+        batches = [self._readers[part.turn].batch(part.number, again=not part.whole) for part in parts]
+        self._dealt += self.world_size * self._size
+        if len(parts) == 1 and parts[0].whole:
+            return batches[0]
+        assert self._join is not None
+        return self._join([(batch, slice(part.start, part.stop)) for batch, part in zip(batches, parts)])
+
+    def _next_of_pass(self) -> T:
         while self._waiting:
             try:
-                batch = self._waiting[0].batch(self._next_number())
+                batch = self._waiting[0].batch(0)
             except StopIteration:
-                if self._endless:
-                    raise
-                self._waiting.popleft()  # its pass is over, that of others may not be
+                self._waiting.popleft()  # the pass of this reader is over, that of others may not be
                 continue
-            except DatasetError as error:  # from a process of its own it comes with a whole traceback
-                line = str(error).strip().splitlines()[-1]
-                raise DatasetError(line.removeprefix(f"{DatasetError.__module__}.DatasetError: ")) from None
             self._waiting.rotate(-1)
-            self._taken += 1
             return batch
         raise StopIteration
 
-    def _next_number(self) -> int:
-        """Which of the next reader's batches is this rank's; 0, any, in a pass, where no reader is shared."""
-        dealt = self._first + self._taken * self.world_size + self.rank
-        return dealt // self._turns.readers if self._endless else 0
-
     def _open(self) -> None:
-        for turn in self._turns.of_rank(self.rank, self.world_size, self._first):
+        dealing = self._dealing
+        for turn in self._turns():
             workers = replace(
                 self._workers,
-                rank=self._turns.share(turn),
-                world_size=self._turns.readers,
+                rank=dealing.share(turn),
+                world_size=dealing.readers,
                 num_workers=min(1, self._workers.num_workers),
             )
-            self._readers[turn] = Reader(self._build(workers), self._places.get(turn))
+            self._readers[turn] = Reader(self._build(workers, dealing.batch_size), self._places.get(turn))
         for reader in self._readers.values():
             reader.start()
-        self._waiting = deque(self._readers.values())
+        self._waiting = deque(self._readers.values())  # in a pass, the next one first
+
+    def _turns(self) -> list[int]:
+        """The turns of the readers that this rank takes from."""
+        first = self._dealt + self.rank * self._size
+        return self._dealing.turns(first, self._size, self.world_size * self._size)
 
     def describe(self) -> str:
-        """Return in words how the stream is divided over readers and ranks, once a state is restored."""
-        words = self._turns.describe(self.world_size)
-        if self._turns != self._configured():
-            words += f"; as this run began, with {self._turns.ranks} rank(s) x {self._turns.workers}"
-        return f"data: {words}"
+        """Return in words how the samples are divided over readers and ranks, once a state is restored."""
+        dealing, own = self._dealing, len(self._turns())
+        words = f"data: {dealing.readers} reader(s), {own} for each of {self.world_size} rank(s)"
+        if own * self.world_size > dealing.readers:
+            words += ", shared: what a rank reads is used in part by it and in part by others"
+        if dealing != self._configured():
+            began = f"{dealing.ranks} rank(s) x {dealing.workers} of batches of {dealing.batch_size}"
+            words += f"; as this run began, {began}"
+        return words
 
     def save_state(self) -> dict[str, Any]:
         """Return the place in the stream as plain values, for a JSON file.
@@ -183,19 +203,22 @@ class StreamLoader(Generic[T]):
             ValueError: On a validation loader, which always starts anew.
         """
         self._require_endless()
-        places = {turn: reader.save() for turn, reader in self._readers.items()} or self._places
+        places = self._places
+        if self._readers:
+            number = self._dealing.number
+            places = {turn: it.save(number(turn, self._dealt)) for turn, it in self._readers.items()}
         return {
             "version": STATE_VERSION,
             "identity": dict(self._identity),
-            "began": {"ranks": self._turns.ranks, "workers": self._turns.workers},
+            "began": asdict(self._dealing),
             "rank": self.rank,
             "world_size": self.world_size,
-            "taken": self._first + self._taken * self.world_size,
+            "dealt": self._dealt,
             "readers": [[turn, place] for turn, place in places.items()],
         }
 
     def restore_states(self, states: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Go to a saved place; the micro-batches that follow are those that followed when it was saved.
+        """Go to a saved place; the samples that follow are those that followed when it was saved.
 
         Args:
             states: Those that all ranks saved at the same step; on as many ranks this rank's own is enough.
@@ -209,7 +232,7 @@ class StreamLoader(Generic[T]):
         self._require_endless()
         states = states_for(states, self._identity, self.rank, self.world_size)
         self.close()
-        self._begin_at(Turns(**states[0]["began"]), states[0]["taken"], furthest_places(states))
+        self._begin_at(Dealing(**states[0]["began"]), states[0]["dealt"], furthest_places(states))
         return states
 
     def _require_endless(self) -> None:
@@ -222,5 +245,5 @@ class StreamLoader(Generic[T]):
         """Stop the worker processes, if any; iterating again starts from the beginning."""
         for reader in self._readers.values():
             reader.close()
-        self._readers, self._waiting = {}, deque()
+        self._readers = {}
         self._begin_at(self._configured(), 0, {})

@@ -32,6 +32,7 @@ class Reader:
         self._loader = get_savable_loader(
             dataset,
             checkpoint_every_sec=_KEEP_SECONDS,
+            n_checkpoints=4,  # one more than it can read ahead, for a batch that is used again
             # In the trainer's own process collecting garbage is the trainer's business.
             gc_collect_every_n_steps=0 if self._in_process else 10,
             watchdog_timeout_seconds=None if self._in_process else _WATCHDOG_SECONDS,
@@ -40,6 +41,7 @@ class Reader:
         self._loader.generator = torch.Generator()  # else torch draws a seed from the trainer's own
         self._place = place or _BEGINNING
         self._batches: int = self._place["batches"]  # that were handed out or dropped
+        self._held: tuple[int, Any, FlexState | None] | None = None  # batch `number` and the state before it
         self._iterator: Iterator[tuple[int, int, Any]] | None = None
         if self._place["dataset"] is not None:
             self._go_to_place()
@@ -53,26 +55,37 @@ class Reader:
                 # several readers would start one after another.
                 self._iterator = DataLoader.__iter__(self._loader)
 
-    def batch(self, number: int) -> Any:
-        """Return the batch with this number, or the next if that is later; those before it are dropped."""
+    def batch(self, number: int, again: bool = False) -> Any:
+        """Return the batch with this number, or the next if that is later; those before it are dropped.
+
+        One that was read to be used `again` can be asked for, and its place saved, until the next is read.
+        """
+        if self._held is not None and self._held[0] == number:
+            return self._held[1]
         self.start()
         assert self._iterator is not None
         while True:
+            before = self._loader.dataset.save_state() if again and self._in_process else None
             _, index, batch = next(self._iterator)
             self._batches = index + 1
             if index >= number:
+                self._held = (index, batch, before) if again else None
                 return batch
 
-    def save(self) -> dict[str, Any]:
-        """Return the place as plain values: of the next batch, or of one shortly before it."""
+    def save(self, number: int) -> dict[str, Any]:
+        """Return the place of the batch with this number as plain values, or one before it."""
         if self._iterator is None:
             return self._place
-        if self._in_process:
-            state, batches = self._loader.dataset.save_state(), self._batches
-        else:
-            # The process reads ahead. It keeps a state from before what it has handed out, not of each batch.
-            (kept,) = self._loader._worker_command("get_checkpoint", [self._batches - 1])
+        batches = min(number, self._batches)
+        if not self._in_process:
+            # The process reads ahead, and keeps a few states, some from before what it handed out last.
+            (kept,) = self._loader._worker_command("get_checkpoint", [batches - 1])
             state, batches = kept.state.dataset_state, kept.state.sample_index
+        elif batches == self._batches:
+            state = self._loader.dataset.save_state()
+        else:
+            assert self._held is not None and self._held[2] is not None and self._held[0] == batches
+            state = self._held[2]
         # Without the outermost wrapper, which is another in this process and in one of its own.
         return {"batches": batches, "dataset": to_plain(state["datasets"][0])}
 

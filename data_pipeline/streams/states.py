@@ -34,7 +34,7 @@ def states_for(
                     f"loader state was saved with {name}={state['identity'].get(name)}, this loader has "
                     f"{name}={expected}; resume with the same data settings"
                 )
-    common = ("began", "world_size", "taken")
+    common = ("began", "world_size", "dealt")
     if not states or any(state[name] != states[0][name] for state in states for name in common):
         raise ValueError(f"got {len(states)} loader state(s) that are not of one run and step")
     by_rank = {state["rank"]: state for state in states}
@@ -50,7 +50,10 @@ def states_for(
 
 
 def furthest_places(states: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Return each reader's place by its turn; of a reader that several ranks read, the furthest."""
+    """Return each reader's place by its turn; of a reader that several ranks read, the furthest.
+
+    None of them is beyond what all ranks together have used up.
+    """
     places: dict[int, dict[str, Any]] = {}
     for state in states:
         for turn, place in state["readers"]:

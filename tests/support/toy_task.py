@@ -34,13 +34,13 @@ class ToyLoader:
 
     def __init__(self, micro_batch_size: int, rank: int, world_size: int) -> None:
         self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
-        self.dealt = 0  # micro-batches, to all ranks
+        self.dealt = 0  # samples, to all ranks
 
     def __iter__(self):
         torch.rand(1)  # torch's DataLoader draws a seed for its workers when it starts
         while True:
-            first = (self.dealt + self.rank) * self.micro_batch_size
-            self.dealt += self.world_size
+            first = self.dealt + self.rank * self.micro_batch_size
+            self.dealt += self.world_size * self.micro_batch_size
             yield torch.stack([self.sample(first + i) for i in range(self.micro_batch_size)])
 
     @staticmethod
