@@ -37,8 +37,8 @@ from data_pipeline.streams import (
     image_loader,
     prepare_dataset,
 )
-from data_pipeline.streams.loader import worker_config
 from data_pipeline.streams.packing import pack_lengths
+from data_pipeline.streams.reader import worker_config
 from data_pipeline.streams.text_encoding import TextEncoder
 from data_pipeline.streams.views import build_document
 from dualtoken.unified_model.sequence import (

@@ -26,9 +26,10 @@ from data_pipeline.shards.code_shards import (
 )
 from data_pipeline.shards.index import check_index
 from data_pipeline.shards.reader import PreparedShards, RawSample
-from data_pipeline.streams.loader import StreamLoader, is_training, require_samples, worker_config
+from data_pipeline.streams.loader import StreamLoader, is_training, require_samples
 from data_pipeline.streams.packing import split_document
 from data_pipeline.streams.packing_dataset import DocumentSample, Pack, PackingDataset
+from data_pipeline.streams.reader import worker_config
 from data_pipeline.streams.states import added_up
 from data_pipeline.streams.text_encoding import TextEncoder
 from data_pipeline.streams.views import CODE_VIEWS, VIEWS, LeftOut, build_document

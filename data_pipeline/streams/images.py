@@ -18,7 +18,8 @@ from megatron.energon.metadataset.loader_interface import DatasetBlendMode, Load
 from data_pipeline.shards.image_text_shards import image_parts, read_captions
 from data_pipeline.shards.index import check_index
 from data_pipeline.shards.reader import PreparedShards, RawSample
-from data_pipeline.streams.loader import StreamLoader, is_training, require_samples, worker_config
+from data_pipeline.streams.loader import StreamLoader, is_training, require_samples
+from data_pipeline.streams.reader import worker_config
 
 
 @dataclass

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 from megatron.energon import SavableDataset, WorkerConfig
 
@@ -15,50 +14,7 @@ from data_pipeline.streams.dealing import Dealing
 from data_pipeline.streams.reader import Reader
 from data_pipeline.streams.states import STATE_VERSION, furthest_places, states_for
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
-
-
-def _sample_name(sample: Any) -> str:
-    """Name a sample for an error message by its shard and key, as far as they are known."""
-    shard = getattr(sample, "shard", "")
-    return f"{shard}{': ' if shard else ''}sample {getattr(sample, '__key__', '?')!r}"
-
-
-def _stop_at_bad_sample(error: Exception, sample: Any, sources: Any = None) -> NoReturn:
-    raise DatasetError(f"{_sample_name(sample)}: {error}") from error
-
-
-def _skip_bad_sample(error: Exception, sample: Any, sources: Any = None) -> None:
-    logger.warning("skipped %s: %s", _sample_name(sample), error)
-
-
-ON_BAD_SAMPLE: dict[str, Callable[..., None]] = {"stop": _stop_at_bad_sample, "skip": _skip_bad_sample}
-
-
-def worker_config(
-    rank: int, world_size: int, num_workers: int, seed: int, on_bad_sample: str = "stop"
-) -> WorkerConfig:
-    """Describe this rank to Energon.
-
-    The samples are divided over rank x worker: one rank with two workers reads, in turn, what two ranks with
-    one worker each (or none: the rank then reads by itself) read side by side.
-
-    Raises:
-        ValueError: `rank` outside `world_size`, or `on_bad_sample` neither "stop" nor "skip".
-    """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}, expected 0 <= rank < world_size = {world_size}")
-    if on_bad_sample not in ON_BAD_SAMPLE:
-        raise ValueError(f"on_bad_sample is {on_bad_sample!r}, expected one of {sorted(ON_BAD_SAMPLE)}")
-    return WorkerConfig(
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-        seed_offset=seed,
-        global_error_handler=ON_BAD_SAMPLE[on_bad_sample],
-    )
 
 
 def is_training(split: str) -> bool:

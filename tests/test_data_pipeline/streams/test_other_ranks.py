@@ -1,6 +1,7 @@
 """Streams that go on with another number of ranks, workers or samples in a micro-batch: the same sequence."""
 
 import json
+import re
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron.energon import get_savable_loader
 
 from data_pipeline.streams import BlendEntry, image_loader, reader
 from data_pipeline.streams.dealing import Dealing
-from data_pipeline.streams.loader import worker_config
+from data_pipeline.streams.reader import worker_config
 from tests.test_data_pipeline.streams import test_document_streams as documents
 from tests.test_data_pipeline.streams.test_streams import config, write_image_shards
 
@@ -221,17 +222,21 @@ def test_states_that_do_not_fit_are_refused_in_one_line(images: Path) -> None:
         image_loader(changed, 2).restore_states(states)
 
 
-def test_description_says_what_a_run_began_with(images: Path) -> None:
-    ranks = [image_loader(config(images), 2, rank, 4) for rank in range(4)]
+def test_description_says_what_a_run_began_with(images: Path, capsys: pytest.CaptureFixture) -> None:
+    ranks = [image_loader(config(images), 4, rank, 4) for rank in range(4)]
     assert ranks[0].describe() == "data: 4 reader(s), 1 for each of 4 rank(s)"
+    in_turn(ranks, 1)
     states = [loader.save_state() for loader in ranks]
-    two, eight = (image_loader(config(images), 2, 0, world_size) for world_size in (2, 8))
-    two.restore_states(states)
-    began = "as this run began, 4 rank(s) x 1 of batches of 2"
-    assert two.describe() == f"data: 4 reader(s), 2 for each of 2 rank(s); {began}"
+    eight = image_loader(config(images), 2, 0, 8)
     eight.restore_states(states)
-    shared = "shared: what a rank reads is used in part by it and in part by others"
-    assert eight.describe() == f"data: 4 reader(s), 1 for each of 8 rank(s), {shared}; {began}"
+    assert eight.describe() == (
+        "data: 4 reader(s), 1 for each of 8 rank(s), shared: what a rank reads is used in part by it and in "
+        "part by others; as this run began, 4 rank(s) x 1 of batches of 4"
+    )
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(loader = image_loader.*?)```", page, re.S)
+    exec(example, {"image_loader": image_loader, "config": config(images), "saved": states})
+    assert f"# {capsys.readouterr().out}" == example.splitlines(keepends=True)[-1]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

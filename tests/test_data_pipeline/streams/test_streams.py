@@ -16,7 +16,7 @@ from data_pipeline.streams import (
     image_loader,
     prepare_dataset,
 )
-from data_pipeline.streams.loader import worker_config
+from data_pipeline.streams.reader import worker_config
 from tests.support.distributed import run_code
 
 
