@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,8 +46,8 @@ class ImageInput:
         """Return which pictures have been recorded."""
         return {"rejected_keys": sorted(self.rejected_keys)}
 
-    def load_state_dicts(self, states: Sequence[dict[str, list[str]]]) -> None:
-        """Take back what :meth:`state_dict` gave on all ranks, since their file of broken pictures is one."""
+    def load_state_dicts(self, states: list[dict[str, list[str]]]) -> None:
+        """Take back what :meth:`state_dict` gave, on this rank or on all of another number of ranks."""
         self.rejected_keys = {key for state in states for key in state["rejected_keys"]}
 
     def _record(self, key: str, reason: str) -> None:

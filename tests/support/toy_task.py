@@ -76,6 +76,8 @@ class ToyModel(nn.Module):
 
 
 class ToyTask:
+    exported = ("model", "")
+
     def __init__(self, config: ToyJobConfig, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         models = [ToyModel(config.width)]
@@ -127,7 +129,10 @@ class ToyTask:
         return {"steps_counted": self.steps_counted}
 
     def load_state_dicts(self, states: list[dict]) -> None:
-        (self.steps_counted,) = {state["steps_counted"] for state in states}
+        self.steps_counted = states[0]["steps_counted"]
+
+    def export_assets(self, directory: Path) -> None:
+        (directory / "config.json").write_text('{"model_type": "toy"}', encoding="utf-8")
 
     def export(self, directory: Path) -> None:
         state = full_state_dict(self.engines["model"])
