@@ -1,0 +1,202 @@
+"""Bytes of a training step: what a rank holds and sends at each ZeRO level (arXiv 1910.02054).
+
+What holds for the settings in `ds_configs/` and DeepSpeed 0.19.8, which differs from the paper: gradients are
+added up and reduced in fp32, and ZeRO-1 in bf16 keeps them whole. `tests/test_pretrain/test_budget.py`
+compares with engines on two ranks. Activations are estimates after Korthikanti et al. (arXiv 2205.05198),
+with attention that keeps no scores; compared with what autograd saves.
+
+Letters: N parameters, T trained ones, M those of Muon; n ranks, w bytes of a weight (2 in bf16, 4 in fp32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LEVELS = (1, 2, 3)
+FP32 = 4
+WHOLE_REDUCTION = 500_000_000  # elements that DeepSpeed's ZeRO-1 in bf16 copies together to reduce them
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a part or a model."""
+
+    total: int
+    trained: int
+    muon: int = 0  # of the trained ones, those in matrices that Muon takes
+
+    def __add__(self, other: ParameterCount) -> ParameterCount:
+        return ParameterCount(self.total + other.total, self.trained + other.trained, self.muon + other.muon)
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """Bytes that a rank holds, at the moment it holds most."""
+
+    parameters: float = 0.0
+    gradients: float = 0.0
+    masters: float = 0.0  # fp32 copies that the optimizer moves
+    optimizer: float = 0.0
+    buffers: float = 0.0  # of the reductions, and weights gathered by ZeRO-3
+    fixed: float = 0.0  # networks that do not learn, outside the engine
+    activations: float = 0.0
+    logits: float = 0.0  # of a chunk, and gradients made in the forward pass
+
+    def __add__(self, other: HeldBytes) -> HeldBytes:
+        return HeldBytes(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+def state_bytes(level: int, ranks: int, count: ParameterCount, weight: int, zero: dict[str, Any]) -> HeldBytes:
+    """Bytes of parameters, gradients, masters, optimizer states and buffers of an engine on a rank.
+
+    Args:
+        level: ZeRO level.
+        ranks: n.
+        count: of the engine's model.
+        weight: w.
+        zero: `zero_optimization` of the DeepSpeed file.
+    """
+    total, trained, muon = count.total, count.trained, count.muon
+    masters = FP32 * trained / ranks
+    optimizer = FP32 * (2 * (trained - muon) + muon) / ranks
+    bucket = zero.get("reduce_bucket_size", WHOLE_REDUCTION)
+    if level == 1:
+        # In bf16 the sums are whole in fp32 beside the last backward pass's own.
+        gradients = (FP32 + weight if weight == 2 else FP32) * trained
+        reduced = min(trained, WHOLE_REDUCTION if weight == 2 else bucket)
+        return HeldBytes(weight * total, gradients, masters, optimizer, FP32 * reduced)
+    if level == 2:
+        reduced = min(trained, bucket) * (2 if zero.get("overlap_comm") else 1)
+        return HeldBytes(weight * total, FP32 * trained / ranks, masters, optimizer, FP32 * reduced)
+    gathered = min(total, zero.get("stage3_max_live_parameters", total))
+    gradients = FP32 * (trained / ranks + muon)  # Muon reads whole matrices' gradients
+    return HeldBytes(weight * total / ranks, gradients, masters, optimizer, FP32 * bucket + weight * gathered)
+
+
+@dataclass(frozen=True)
+class SentBytes:
+    """Bytes that a rank sends, and receives as many, in an optimizer step."""
+
+    gather: float = 0.0  # parameters to where they are used
+    reduce: float = 0.0  # gradients to where they are kept
+
+    def __add__(self, other: SentBytes) -> SentBytes:
+        return SentBytes(self.gather + other.gather, self.reduce + other.reduce)
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.gather + self.reduce
+
+
+def sent_bytes(
+    level: int,
+    ranks: int,
+    count: ParameterCount,
+    weight: int,
+    micro_steps: int = 1,
+    gradient: int = FP32,
+    with_backward: int | None = None,
+) -> SentBytes:
+    """Bytes that a rank sends in an optimizer step, by rings: (n - 1) / n of what is gathered or reduced.
+
+    Args:
+        level: ZeRO level.
+        ranks: n.
+        count: of the engine's model.
+        weight: w.
+        micro_steps: forward and backward passes of the step.
+        gradient: bytes of a gradient on its way (`communication_data_type`).
+        with_backward: parameters of the parts a backward pass goes through, which ZeRO-3 gathers once more;
+            None for all.
+    """
+    share = (ranks - 1) / ranks
+    reduced, muon = gradient * count.trained * share, gradient * count.muon * share
+    if level == 1:
+        # In bf16 DeepSpeed reduces to all ranks, which costs twice.
+        return SentBytes(weight * count.trained * share, reduced * 2 if weight == 2 else reduced + muon)
+    reduced = (reduced + muon) * micro_steps  # without `reduce_scatter`, as Muon needs it
+    if level == 2:
+        return SentBytes(weight * count.trained * share, reduced)
+    gathered = count.total + (count.total if with_backward is None else with_backward)
+    return SentBytes(weight * gathered * share * micro_steps, reduced)
+
+
+def checkpoint_bytes(level: int, count: ParameterCount, weight: int) -> float:
+    """Bytes of a checkpoint of an engine, all ranks together: weights, fp32 masters, optimizer states.
+
+    ZeRO-3 stores the weights of frozen parts only, since the masters hold the others.
+    """
+    states = FP32 * (count.trained + 2 * (count.trained - count.muon) + count.muon)
+    return states + weight * (count.total - count.trained if level == 3 else count.total)
+
+
+def decoder_layer_activations(text_config: Any, weight: int) -> float:
+    """Bytes that a layer of a LLaMA-like decoder keeps for each token from forward to backward pass.
+
+    Two norms compute in fp32 (one input in fp32; two vectors in the model's type), queries, keys, values and
+    the attention's output twice, four vectors of the gated MLP, a log-sum for each head.
+    """
+    hidden, heads = text_config.hidden_size, text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or hidden // heads
+    key_values = text_config.num_key_value_heads * head_dim
+    norms = 2 * (FP32 * hidden + 2 * weight * hidden + FP32)
+    attended = weight * (3 * heads * head_dim + 2 * key_values + 2 * head_dim) + FP32 * heads
+    return norms + attended + 4 * weight * text_config.intermediate_size
+
+
+def encoder_layer_activations(config: Any, weight: int) -> float:
+    """Bytes that a layer of SigLIP keeps for each position from forward to backward pass."""
+    vectors = 8 * config.hidden_size + 2 * config.intermediate_size
+    return weight * vectors + FP32 * config.num_attention_heads
+
+
+def projection_activations(wide: int, narrow: int, weight: int, widens: bool) -> float:
+    """Bytes that an `AttentionProjection` keeps for each position from forward to backward pass."""
+    inner, outer = (narrow, wide) if widens else (wide, narrow)
+    attended = 4 * wide + (0 if widens else outer)
+    return weight * (3 * inner + attended + 3 * outer + 8 * outer) + FP32 * (wide // narrow)
+
+
+def head_chunk_bytes(
+    chunk: int, depth: int, width: int, inner: int, layers: int, codes: int, weight: int
+) -> float:
+    """Bytes alive while a visual head scores a chunk of positions: its layers' activations, logits of a depth.
+
+    Logits are fp32 with their gradient in the model's type beside them.
+    """
+    return chunk * depth * layers * weight * (9 * width + 2 * inner) + logits_bytes(chunk, codes, weight)
+
+
+def logits_bytes(chunk: int, classes: int, weight: int) -> float:
+    """Bytes of a chunk's logits: fp32, and their gradient in the model's type beside them."""
+    return float(chunk * classes * (FP32 + weight))
+
+
+def kept_bytes(module: nn.Module, run: Callable[[], Any]) -> float:
+    """Bytes that autograd keeps of a run of a module, besides its parameters; on the meta device nothing runs.
+
+    For networks without attention of their own: on the meta device attention keeps its scores.
+    """
+    own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    del result
+    return float(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
