@@ -13,20 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
 
 from torch import nn
 
 from dualtoken.unified_model.depth_transformer import VisualHead
 from dualtoken.unified_model.model import DualTokenForCausalLM
-
-# Layers of one block that read the same input, which learns or does not for all of them.
-READ_TOGETHER = {
-    name: names[0]
-    for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w0", "w1"))
-    for name in names
-}
-
 
 @dataclass(frozen=True)
 class Flops:
@@ -89,12 +80,12 @@ class Chain:
 
     def run_linears(self, part: str, module: nn.Module, rows: float) -> None:
         """Add the linear layers of a module, in the order they are registered in, for `rows` vectors each."""
-        named = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
-        last = {name: name.rpartition(".")[2] for name, _ in named}
-        for _, group in groupby(named, key=lambda item: READ_TOGETHER.get(last[item[0]], item[0])):
-            layers = [layer for _, layer in group]
-            flops = sum((matmul(rows, m.in_features, m.out_features) for m in layers), Flops())
-            self.run(part, flops, learns(layers[0]))
+        # Norms come first: one that learns needs the gradient at the input of the maps behind it.
+        norms = [m for m in module.modules() if type(m).__name__.endswith("Norm")]
+        self.learns_below = self.learns_below or any(learns(norm) for norm in norms)
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                self.run(part, matmul(rows, layer.in_features, layer.out_features), learns(layer))
 
     def fork(self) -> Chain:
         """A chain that goes on from here beside this one, with the same account."""
