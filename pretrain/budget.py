@@ -132,13 +132,13 @@ def sent_bytes(
     return SentBytes(weight * gathered * share * micro_steps, reduced)
 
 
-def checkpoint_bytes(level: int, count: ParameterCount, weight: int) -> float:
-    """Bytes of a checkpoint of an engine, all ranks together: weights, fp32 masters, optimizer states.
+def checkpoint_bytes(count: ParameterCount, weight: int) -> float:
+    """Bytes of a checkpoint of an engine, all ranks together, at any level.
 
-    ZeRO-3 stores the weights of frozen parts only, since the masters hold the others.
+    Masters in fp32, the optimizer's states, and frozen parts in the model's type.
     """
-    states = FP32 * (count.trained + 2 * (count.trained - count.muon) + count.muon)
-    return states + weight * (count.total - count.trained if level == 3 else count.total)
+    states = FP32 * (2 * (count.trained - count.muon) + count.muon)
+    return FP32 * count.trained + states + weight * (count.total - count.trained)
 
 
 def decoder_layer_activations(text_config: Any, weight: int) -> float:
