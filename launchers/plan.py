@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from data_pipeline.shards.code_shards import CodeGeometry, CodeSample, encode_sample
 from launchers.errors import UserError
@@ -98,6 +98,7 @@ class Plan:
     gpu_memory: float
     precision: str
     mfu: float
+    link: float  # bytes/s of a ring of all ranks
     assumed: list[str]
     parts: list[Part]
     micro_steps: int
@@ -119,7 +120,6 @@ class Plan:
     shard_bytes: int = 0  # of a picture with a text, in a tar
     codes_per_second: float = 0.0  # bytes, of a node
     encode_seconds: float = 0.0  # of a picture on a GPU, in fp32
-    notes: list[str] = field(default_factory=list)
 
 
 def make_plan(
@@ -148,7 +148,9 @@ def make_plan(
     """
     gpu = gpu_named(cluster.gpu)
     if not 0 < cluster.mfu <= 1:
-        raise UserError(f"--mfu {cluster.mfu}: expected a share of the peak, above 0 and up to 1, such as 0.4")
+        raise UserError(
+            f"--mfu {cluster.mfu}: expected a share of the peak, above 0 and up to 1, such as 0.4"
+        )
     words = [f"recipe={recipe}", *settings]
     config = load_job_config(words, cluster.ranks, in_place_of_missing=NOT_GIVEN)
     in_bf16 = config.precision != "fp32"  # auto: these GPUs compute in it
@@ -176,6 +178,7 @@ def make_plan(
         gpu_memory=gpu.memory,
         precision="bf16" if in_bf16 else "fp32",
         mfu=cluster.mfu,
+        link=cluster.link,
         assumed=[*options.notes, *budget.notes],
         parts=[
             Part(name, parameters.get(name, empty), flops.get(name, Flops()))
@@ -228,9 +231,7 @@ def _level(
     gradient = {"fp32": 4, "bf16": 2, "fp16": 2}.get(settings.get("communication_data_type", ""), weight)
     micro_steps = config.micro_steps(cluster.ranks)
     held = state_bytes(level, cluster.ranks, budget.count, weight, settings["zero_optimization"])
-    sent = sent_bytes(
-        level, cluster.ranks, budget.count, weight, micro_steps, gradient, budget.with_backward
-    )
+    sent = sent_bytes(level, cluster.ranks, budget.count, weight, micro_steps, gradient, budget.gathered)
     if budget.second is not None:
         count, own_level = budget.second
         zero = read_deepspeed_file(f"zero{own_level}.json")["zero_optimization"]

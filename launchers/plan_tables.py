@@ -18,16 +18,17 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     """Print all tables of a plan."""
     console = console or Console(width=WIDTH, highlight=False)
     console.print(
-        f"[bold]{plan.recipe}[/] on {plan.ranks} x {plan.gpu}, {plan.precision}, "
-        f"{plan.micro_steps} micro-step(s) a step, at an MFU of {plan.mfu:.0%}; nothing of this is measured"
+        f"[bold]{plan.recipe}[/] on {plan.ranks} x {plan.gpu}, {plan.precision}, {plan.micro_steps} "
+        f"micro-step(s) a step, MFU {plan.mfu:.0%}. Nothing of this is measured."
     )
     for line in plan.assumed:
-        console.print(f"  assumed: {line}")
-    for table in (_parts(plan), _memory(plan), _communication(plan), _time(plan)):
-        console.print()
+        console.print(f"Assumed: {line}")
+    for table, notes in (_parts(plan), _memory(plan), _communication(plan), _time(plan)):
+        console.print(f"\n[bold]{table.title}[/]")
+        table.title = None  # rich would wrap it at the table's width
         console.print(table)
-    for line in plan.notes:
-        console.print(f"  {line}")
+        for line in notes:
+            console.print(f"[dim]{line}[/]")
 
 
 def write_json(plan: Plan, path: Path) -> None:
@@ -37,121 +38,154 @@ def write_json(plan: Plan, path: Path) -> None:
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column(first)
+    table = Table(title=title, box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
-def _parts(plan: Plan) -> Table:
+def _parts(plan: Plan) -> tuple[Table, list[str]]:
+    unit, size = _unit(plan.flops)
     table = _table(
-        "Parameters, and TFLOP of a step over all GPUs", "part", "parameters", "trained", "forward", "backward"
-    )
+        f"Parameters, and {unit}FLOP of a step over all GPUs",
+        "part", "parameters", "trained", "forward", "backward",
+    )  # fmt: skip
     rows = [
-        (p.name, p.parameters.total, p.parameters.trained, p.flops.forward, p.flops.backward)
-        for p in plan.parts
+        (part.name, part.parameters.total, part.parameters.trained, part.flops.forward, part.flops.backward)
+        for part in plan.parts
     ]
-    for name, total, trained, forward, backward in rows:
+    for name, *numbers in [*rows, ("[bold]all[/]", *(sum(row[i] for row in rows) for i in range(1, 5)))]:
+        counts, flops = numbers[:2], numbers[2:]
         table.add_row(
-            name, _count(total), _count(trained), f"{forward / 1e12:,.4g}", f"{backward / 1e12:,.4g}"
+            name,
+            *(f"{n:,.0f}" if n else "-" for n in counts),
+            *(f"{n / size:,.2f}" if n else "-" for n in flops),
         )
-    sums = [sum(row[i] for row in rows) for i in range(1, 5)]
-    table.add_row(
-        "[bold]all[/]",
-        *[_count(n) for n in sums[:2]],
-        *[f"{n / 1e12:,.4g}" for n in sums[2:]],
-    )
     if plan.recomputed:
-        table.add_row("once more, for checkpointing", "", "", "", f"{plan.recomputed / 1e12:,.4g}")
-    return table
+        table.add_row("once more, for checkpointing", "", "", "", f"{plan.recomputed / size:,.2f}")
+    return table, []
 
 
-def _memory(plan: Plan) -> Table:
-    other = "" if plan.checkpointing is None else f"; last: {'un' if plan.checkpointing else ''}checkpointed"
-    table = _table(
-        f"GB that a GPU of {plan.gpu_memory / 1e9:.0f} GB holds{other}",
-        "ZeRO", "weights", "gradients", "masters", "optimizer", "buffers", "fixed", "activ.", "logits", "total", "",
-    )  # fmt: skip
+def _memory(plan: Plan) -> tuple[Table, list[str]]:
+    unit, size = _unit(max(level.total for level in plan.levels))
+    columns = ["weights", "grads", "masters", "optim.", "buffers", "fixed", "activ.", "logits"]
+    this, other = ("checkp.", "without") if plan.checkpointing else ("total", "checkp.")
+    table = _table(f"{unit}B that a GPU of {_si(plan.gpu_memory, 'B')} holds", "ZeRO", *columns, this)
     if plan.checkpointing is not None:
-        table.add_column("uncheckp." if plan.checkpointing else "checkp.", justify="right")
+        table.add_column(other, justify="right", no_wrap=True)
     for level in plan.levels:
-        held = [_gb(getattr(level.held, f.name)) for f in dataclasses.fields(level.held)]
-        row = [_name(level), *held, _gb(level.total), _verdict(level.fits)]
+        held = [getattr(level.held, f.name) for f in dataclasses.fields(level.held) if f.name != "host"]
+        row = [_name(level), *(_number(n / size) for n in held), _verdict(level.total / size, level.fits)]
         if level.total_other is not None:
-            row.append(f"{_gb(level.total_other)} {_verdict(bool(level.fits_other))}")
+            row.append(_verdict(level.total_other / size, bool(level.fits_other)))
         table.add_row(*row)
-    table.caption = f"fits: with {RESERVE / 1e9:.0f} GB to spare; activations are an estimate; * the recipe's"
-    table.caption_justify = "left"
-    return table
+    notes = [
+        f"fits: {_si(RESERVE, 'B')} stay free. Activations are an estimate, {this} as the recipe says; "
+        "* the recipe's level."
+        if plan.checkpointing is not None
+        else f"fits: {_si(RESERVE, 'B')} stay free. Activations are an estimate; * the recipe's level."
+    ]
+    notes += [
+        f"ZeRO-{level.level}: {_si(level.held.host, 'B')} a rank are offloaded to the machine's memory."
+        for level in plan.levels
+        if level.held.host
+    ]
+    return table, notes
 
 
-def _communication(plan: Plan) -> Table:
+def _communication(plan: Plan) -> tuple[Table, list[str]]:
+    unit, size = _unit(max(level.sent.total for level in plan.levels))
     table = _table(
-        "GB that a GPU sends in a step, and how long that takes at the links' full rate",
-        "ZeRO", "weights", "gradients", "together", "seconds", "of a step",
+        f"{unit}B that a GPU sends in a step, and the time at {_si(plan.link, 'B/s')}",
+        "ZeRO", "weights", "gradients", "together", "time", "of a step",
     )  # fmt: skip
     for level in plan.levels:
-        table.add_row(
-            _name(level), _gb(level.sent.gather), _gb(level.sent.reduce), _gb(level.sent.total),
-            f"{level.seconds:.3g}", f"{level.seconds / plan.seconds_per_step:.0%}",
-        )  # fmt: skip
-    table.caption = "above 100 %, or where it is not hidden behind the computation, the MFU is out of reach"
-    table.caption_justify = "left"
-    return table
+        sent = (level.sent.gather, level.sent.reduce, level.sent.total)
+        share = f"{level.seconds / plan.seconds_per_step:.0%}"
+        table.add_row(_name(level), *(_number(n / size) for n in sent), _si(level.seconds, "s"), share)
+    return table, [
+        "What is not hidden behind the computation comes on top; near 100 % the MFU is out of reach."
+    ]
 
 
-def _time(plan: Plan) -> Table:
-    table = _table("Time and data", "", "")
-    table.columns[1].justify = "left"
-    table.columns[1].no_wrap = False
-    again = f", {plan.recomputed / 1e15:.3g} PFLOP more for checkpointing" if plan.recomputed else ""
-    table.add_row("a step", f"{plan.seconds_per_step:.3g} s for {plan.flops / 1e15:.3g} PFLOP{again}")
-    table.add_row("samples of a step", f"{plan.samples_per_step:,.0f} {plan.sample}s")
+def _time(plan: Plan) -> tuple[Table, list[str]]:
+    table = Table(title="Time and data", box=None, pad_edge=False, show_header=False)
+    again = f", {_si(plan.recomputed, 'FLOP')} more for checkpointing" if plan.recomputed else ""
+    seen = plan.steps * plan.samples_per_step
+    rows = [
+        ("a step", f"{_si(plan.seconds_per_step, 's')} for {_si(plan.flops, 'FLOP')}{again}"),
+        ("samples of a step", f"{plan.samples_per_step:,.0f} {plan.sample}s"),
+        ("images/s", f"{plan.images_per_second:,.1f}; {plan.images_per_second / plan.ranks:,.1f} a GPU"),
+        (
+            "the run",
+            f"{plan.steps:,} steps, {seen:,.0f} {plan.sample}s: {_duration(plan.hours)}, "
+            f"{plan.gpu_hours:,.1f} GPU-hours",
+        ),
+        ("a checkpoint", f"{_si(plan.checkpoint, 'B')}; the export {_si(plan.export, 'B')}"),
+    ]
     if plan.tokens_per_second:
-        table.add_row(
-            "tokens/s",
-            f"{plan.tokens_per_second:,.0f}, visual positions among them; "
-            f"{plan.tokens_per_second / plan.ranks:,.0f} a GPU",
+        each = plan.tokens_per_second / plan.ranks
+        rows.insert(
+            2, ("tokens/s", f"{plan.tokens_per_second:,.0f}, {each:,.0f} a GPU, with visual positions")
         )
-    table.add_row("images/s", f"{plan.images_per_second:,.1f}; {plan.images_per_second / plan.ranks:,.1f} a GPU")
-    table.add_row(
-        "the run",
-        f"{plan.steps:,} steps, {plan.steps * plan.samples_per_step:,.0f} {plan.sample}s: "
-        f"{_duration(plan.hours)}, {plan.gpu_hours:,.3g} GPU-hours",
-    )
-    table.add_row("a checkpoint", f"{_gb(plan.checkpoint)} GB; the export {_gb(plan.export)} GB")
     if plan.code_bytes:
-        table.add_row(
-            "codes",
-            f"{plan.code_bytes:,} bytes a picture, {plan.shard_bytes:,} in a shard: "
-            f"{plan.shard_bytes / 1e3:,.1f} GB a million",
+        million = _si(plan.shard_bytes * 1e6, "B")
+        rows.append(
+            (
+                "codes",
+                f"{plan.code_bytes:,} bytes a picture, {plan.shard_bytes:,} in a shard, {million} a million",
+            )
+        )
+        hours = plan.encode_seconds * 1e6 / 3600
+        rows.append(
+            (
+                "pretokenize",
+                f"{1 / plan.encode_seconds:,.0f} images/s a GPU, in fp32 as codes are: {hours:,.1f} "
+                "GPU-hours a million",
+            )
         )
     if plan.codes_per_second:
-        table.add_row("reading them", f"{plan.codes_per_second / 1e6:,.2f} MB/s a node")
-    if plan.encode_seconds:
-        table.add_row(
-            "pretokenize",
-            f"{1 / plan.encode_seconds:,.0f} images/s a GPU, in fp32 as codes are; a million takes "
-            f"{plan.encode_seconds * 1e6 / 3600:,.2g} GPU-hours",
-        )
-    return table
+        rows.append(("reading codes", f"{_si(plan.codes_per_second, 'B/s')} a node"))
+    for row in rows:
+        table.add_row(*row)
+    return table, []
 
 
 def _name(level: Level) -> str:
     return f"{level.level}{'*' if level.is_recipes else ''}"
 
 
-def _verdict(fits: bool) -> str:
-    return "[green]fits[/]" if fits else "[red]no[/]"
+def _verdict(number: float, fits: bool) -> str:
+    return f"{number:,.1f} [green]fits[/]" if fits else f"{number:,.1f}   [red]no[/]"
 
 
-def _count(number: float) -> str:
-    return f"{number:,.0f}"
+def _number(number: float) -> str:
+    return f"{number:,.1f}" if number >= 10 else f"{number:.2f}" if number >= 0.005 else "-"
 
 
-def _gb(number: float) -> str:
-    return f"{number / 1e9:,.1f}" if number >= 1e9 else f"{number / 1e9:.2g}" if number else "-"
+def _unit(largest: float) -> tuple[str, float]:
+    """Prefix and size of the unit in which the largest number of a table reads well."""
+    prefixes = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+    return next(((name, size) for name, size in prefixes if largest >= size), ("", 1.0))
+
+
+def _si(number: float, unit: str) -> str:
+    """A number with its unit, three digits: 12.5 PFLOP, 494 ms."""
+    prefixes = (
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "G"),
+        (1e6, "M"),
+        (1e3, "k"),
+        (1, ""),
+        (1e-3, "m"),
+        (1e-6, "u"),
+    )
+    if unit == "s" and number >= 1:
+        return f"{number:,.3g} s"
+    size, prefix = next((pair for pair in prefixes if number >= pair[0]), (1e-9, "n"))
+    return f"{number / size:,.3g} {prefix}{unit}"
 
 
 def _duration(hours: float) -> str:

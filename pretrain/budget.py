@@ -46,17 +46,20 @@ class HeldBytes:
     fixed: float = 0.0  # networks that do not learn, outside the engine
     activations: float = 0.0
     logits: float = 0.0  # of a chunk, and gradients made in the forward pass
+    host: float = 0.0  # offloaded to the machine's memory; no part of the total
 
     def __add__(self, other: HeldBytes) -> HeldBytes:
         return HeldBytes(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return sum(getattr(self, f.name) for f in fields(self))
+        """All that lies on the GPU."""
+        return sum(getattr(self, f.name) for f in fields(self)) - self.host
 
 
-def state_bytes(level: int, ranks: int, count: ParameterCount, weight: int, zero: dict[str, Any]) -> HeldBytes:
+def state_bytes(
+    level: int, ranks: int, count: ParameterCount, weight: int, zero: dict[str, Any]
+) -> HeldBytes:
     """Bytes of parameters, gradients, masters, optimizer states and buffers of an engine on a rank.
 
     Args:
@@ -80,7 +83,16 @@ def state_bytes(level: int, ranks: int, count: ParameterCount, weight: int, zero
         return HeldBytes(weight * total, FP32 * trained / ranks, masters, optimizer, FP32 * reduced)
     gathered = min(total, zero.get("stage3_max_live_parameters", total))
     gradients = FP32 * (trained / ranks + muon)  # Muon reads whole matrices' gradients
-    return HeldBytes(weight * total / ranks, gradients, masters, optimizer, FP32 * bucket + weight * gathered)
+    weights, buffers, host = weight * total / ranks, FP32 * bucket + weight * gathered, 0.0
+    if _offloads(zero, "offload_optimizer"):
+        host, gradients, masters, optimizer = gradients + masters + optimizer, 0.0, 0.0, 0.0
+    if _offloads(zero, "offload_param"):
+        host, weights = host + weights, 0.0
+    return HeldBytes(weights, gradients, masters, optimizer, buffers, host=host)
+
+
+def _offloads(zero: dict[str, Any], what: str) -> bool:
+    return zero.get(what, {}).get("device", "none") != "none"
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ def sent_bytes(
     weight: int,
     micro_steps: int = 1,
     gradient: int = FP32,
-    with_backward: int | None = None,
+    gathered: int | None = None,
 ) -> SentBytes:
     """Bytes that a rank sends in an optimizer step, by rings: (n - 1) / n of what is gathered or reduced.
 
@@ -117,8 +129,8 @@ def sent_bytes(
         weight: w.
         micro_steps: forward and backward passes of the step.
         gradient: bytes of a gradient on its way (`communication_data_type`).
-        with_backward: parameters of the parts a backward pass goes through, which ZeRO-3 gathers once more;
-            None for all.
+        gathered: parameters that ZeRO-3 gathers in a micro-step: those of parts that run, and once more of
+            parts that a backward pass goes through; None for all of them twice.
     """
     share = (ranks - 1) / ranks
     reduced, muon = gradient * count.trained * share, gradient * count.muon * share
@@ -128,7 +140,7 @@ def sent_bytes(
     reduced = (reduced + muon) * micro_steps  # without `reduce_scatter`, as Muon needs it
     if level == 2:
         return SentBytes(weight * count.trained * share, reduced)
-    gathered = count.total + (count.total if with_backward is None else with_backward)
+    gathered = 2 * count.total if gathered is None else gathered
     return SentBytes(weight * gathered * share * micro_steps, reduced)
 
 
@@ -171,7 +183,7 @@ def projection_activations(wide: int, narrow: int, weight: int, widens: bool) ->
 def head_chunk_bytes(
     chunk: int, depth: int, width: int, inner: int, layers: int, codes: int, weight: int
 ) -> float:
-    """Bytes alive while a visual head scores a chunk of positions: its layers' activations, logits of a depth.
+    """Bytes alive while a visual head scores a chunk of positions: activations, and logits of a depth.
 
     Logits are fp32 with their gradient in the model's type beside them.
     """
@@ -184,7 +196,7 @@ def logits_bytes(chunk: int, classes: int, weight: int) -> float:
 
 
 def kept_bytes(module: nn.Module, run: Callable[[], Any]) -> float:
-    """Bytes that autograd keeps of a run of a module, besides its parameters; on the meta device nothing runs.
+    """Bytes that autograd keeps of a run of a module besides its parameters; the meta device will do.
 
     For networks without attention of their own: on the meta device attention keeps its scores.
     """

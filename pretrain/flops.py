@@ -19,6 +19,7 @@ from torch import nn
 from dualtoken.unified_model.depth_transformer import VisualHead
 from dualtoken.unified_model.model import DualTokenForCausalLM
 
+
 @dataclass(frozen=True)
 class Flops:
     """What a part computes: forward, gradients at its inputs, gradients at its weights."""

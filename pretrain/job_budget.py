@@ -88,9 +88,13 @@ class JobBudget:
         return sum(self.parameters.values(), ParameterCount(0, 0))
 
     @property
-    def with_backward(self) -> int:
-        """Parameters of parts that a backward pass goes through."""
-        return sum(c.total for name, c in self.parameters.items() if self.flops.get(name, Flops()).backward)
+    def gathered(self) -> int:
+        """Parameters that ZeRO-3 gathers in a micro-step: of parts that run, forward and backward."""
+        found = 0
+        for name, count in self.parameters.items():
+            if name in self.flops:
+                found += count.total * (2 if self.flops[name].backward else 1)
+        return found
 
 
 def job_budget(
@@ -133,8 +137,8 @@ def expected_pack(
     with_picture, without = positions + text_tokens + MARKS, plain_tokens + 2
     if with_picture > data.context_length:
         raise ConfigError(
-            f"a document of a picture of {positions} positions and {text_tokens} tokens of text does not fit "
-            f"into data.context_length={data.context_length}; give another --visual-tokenizer or --text-tokens"
+            f"a document of a picture of {positions} positions and {text_tokens} tokens of text is longer than "
+            f"data.context_length={data.context_length}; give another --visual-tokenizer or --text-tokens"
         )
     plain = shares.get("text", 0.0)
     documents = data.context_length / ((1 - plain) * with_picture + plain * without)
@@ -155,7 +159,7 @@ def expected_pack(
 def _mllm(
     config: MllmJobConfig, weight: int, options: ModelOptions, text_tokens: int, plain_tokens: int
 ) -> JobBudget:
-    model = planned_unified_model(config, options)
+    model, tokenizer = planned_unified_model(config, options)
     unified, text_config = model.config, model.decoder_config
     pack = expected_pack(config.data, unified.positions_per_image, text_tokens, plain_tokens)
     flops = unified_model_flops(model, pack)
@@ -190,10 +194,11 @@ def _mllm(
         tokens=pack.tokens,
         images=pack.pictures,
         code_bytes=unified.positions_per_image * 2 * unified.num_quantizers * 2,
+        encode=encode_flops(tokenizer),
         notes=[
             f"a pack of {config.data.context_length:,} tokens holds {pack.documents:.1f} documents, "
-            f"{pack.pictures:.1f} with a picture of {unified.positions_per_image} positions and {text_tokens} "
-            f"tokens of text, {pack.documents - pack.pictures:.1f} of {plain_tokens} tokens of text"
+            f"{pack.pictures:.1f} of a picture of {unified.positions_per_image} positions and {text_tokens} tokens, "
+            f"{pack.documents - pack.pictures:.1f} of {plain_tokens} tokens of text alone"
         ],
     )
 
@@ -228,7 +233,8 @@ def _tokenizer(config: TokenizerJobConfig, weight: int, options: ModelOptions) -
     return JobBudget(
         parameters=counts,
         flops={name: part * batch for name, part in flops.items()},
-        recomputed=batch * sum(flops[name].forward for name in both if name in flops and flops[name].backward),
+        recomputed=batch
+        * sum(flops[name].forward for name in both if name in flops and flops[name].backward),
         activations=batch * (whole + max(of_losses)),
         checkpointed=batch * (checkpointed + max(of_losses)),
         logits=0.0,
@@ -275,14 +281,24 @@ def _tokenizer_activations(model: Any, weight: int, paint: bool) -> tuple[float,
     paint = paint and (pixel or learns(model.postquant_pixel) or learns(model.decoder))
     projections += [model.postquant_pixel] if paint else []
     other = sum(
-        positions * projection_activations(width, dim, weight, p.proj.out_features == width) for p in projections
+        positions * projection_activations(width, dim, weight, p.proj.out_features == width)
+        for p in projections
     )
-    whole, checkpointed = kept * layer + other, kept * positions * width * weight + min(kept, 1) * layer + other
+    whole, checkpointed = (
+        kept * layer + other,
+        kept * positions * width * weight + min(kept, 1) * layer + other,
+    )
     if paint:
         size = config.latent_size
         x = torch.empty(1, width, size, size, device="meta", dtype=model.dtype, requires_grad=True)
         decoder = model.decoder
-        blocks = [model.post_quant_conv, decoder.conv_in, decoder.mid, *reversed(decoder.up), decoder.conv_out]
+        blocks = [
+            model.post_quant_conv,
+            decoder.conv_in,
+            decoder.mid,
+            *reversed(decoder.up),
+            decoder.conv_out,
+        ]
         sizes, inputs = [], 0.0
         for block in blocks:
             sizes.append(kept_bytes(block, lambda block=block, x=x: block(x)))

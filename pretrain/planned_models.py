@@ -1,4 +1,4 @@
-"""Models of a recipe on the meta device, to count and plan with: no weights, and no files where there are none.
+"""Models of a recipe on the meta device, to count and plan with: without weights and, if need be, files.
 
 Folders that a recipe names and that are not there yet are taken from the recipe that makes them; what no
 recipe makes is a preset, by default the paper's. What was assumed is noted.
@@ -79,8 +79,10 @@ class ModelOptions:
             self.notes.append(line)
 
 
-def planned_unified_model(config: MllmJobConfig, options: ModelOptions) -> DualTokenForCausalLM:
-    """The unified model of a recipe on the meta device, frozen as the phase has it.
+def planned_unified_model(
+    config: MllmJobConfig, options: ModelOptions
+) -> tuple[DualTokenForCausalLM, DualTokenVisualTokenizer]:
+    """The unified model of a recipe, frozen as the phase has it, and its tokenizer, on the meta device.
 
     Raises:
         ConfigError: a model is named that is neither there nor known.
@@ -96,7 +98,7 @@ def planned_unified_model(config: MllmJobConfig, options: ModelOptions) -> DualT
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(unified)
     freeze_parameters(model, config.frozen)
-    return model
+    return model, tokenizer
 
 
 def planned_tokenizer(config: TokenizerJobConfig, options: ModelOptions) -> DualTokenVisualTokenizer:
@@ -132,7 +134,9 @@ def planned_siglip(config: ContrastiveJobConfig, options: ModelOptions) -> Sigli
         return build_siglip(config, text_tokenizer)
 
 
-def count_parts(model: nn.Module, parts: dict[str, nn.Module], optimizer: OptimizerConfig) -> dict[str, ParameterCount]:
+def count_parts(
+    model: nn.Module, parts: dict[str, nn.Module], optimizer: OptimizerConfig
+) -> dict[str, ParameterCount]:
     """Parameters by part; one that two parts share counts in the first."""
     if any(parameter.requires_grad for parameter in model.parameters()):
         parameter_groups(model, optimizer)  # marks what Muon takes
@@ -223,7 +227,9 @@ def _recipe_that_exports(folder: str) -> JobConfig | None:
 
 
 def _name_of(config: JobConfig) -> str:
-    return next(n for n in available_recipes() if load_recipe(find_recipe(n)).get("run_dir") == config.run_dir)
+    return next(
+        n for n in available_recipes() if load_recipe(find_recipe(n)).get("run_dir") == config.run_dir
+    )
 
 
 def _as(config: JobConfig, kind: type) -> Any:

@@ -21,7 +21,9 @@ from dualtoken.visual_tokenizer.pixel_decoder import SpatialAttention
 from pretrain.flops import Chain, Flops, attention, learns, matmul, run_projection
 
 
-def run_convolutions(chain: Chain, part: str, network: nn.Module, run: Callable[[], Any], times: float = 1) -> None:
+def run_convolutions(
+    chain: Chain, part: str, network: nn.Module, run: Callable[[], Any], times: float = 1
+) -> None:
     """Add the convolutions and spatial attentions of a network on the meta device, as `run` calls it."""
     found: list[tuple[Flops, bool]] = []
 

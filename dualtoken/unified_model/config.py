@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 HEAD_PRESETS: dict[str, dict[str, Any]] = {
-    # Of the settings whose heads have the 258 M parameters that arXiv 2503.14324 names, those with the rounder
-    # width: 258,011,136 with 8 depths of 16384 codes of 32 dimensions. The paper gives neither width.
+    # Of the settings whose heads have the 258 M parameters of arXiv 2503.14324, which gives no width, those
+    # with the rounder one: 258,011,136 with 8 depths of 16384 codes of 32 dimensions (docs/planner.md).
     "paper_258m": {
         "head_hidden_size": 1536,
         "head_num_layers": 3,

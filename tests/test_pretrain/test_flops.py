@@ -23,7 +23,15 @@ from pretrain.tokenizer_flops import (
     teacher_flops,
     tokenizer_flops,
 )
-from tests.support.unified_support import FEATURES, POSITIONS, caption, generation, plain, tiny_model, tokenized
+from tests.support.unified_support import (
+    FEATURES,
+    POSITIONS,
+    caption,
+    generation,
+    plain,
+    tiny_model,
+    tokenized,
+)
 
 TOLERANCE = 0.02
 
