@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from data_pipeline.shards.code_shards import CodeGeometry, CodeSample, encode_sample
+import numpy as np
+
+from data_pipeline.shards.code_shards import CODEBOOKS, CodeSample, encode_sample
 from launchers.errors import UserError
 from launchers.gpus import Gpu, gpu_named
 from pretrain.budget import (
@@ -210,16 +212,9 @@ def make_plan(
 
 def shard_bytes(code_bytes: int, text_tokens: int) -> int:
     """Bytes in a shard of a picture of `code_bytes` of codes with a text of four letters a token."""
-    depth_positions = code_bytes // 4  # two codebooks, two bytes a code
-    codes = _zeros(CodeGeometry(depth_positions, 1, 2))
+    codes = np.zeros((1, code_bytes // 4, CODEBOOKS, 1), np.uint16)
     members = encode_sample(CodeSample("0" * 9, codes, [{"image": 0}, {"text": "word" * text_tokens}]))
     return sum(TAR_BLOCK + -(-len(content) // TAR_BLOCK) * TAR_BLOCK for _, content in members)
-
-
-def _zeros(geometry: CodeGeometry):
-    import numpy as np
-
-    return np.zeros((1, *geometry.shape), np.uint16)
 
 
 def _level(

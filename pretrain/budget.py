@@ -2,20 +2,15 @@
 
 What holds for the settings in `ds_configs/` and DeepSpeed 0.19.8, which differs from the paper: gradients are
 added up and reduced in fp32, and ZeRO-1 in bf16 keeps them whole. `tests/test_pretrain/test_budget.py`
-compares with engines on two ranks. Activations are estimates after Korthikanti et al. (arXiv 2205.05198),
-with attention that keeps no scores; compared with what autograd saves.
+compares with engines on two ranks.
 
 Letters: N parameters, T trained ones, M those of Muon; n ranks, w bytes of a weight (2 in bf16, 4 in fp32).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 LEVELS = (1, 2, 3)
 FP32 = 4
@@ -151,64 +146,3 @@ def checkpoint_bytes(count: ParameterCount, weight: int) -> float:
     """
     states = FP32 * (2 * (count.trained - count.muon) + count.muon)
     return FP32 * count.trained + states + weight * (count.total - count.trained)
-
-
-def decoder_layer_activations(text_config: Any, weight: int) -> float:
-    """Bytes that a layer of a LLaMA-like decoder keeps for each token from forward to backward pass.
-
-    Two norms compute in fp32 (one input in fp32; two vectors in the model's type), queries, keys, values and
-    the attention's output twice, four vectors of the gated MLP, a log-sum for each head.
-    """
-    hidden, heads = text_config.hidden_size, text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or hidden // heads
-    key_values = text_config.num_key_value_heads * head_dim
-    norms = 2 * (FP32 * hidden + 2 * weight * hidden + FP32)
-    attended = weight * (3 * heads * head_dim + 2 * key_values + 2 * head_dim) + FP32 * heads
-    return norms + attended + 4 * weight * text_config.intermediate_size
-
-
-def encoder_layer_activations(config: Any, weight: int) -> float:
-    """Bytes that a layer of SigLIP keeps for each position from forward to backward pass."""
-    vectors = 8 * config.hidden_size + 2 * config.intermediate_size
-    return weight * vectors + FP32 * config.num_attention_heads
-
-
-def projection_activations(wide: int, narrow: int, weight: int, widens: bool) -> float:
-    """Bytes that an `AttentionProjection` keeps for each position from forward to backward pass."""
-    inner, outer = (narrow, wide) if widens else (wide, narrow)
-    attended = 4 * wide + (0 if widens else outer)
-    return weight * (3 * inner + attended + 3 * outer + 8 * outer) + FP32 * (wide // narrow)
-
-
-def head_chunk_bytes(
-    chunk: int, depth: int, width: int, inner: int, layers: int, codes: int, weight: int
-) -> float:
-    """Bytes alive while a visual head scores a chunk of positions: activations, and logits of a depth.
-
-    Logits are fp32 with their gradient in the model's type beside them.
-    """
-    return chunk * depth * layers * weight * (9 * width + 2 * inner) + logits_bytes(chunk, codes, weight)
-
-
-def logits_bytes(chunk: int, classes: int, weight: int) -> float:
-    """Bytes of a chunk's logits: fp32, and their gradient in the model's type beside them."""
-    return float(chunk * classes * (FP32 + weight))
-
-
-def kept_bytes(module: nn.Module, run: Callable[[], Any]) -> float:
-    """Bytes that autograd keeps of a run of a module besides its parameters; the meta device will do.
-
-    For networks without attention of their own: on the meta device attention keeps its scores.
-    """
-    own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in own:
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = run()
-    del result
-    return float(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))

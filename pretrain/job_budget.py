@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from data_pipeline.streams import DocumentStreamConfig
-from pretrain.budget import (
-    FP32,
-    ParameterCount,
+from pretrain.activations import (
     decoder_layer_activations,
     encoder_layer_activations,
     head_chunk_bytes,
     kept_bytes,
     logits_bytes,
-    projection_activations,
+    tokenizer_activations,
 )
+from pretrain.budget import FP32, ParameterCount
 from pretrain.config import ConfigError, JobConfig
 from pretrain.contrastive_task import ContrastiveJobConfig
 from pretrain.discriminator import PatchDiscriminator
-from pretrain.flops import Flops, PackContents, learns, unified_model_flops
+from pretrain.flops import Flops, PackContents, unified_model_flops
 from pretrain.mllm_task import MllmJobConfig
 from pretrain.planned_models import (
     ModelOptions,
@@ -137,7 +135,7 @@ def expected_pack(
     with_picture, without = positions + text_tokens + MARKS, plain_tokens + 2
     if with_picture > data.context_length:
         raise ConfigError(
-            f"a document of a picture of {positions} positions and {text_tokens} tokens of text is longer than "
+            f"a document of a picture of {positions} positions and {text_tokens} tokens is longer than "
             f"data.context_length={data.context_length}; give another --visual-tokenizer or --text-tokens"
         )
     plain = shares.get("text", 0.0)
@@ -197,8 +195,8 @@ def _mllm(
         encode=encode_flops(tokenizer),
         notes=[
             f"a pack of {config.data.context_length:,} tokens holds {pack.documents:.1f} documents, "
-            f"{pack.pictures:.1f} of a picture of {unified.positions_per_image} positions and {text_tokens} tokens, "
-            f"{pack.documents - pack.pictures:.1f} of {plain_tokens} tokens of text alone"
+            f"{pack.pictures:.1f} of a picture ({unified.positions_per_image} positions) and {text_tokens} "
+            f"tokens, {pack.documents - pack.pictures:.1f} of {plain_tokens} tokens of text alone"
         ],
     )
 
@@ -228,7 +226,7 @@ def _tokenizer(config: TokenizerJobConfig, weight: int, options: ModelOptions) -
         of_losses.append(kept_bytes(critic, lambda: critic(picture)))
         level = read_deepspeed_file(config.discriminator_deepspeed)["zero_optimization"]["stage"]
         second = (ParameterCount(*[sum(p.numel() for p in critic.parameters())] * 2), level)
-    whole, checkpointed = _tokenizer_activations(model, weight, paint)
+    whole, checkpointed = tokenizer_activations(model, weight, paint)
     both = ("vision_tower", "pixel_decoder")
     return JobBudget(
         parameters=counts,
@@ -259,56 +257,6 @@ def _tokenizer_parts(model: nn.Module) -> dict[str, nn.Module]:
     parts["projections"] = nn.ModuleList(projections)
     parts["pixel_decoder"] = nn.ModuleList(children[name] for name in decoder)
     return parts
-
-
-def _tokenizer_activations(model: Any, weight: int, paint: bool) -> tuple[float, float]:
-    """Bytes that a picture keeps, and with the tower's layers and the decoder's levels checkpointed."""
-    config, vision = model.config, model.backbone.vision_model
-    positions, width, dim = config.positions, config.vision.hidden_size, config.codebook_dim
-    layer = positions * encoder_layer_activations(config.vision, weight)
-    passes, deep, kept, pixel = learns(vision.embeddings), False, 0, False
-    for number, block in enumerate(vision.encoder.layers, start=1):
-        passes = passes or learns(block)
-        kept += passes
-        pixel = pixel or (passes and number == config.reconstruction_layer)
-        if number == config.semantic_layer:
-            passes = deep = passes or learns(model.prequant_semantic) or learns(model.postquant_semantic)
-    semantic = [model.prequant_semantic, model.postquant_semantic]
-    projections = semantic if deep else []
-    pixels = [p for name, p in model.named_children() if name in ("prequant_pixel", "prequant_shortcut")]
-    pixel = pixel or any(learns(p) for p in pixels)
-    projections += pixels if pixel else []
-    paint = paint and (pixel or learns(model.postquant_pixel) or learns(model.decoder))
-    projections += [model.postquant_pixel] if paint else []
-    other = sum(
-        positions * projection_activations(width, dim, weight, p.proj.out_features == width)
-        for p in projections
-    )
-    whole, checkpointed = (
-        kept * layer + other,
-        kept * positions * width * weight + min(kept, 1) * layer + other,
-    )
-    if paint:
-        size = config.latent_size
-        x = torch.empty(1, width, size, size, device="meta", dtype=model.dtype, requires_grad=True)
-        decoder = model.decoder
-        blocks = [
-            model.post_quant_conv,
-            decoder.conv_in,
-            decoder.mid,
-            *reversed(decoder.up),
-            decoder.conv_out,
-        ]
-        sizes, inputs = [], 0.0
-        for block in blocks:
-            sizes.append(kept_bytes(block, lambda block=block, x=x: block(x)))
-            inputs += x.numel() * weight
-            with torch.no_grad():
-                x = block(x)
-            x.requires_grad_()
-        whole += sum(sizes)
-        checkpointed += inputs + max(sizes)
-    return whole, checkpointed
 
 
 def _contrastive(config: ContrastiveJobConfig, weight: int, options: ModelOptions) -> JobBudget:

@@ -180,9 +180,13 @@ def _config_of_tokenizer_job(
 
 
 def _unified_config(
-    config: MllmJobConfig, tokenizer: DualTokenVisualTokenizer, options: ModelOptions, **later: Any
+    config: MllmJobConfig,
+    tokenizer: DualTokenVisualTokenizer,
+    options: ModelOptions,
+    behind: tuple[str, ...] = (),
+    **later: Any,
 ) -> DualTokenConfig:
-    """Config of the model that a recipe trains; `later` are heads that a phase behind it asks for."""
+    """Config of the model that a recipe trains, some of whose heads phases `behind` it may ask for."""
     parts = config.model
     heads = {**head_settings(parts.heads), **later}
     if parts.init_from and parts.init_from != NOT_GIVEN:
@@ -194,8 +198,10 @@ def _unified_config(
                 f"model.init_from={parts.init_from} is not there, and no recipe makes it; leave it out "
                 "(model.init_from=null) and give --llm"
             )
-        options.note(f"the phase before: as recipe {_name_of(maker)} makes it")
-        return _unified_config(_as(maker, MllmJobConfig), tokenizer, options, **heads)
+        before = (*behind, _name_of(maker))
+        return _unified_config(_as(maker, MllmJobConfig), tokenizer, options, before, **heads)
+    if behind:
+        options.note(f"what goes before: recipe {' on that of '.join(behind)}")
     text_config = _text_config(parts.llm, dict(parts.llm_config), options)
     return DualTokenConfig.for_visual_tokenizer(text_config, tokenizer, **heads)
 
