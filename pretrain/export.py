@@ -100,4 +100,6 @@ def save_config(model: PreTrainedModel, directory: Path) -> None:
         return settings | ({"dtype": "float32"} if "dtype" in settings else {})
 
     config = in_fp32(json.loads(path.read_text(encoding="utf-8")))
-    path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
