@@ -155,6 +155,11 @@ def make_plan(
         )
     words = [f"recipe={recipe}", *settings]
     config = load_job_config(words, cluster.ranks, in_place_of_missing=NOT_GIVEN)
+    if config.job != "mllm" and (options.llm or options.visual_tokenizer):
+        raise UserError(
+            f"--llm and --visual-tokenizer are for unified models, {recipe} is a {config.job} job; "
+            "its model is set by key=value, such as model.preset=so400m_384"
+        )
     in_bf16 = config.precision != "fp32"  # auto: these GPUs compute in it
     weight = 2 if in_bf16 else FP32
     budget = job_budget(config, weight, options, text_tokens, plain_tokens)

@@ -167,9 +167,9 @@ def unified_model_flops(model: DualTokenForCausalLM, pack: PackContents) -> dict
 
 def run_visual_head(chain: Chain, part: str, head: VisualHead, positions: float) -> None:
     """Add a depth transformer with its classifiers, D steps at each of `positions`."""
-    layers, depth = config_shape(head.mlp_in)[0], head.depth
-    _, codes, width = config_shape(head.classifier)
-    inner, code_dim = config_shape(head.mlp_in)[1], config_shape(head.code_in)[1]
+    layers, depth = full_shape(head.mlp_in)[0], head.depth
+    _, codes, width = full_shape(head.classifier)
+    inner, code_dim = full_shape(head.mlp_in)[1], full_shape(head.code_in)[1]
     rows, trained = positions * depth, learns(head)
     # Code vectors are frozen: no gradient goes to what the first map reads.
     leaf = matmul(positions * (depth - 1), code_dim, width)
@@ -193,6 +193,6 @@ def run_projection(
     chain.run(part, attention(pairs, width))
 
 
-def config_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Shape of a parameter, of one that ZeRO-3 has sharded too."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

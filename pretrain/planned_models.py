@@ -191,7 +191,7 @@ def _unified_config(
     heads = {**head_settings(parts.heads), **later}
     if parts.init_from and parts.init_from != NOT_GIVEN:
         if (Path(parts.init_from) / "config.json").is_file():
-            return DualTokenConfig.from_pretrained(parts.init_from)
+            return _config_there(parts.init_from, heads, options)
         maker = _recipe_that_exports(parts.init_from)
         if maker is None:
             raise ConfigError(
@@ -204,6 +204,17 @@ def _unified_config(
         options.note(f"what goes before: recipe {' on that of '.join(behind)}")
     text_config = _text_config(parts.llm, dict(parts.llm_config), options)
     return DualTokenConfig.for_visual_tokenizer(text_config, tokenizer, **heads)
+
+
+def _config_there(folder: str, heads: dict[str, Any], options: ModelOptions) -> DualTokenConfig:
+    """Config of a model that a phase goes on from, which keeps what it has."""
+    config = DualTokenConfig.from_pretrained(folder)
+    if options.llm is not None:
+        raise ConfigError(f"--llm {options.llm}: {folder} is there and has a language model; leave it out")
+    for name, value in heads.items():
+        if (found := getattr(config, name, None)) != value:
+            raise ConfigError(f"model.heads.{name}={value}, but {folder} has {name}={found}: leave it out")
+    return config
 
 
 def _text_config(llm: str | None, llm_config: dict[str, Any], options: ModelOptions) -> Any:

@@ -29,10 +29,12 @@ def plan(
         ),
     ] = None,
     visual_tokenizer: Annotated[
-        str | None, typer.Option(help="Preset or folder, where the recipe has none.", show_default=False)
+        str | None,
+        typer.Option(help="Preset or folder; by default the recipe's, else so400m_384.", show_default=False),
     ] = None,
     llm: Annotated[
-        str | None, typer.Option(help="Preset or folder, where the recipe has none.", show_default=False)
+        str | None,
+        typer.Option(help="Preset or folder; by default the recipe's, else qwen2.5-3b.", show_default=False),
     ] = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Of a document besides its picture.")] = 64,
     plain_tokens: Annotated[int, typer.Option(min=1, help="Of a document without picture.")] = 512,

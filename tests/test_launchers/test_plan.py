@@ -3,12 +3,13 @@
 import json
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from launchers.gpus import GPUS
 from launchers.plan import Cluster, make_plan, shard_bytes
 from pretrain.planned_models import ModelOptions
 from tests.support.command import call
-from tests.support.tiny_run import write_codes
+from tests.support.tiny_run import make_tiny_run, write_codes
 
 
 def planned(recipe, *settings, options=None, **cluster):
@@ -71,6 +72,24 @@ def test_phases_take_models_from_the_recipes_before(tmp_path, monkeypatch):
     assert any("as recipe quickstart_tokenizer makes it" in line for line in quickstart.assumed)
 
 
+def test_a_phase_before_that_is_there_keeps_what_it_has(tmp_path):
+    run = make_tiny_run(tmp_path / "run")
+    model, tokenizer = run / "mllm" / "export", run / "tokenizer" / "export"
+    words = [
+        f"model.init_from={model}",
+        f"model.visual_tokenizer={tokenizer}",
+        f"model.text_tokenizer={model}",
+    ]
+    plan = planned("mllm_joint", *words)
+    saved = AutoModelForCausalLM.from_pretrained(model)
+    assert sum(part.parameters.total for part in plan.parts) == sum(p.numel() for p in saved.parameters())
+    assert not any("before" in line for line in plan.assumed)
+    with pytest.raises(ValueError, match="has a language model; leave it out"):
+        planned("mllm_joint", *words, options=ModelOptions(llm="qwen2.5-3b"))
+    with pytest.raises(ValueError, match="model.heads.head_hidden_size=64, but .* has head_hidden_size=32"):
+        planned("mllm_joint", *words, "model.heads.head_hidden_size=64")
+
+
 @pytest.mark.parametrize("recipe", ["tokenizer_semantic", "quickstart_tokenizer", "quickstart_siglip"])
 def test_the_other_jobs(recipe):
     plan = planned(recipe, gpus=2)
@@ -114,6 +133,10 @@ def test_shards_are_as_large_as_said(tmp_path):
         (
             ["mllm_joint", "--visual-tokenizer", "nowhere"],
             "no visual tokenizer in nowhere, and no recipe makes it; give --visual-tokenizer and one of",
+        ),
+        (
+            ["tokenizer_joint", "--llm", "qwen2.5-7b"],
+            "are for unified models, tokenizer_joint is a tokenizer job",
         ),
         (["mllm_joint", "model.init_from=gone"], "model.init_from=gone is not there, and no recipe makes it"),
         (

@@ -86,6 +86,16 @@ def test_unified_model(overrides, frozen):
         assert parts["llm"].backward == 0 < parts["pixel_head"].backward
 
 
+def test_sharded_parameters_count_by_their_whole_shapes():
+    model = tiny_model()
+    pack = PackContents.of_documents([20, 12], 8, 9, 4)
+    whole = unified_model_flops(model, pack)
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)  # as ZeRO-3 leaves it between its uses
+    assert unified_model_flops(model, pack) == whole
+
+
 def tiny_tokenizer(**overrides) -> tuple[DualTokenVisualTokenizer, DualTokenVisualTokenizer]:
     """The same tokenizer on the CPU and on the meta device."""
     config = preset_config("tiny", **overrides)
