@@ -45,7 +45,8 @@ def export_checkpoint(
         for name, expected in with_progress(list(state["files"].items()), "comparing hashes"):
             if not (folder / name).is_file() or content_of(folder / name) != expected:
                 raise UserError(
-                    f"{folder / name} is not what was written: take an earlier step's folder, or copy it again"
+                    f"{folder / name} is not what was written: take an earlier step's folder, or copy it "
+                    "again"
                 )
     engine, prefix = state["exported"]
     contents = json.loads((folder / engine / "contents.json").read_text(encoding="utf-8"))
@@ -101,9 +102,10 @@ class _Tensors:
                     raise UserError(f"{frozen_from} has {name} {there}, the checkpoint {here}: another model")
             report.notes.append(f"frozen: {len(frozen)} weights from {frozen_from}")
         elif rounded:
+            kept = self.parameters[rounded[0]]["dtype"]
             report.notes.append(
-                f"frozen: {len(rounded)} weights as the run held them, in {self.parameters[rounded[0]]['dtype']}"
-                "; --frozen-from takes them from the model it started from"
+                f"frozen: {len(rounded)} weights as the run held them, in {kept}; --frozen-from takes them "
+                "from the model that it started from"
             )
 
     def read(self, name: str) -> Tensor:
