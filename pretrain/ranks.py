@@ -7,8 +7,8 @@ from collections.abc import MutableMapping
 from pretrain.config import ConfigError
 
 # What each starter calls the number of processes, a process's rank, and its rank on its machine. Open MPI and
-# Hydra (MPICH, Intel MPI) come first: inside an allocation they start their own helpers with srun. Slurm's batch
-# script is no task of srun, though it has a SLURM_PROCID: only a step has SLURM_STEP_NUM_TASKS.
+# Hydra (MPICH, Intel MPI) come first: inside an allocation they start their own helpers with srun. Slurm's
+# batch script is no task of srun, though it has a SLURM_PROCID: only a step has SLURM_STEP_NUM_TASKS.
 STARTERS = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
@@ -35,8 +35,8 @@ def name_ranks(environment: MutableMapping[str, str]) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise ConfigError(
-            f"{names[0]}={environment[names[0]]} processes were started, but {' and '.join(missing)} not set, by "
-            "which they find each other: export the name of the first machine and a free port of it"
+            f"{names[0]}={environment[names[0]]}, but {' and '.join(missing)} not set: expected the name of "
+            "the first machine and a free port of it, where the processes meet; export them"
         )
     world_size, rank, local_rank = (environment[name] for name in names)
     sees_one_gpu = environment.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0

@@ -1,7 +1,7 @@
 """Entry point of every training job: `deepspeed --module pretrain.train recipe=NAME run_dir=... key=value`.
 
-Runs alone (one rank), under `deepspeed`, `torchrun`, `srun` or `mpirun`. Mistakes of the user are one line on stderr and
-exit code 2; set DUALTOKEN_TRACEBACK=1 to see where they arise.
+Runs alone (one rank), under `deepspeed`, `torchrun`, `srun` or `mpirun`. Mistakes of the user are one line on
+stderr and exit code 2; set DUALTOKEN_TRACEBACK=1 to see where they arise.
 """
 
 from __future__ import annotations
