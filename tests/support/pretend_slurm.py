@@ -1,8 +1,8 @@
 """Slurm's commands as far as launchers/slurm uses them, on this machine: sbatch, srun and scontrol.
 
 A job's script runs from a spool folder with the variables that Slurm sets, srun starts a process for each
-task, and a job that `scontrol requeue` names starts again. A SIGUSR1 to `sbatch` says that time is nearly up; it
-then delivers the signal that the job's `--signal` asks for. Unknown options are errors.
+task, and a job that `scontrol requeue` names starts again. A SIGUSR1 to `sbatch` says that time is nearly up:
+then it delivers the signal that the job's `--signal` asks for. Unknown options are errors.
 """
 
 import argparse

@@ -51,17 +51,18 @@ def test_host_that_fails_ends_the_others(here):
     assert code == 7 and "ended" in output and time.monotonic() - started < 50
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_script_that_is_ended_ends_the_hosts(here, tmp_path, number):
-    # Killed, the script can tell nobody: its ssh notices, and so does the other side.
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -9)])
+def test_script_that_is_ended_ends_the_hosts(here, tmp_path, number, code):
     marks = f'"{tmp_path}"/$NODE_RANK'
-    with here.start(
-        f"trap 'touch {marks}.ended; exit' TERM; touch {marks}.started; sleep 100 & wait"
-    ) as script:
+    command = f"trap 'touch {marks}.ended; exit' TERM; touch {marks}.started; sleep 100 & wait"
+    with here.start(command, start_new_session=True) as script:
         wait_for(lambda: len(list(tmp_path.glob("*.started"))) == 2)
-        script.send_signal(number)
+        if number == "SIGINT":  # from a keyboard it goes to every process
+            os.killpg(script.pid, signal.SIGINT)
+        else:  # killed, the script can tell nobody: its ssh ends, and so does the other side
+            script.send_signal(signal.Signals[number])
     wait_for(lambda: len(list(tmp_path.glob("*.ended"))) == 2)
-    assert script.returncode == (143 if number == signal.SIGTERM else -9)
+    assert script.returncode == code
 
 
 def wait_for(condition):
