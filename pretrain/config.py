@@ -112,6 +112,7 @@ class JobConfig:
     validate_batches: int = 0  # per rank; 0: all of them
     checkpoint_every: int = 0  # 0: at the end (and when asked to stop) only
     keep_checkpoints: int = 2
+    async_checkpoints: bool = True  # files are written while training goes on, from a copy in host memory
     resume: str = "auto"  # auto | never | path of a step folder
     wandb: WandbConfig = field(default_factory=WandbConfig)
 

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find that out with a warning
-        from pretrain.checkpointing import CheckpointError
+        from pretrain.checkpoints.finding import CheckpointError
         from pretrain.trainer import Trainer, TrainingError, finished_before
 
         if (line := finished_before(config)) is not None:

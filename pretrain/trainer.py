@@ -16,16 +16,13 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from data_pipeline.errors import DatasetError
-from pretrain.checkpointing import (
-    find_checkpoint,
-    load_checkpoint,
-    random_state,
-    restore_random_state,
-    save_checkpoint,
-)
+from pretrain.checkpoints.engines import engine_files, load_checkpoint
+from pretrain.checkpoints.finding import find_checkpoint
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import ConfigError, JobConfig, changed_keys, config_as_yaml
 from pretrain.engine import gradient_norm
 from pretrain.metrics import MetricsLog, peak_memory_bytes
+from pretrain.random_state import random_state, restore_random_state
 from pretrain.runtime import Runtime, seed_everything
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -44,7 +41,8 @@ class Task(Protocol):
     """
 
     engines: Mapping[str, DeepSpeedEngine]
-    train_loader: Any  # endless iterable with save_state() and restore_state(state)
+    exported: tuple[str, str]  # engine of the model that is exported, and a prefix that its names lose
+    train_loader: Any  # endless iterable with save_state() and restore_states(states)
 
     def train_step(self, micro_batches: list[Any]) -> dict[str, Any]:
         """One optimizer step."""
@@ -55,8 +53,11 @@ class Task(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs besides its engines to go on exactly."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+        """Take over what `state_dict` returned: on this rank, or on all ranks if there were more or fewer."""
+
+    def export_assets(self, directory: Path) -> None:
+        """Write what an export has besides its weights; the main process calls."""
 
     def export(self, directory: Path) -> None:
         """Write what the next job or a user loads; every rank calls, the main one writes."""
@@ -72,7 +73,9 @@ class Trainer:
         self.config = config
         self.runtime = runtime
         self.task = task
-        self.checkpoints = runtime.run_dir / "checkpoints"
+        self.checkpoints = CheckpointWriter(
+            runtime.run_dir / "checkpoints", runtime, config.job, config.keep_checkpoints
+        )
         self.log = MetricsLog(config, runtime.run_dir, runtime.is_main)
         self.batches: Iterator[Any] | None = None
         self.stop_signal: str | None = None
@@ -97,7 +100,7 @@ class Trainer:
         first = self.runtime.step
         finished = self._loop()
         if first < self.runtime.step or not finished:
-            self._save()
+            self._save(background=False)
         if finished:
             self._finish()
         else:
@@ -112,7 +115,7 @@ class Trainer:
         if not self.runtime.is_main:
             return
         folder = self.runtime.run_dir
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
         (folder / "done.json").unlink(missing_ok=True)  # a finished run that is given more steps
         settings = config_as_yaml(self.config)
         saved = folder / "config.yaml"
@@ -124,16 +127,17 @@ class Trainer:
     def _start_or_resume(self) -> None:
         # Parameters were drawn with the same seed everywhere; from here each rank draws its own numbers.
         seed_everything(self.config.seed, self.runtime.rank)
-        checkpoint = find_checkpoint(self.config, self.checkpoints, self.runtime, self.log.say)
+        checkpoint = find_checkpoint(self.config, self.checkpoints.folder, self.runtime, self.log.say)
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, self.runtime, self.task.engines, self.config.job)
+            saved = load_checkpoint(checkpoint, self.runtime, self.task.engines, self.config.job)
             try:
-                self.task.train_loader.restore_state(state["loader"])
+                self.task.train_loader.restore_states([state["loader"] for state in saved.states])
             except ValueError as error:
                 raise ConfigError(f"{checkpoint} does not fit the data settings: {error}") from error
-            self.task.load_state_dict(state["task"])
-            self.wall_seconds = state["wall_seconds"]
-            restore_random_state(state["random"])
+            self.task.load_state_dicts([state["task"] for state in saved.states])
+            self.wall_seconds = saved.states[0]["wall_seconds"]
+            if (own := saved.own(self.runtime.rank)) is not None:
+                restore_random_state(own["random"])
         self.log.start(self.runtime.step)
         runtime = self.runtime
         self.log.say(
@@ -156,7 +160,9 @@ class Trainer:
             figures = self.task.train_step(micro_batches)
             runtime.step += 1
             self._check_finite(figures, skipped_before)
-            stop, waited = self._over_ranks(waited)
+            stop, writing, waited = self._over_ranks(waited)
+            if self.checkpoints.pending and not writing:
+                self.checkpoints.finish()
             window.add(time.perf_counter() - begin, waited, figures)
             self.log.advance(runtime.step)
             last = runtime.step == config.steps
@@ -168,7 +174,7 @@ class Trainer:
             if stop and not last:
                 return False
             if config.checkpoint_every and runtime.step % config.checkpoint_every == 0 and not last:
-                self._save()
+                self._save(config.async_checkpoints)
         return True
 
     def _next_micro_batches(self) -> list[Any]:
@@ -190,15 +196,16 @@ class Trainer:
         except DatasetError as error:
             raise TrainingError(f"after step {self.runtime.step}: {error}") from error
 
-    def _over_ranks(self, waited: float) -> tuple[bool, float]:
-        """Whether any rank was asked to stop, and the longest wait for data of any rank."""
-        values = torch.tensor([float(self.stop_signal is not None), waited], device=self.runtime.device)
+    def _over_ranks(self, waited: float) -> tuple[bool, bool, float]:
+        """Whether any rank was asked to stop or still writes a checkpoint; the longest wait for data."""
+        flags = [float(self.stop_signal is not None), float(self.checkpoints.busy), waited]
+        values = torch.tensor(flags, device=self.runtime.device)
         if self.runtime.world_size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        stop, waited = values.tolist()
+        stop, writing, waited = values.tolist()
         if stop and self.stop_signal is None:
             self.stop_signal = "a signal to another rank"
-        return bool(stop), waited
+        return bool(stop), bool(writing), waited
 
     def _skipped_steps(self) -> int:
         return sum(engine.skipped_steps for engine in self.task.engines.values())
@@ -211,6 +218,7 @@ class Trainer:
         self.skipped_in_a_row += 1
         if self.config.on_nonfinite == "skip" and self.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
             return
+        self.checkpoints.finish()  # every rank is here
         shown = ", ".join(f"{key} {float(value):.4g}" for key, value in figures.items() if "loss" in key)
         raise TrainingError(
             f"step {self.runtime.step}: gradients are not finite ({shown}), the parameters were not changed; "
@@ -246,21 +254,16 @@ class Trainer:
             seconds = round(time.perf_counter() - begin, 3)
             self.log.write(self.runtime.step, "val", {**figures, "seconds": seconds})
 
-    def _save(self) -> None:
+    def _save(self, background: bool) -> None:
         state = {
             "loader": self.task.train_loader.save_state(),
             "task": self.task.state_dict(),
             "random": random_state(),
             "wall_seconds": self._elapsed(),
         }
-        save_checkpoint(
-            self.checkpoints,
-            self.runtime,
-            self.task.engines,
-            state,
-            self.config.job,
-            self.config.keep_checkpoints,
-        )
+        files, engines = engine_files(self.task.engines, state, self.runtime)
+        about = {"engines": engines, "exported": self.task.exported}
+        self.checkpoints.save(files, about, self.task.export_assets, background)
 
     def _elapsed(self) -> float:
         return self.wall_seconds + time.perf_counter() - self._started
