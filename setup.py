@@ -64,6 +64,8 @@ setup(
     package_data={
         "pretrain.recipes": ["*.yaml"],
         "eval": ["*.jinja"],
+        "launchers.slurm": ["*.sbatch"],
+        "launchers.shell": ["*.sh"],
         "ds_configs": ["*.json"],
     },
     install_requires=CORE,

@@ -93,7 +93,9 @@ class Batch:
         note(f"start {self.starts}")
         name = self.options.output.replace("%x", self.options.job_name).replace("%j", str(self.job))
         name = name.replace("%A", str(self.job)).replace("%a", self.variables.get("SLURM_ARRAY_TASK_ID", ""))
-        with open(name, {"append": "ab", "truncate": "wb"}[self.options.open_mode]) as log:
+        if self.options.open_mode == "truncate":
+            Path(name).unlink(missing_ok=True)
+        with open(name, "ab") as log:
             self.process = subprocess.Popen(
                 ["bash", str(script), *arguments],
                 env={**os.environ, **self.variables, "SLURM_RESTART_COUNT": str(self.starts - 1)},
