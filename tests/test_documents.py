@@ -135,7 +135,7 @@ def check_deepspeed(arguments: list[str]) -> None:
 
     options = parse_args(arguments)
     assert options.module and options.no_ssh == (options.node_rank >= 0)
-    ranks = options.num_gpus if options.num_gpus > 0 else 8
+    ranks = options.num_gpus if options.num_gpus > 0 else 8 if options.hostfile == "hosts" else 2
     check_module(options.user_script, options.user_args, ranks)
 
 

