@@ -39,6 +39,7 @@ quickstart: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --shell bash .ci/run launchers/*/*.sh launchers/*/*.sbatch
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
