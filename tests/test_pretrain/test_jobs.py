@@ -202,7 +202,8 @@ def test_checkpoints_that_are_no_model_are_refused(folder, mllm_run):
     with pytest.raises(UserError, match=r"rank_00001.safetensors is not what was written: take an earlier"):
         list(export_checkpoint(folder / "copied", out))
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"has llm\.model\.norm\.weight None, the checkpoint \(32,\): another"):
+    message = r"has llm\.model\.norm\.weight None, the checkpoint \(32,\): another"
+    with pytest.raises(UserError, match=message):
         contents = json.loads((step / "model" / "contents.json").read_text(encoding="utf-8"))
         contents["parameters"]["llm.model.norm.weight"]["trained"] = False
         (step / "model" / "contents.json").write_text(json.dumps(contents), encoding="utf-8")
