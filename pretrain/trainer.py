@@ -26,7 +26,9 @@ from pretrain.checkpointing import (
 from pretrain.config import ConfigError, JobConfig, changed_keys, config_as_yaml
 from pretrain.engine import gradient_norm
 from pretrain.metrics import MetricsLog, peak_memory_bytes
+from pretrain.nonfinite import broken_ranks, in_words, record_skipped
 from pretrain.runtime import Runtime, seed_everything
+from pretrain.stepping import NotFiniteError
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -40,7 +42,8 @@ class Task(Protocol):
 
     `train_step` makes one whole optimizer step out of all micro-batches of this rank and returns figures that
     are already averaged over ranks (floats or scalar tensors). Names that start with `count/` are this step's
-    amounts over all ranks, such as `count/images`; the log turns them into rates.
+    amounts over all ranks, such as `count/images`; the log turns them into rates. It takes its step by `take_step`
+    and lets a NotFiniteError pass, with everything that it owns as it was before.
     """
 
     engines: Mapping[str, DeepSpeedEngine]
@@ -87,7 +90,7 @@ class Trainer:
 
         Raises:
             ConfigError: the run folder's checkpoint does not fit this run.
-            TrainingError: gradients were not finite, or the data ended.
+            TrainingError: a loss or a gradient was not finite, or the data ended.
         """
         self._started = time.perf_counter()
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -152,10 +155,13 @@ class Trainer:
             begin = time.perf_counter()
             micro_batches = self._next_micro_batches()
             waited = time.perf_counter() - begin
-            rates, skipped_before = self._learning_rates(), self._skipped_steps()
-            figures = self.task.train_step(micro_batches)
+            rates = self._learning_rates()
+            try:
+                figures = self.task.train_step(micro_batches)
+                self.skipped_in_a_row = 0
+            except NotFiniteError as error:
+                figures = self._skip_step(error, micro_batches)
             runtime.step += 1
-            self._check_finite(figures, skipped_before)
             stop, waited = self._over_ranks(waited)
             window.add(time.perf_counter() - begin, waited, figures)
             self.log.advance(runtime.step)
@@ -200,22 +206,18 @@ class Trainer:
             self.stop_signal = "a signal to another rank"
         return bool(stop), waited
 
-    def _skipped_steps(self) -> int:
-        return sum(engine.skipped_steps for engine in self.task.engines.values())
-
-    def _check_finite(self, figures: dict[str, Any], skipped_before: int) -> None:
-        # DeepSpeed drops a step whose gradients are not finite on some rank, on all ranks alike.
-        if self._skipped_steps() == skipped_before:
-            self.skipped_in_a_row = 0
-            return
+    def _skip_step(self, error: NotFiniteError, micro_batches: list[Any]) -> dict[str, Any]:
+        """Record a step that was not taken and return its figures, or end the run."""
+        step, mode = self.runtime.step + 1, self.config.on_nonfinite
         self.skipped_in_a_row += 1
-        if self.config.on_nonfinite == "skip" and self.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
-            return
-        shown = ", ".join(f"{key} {float(value):.4g}" for key, value in figures.items() if "loss" in key)
+        broken = broken_ranks(error, micro_batches, self.runtime)
+        if mode == "skip" and self.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
+            if self.runtime.is_main:
+                record_skipped(self.runtime.run_dir, step, broken)
+            return error.figures
         raise TrainingError(
-            f"step {self.runtime.step}: gradients are not finite ({shown}), the parameters were not changed; "
-            f"{self.skipped_in_a_row} such step(s) in a row with on_nonfinite={self.config.on_nonfinite}. "
-            "Lower optimizer.lr, or look at the data of this step"
+            f"step {step}: {in_words(broken, error)}; {self.skipped_in_a_row} such step(s) in a row with "
+            f"on_nonfinite={mode}. Lower optimizer.lr, or look at these samples"
         )
 
     def _per_engine(self, name: str, figure: Callable[[DeepSpeedEngine], Any]) -> dict[str, Any]:
@@ -229,8 +231,8 @@ class Trainer:
     def _engine_figures(self) -> dict[str, float]:
         figures = self._per_engine("gradient_norm", gradient_norm)
         figures = {key: norm for key, norm in figures.items() if norm is not None}
-        if self._skipped_steps():
-            figures["skipped_steps"] = self._skipped_steps()
+        if skipped := max(engine.skipped_steps for engine in self.task.engines.values()):
+            figures["skipped_steps"] = skipped
         return figures
 
     def _validate(self) -> None:

@@ -155,7 +155,7 @@ def first_gan_weight(arguments):
         norms = [torch.autograd.grad(loss, kernel, retain_graph=True)[0].norm() for loss in losses]
     task.tokenizer.train()
     expected = (norms[0] / (norms[1] + 1e-4)).item()
-    return task.train_step([batch])["gan_weight"].item(), expected
+    return task.train_step([batch])["gan_weight"], expected
 
 
 def test_the_adaptive_gan_weight_is_that_of_the_whole_batch(folder):  # noqa: F811
