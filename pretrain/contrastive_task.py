@@ -21,7 +21,7 @@ from dualtoken.visual_tokenizer.backbone import load_backbone, pool
 from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig
 from pretrain.engine import build_engine, count_parameters
-from pretrain.export import full_state_dict, save_in_fp32
+from pretrain.export import full_state_dict, save_config, save_in_fp32
 from pretrain.image_input import ImageInput, ImageInputConfig
 from pretrain.metrics import Averages
 from pretrain.runtime import Runtime
@@ -122,6 +122,8 @@ class ContrastiveModel(nn.Module):
 
 class ContrastiveTask:
     """Trains a SigLIP model on pictures with captions in several languages."""
+
+    exported = ("siglip", "siglip.")
 
     def __init__(self, config: ContrastiveJobConfig, runtime: Runtime) -> None:
         if runtime.micro_steps != 1:
@@ -245,9 +247,9 @@ class ContrastiveTask:
         """Which broken pictures have been recorded."""
         return {"images": self.read_images.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
         """Take back what `state_dict` gave."""
-        self.read_images.load_state_dict(state["images"])
+        self.read_images.load_state_dicts([state["images"] for state in states])
 
     def export(self, directory: Path) -> None:
         """Write the SigLIP model in fp32, its text tokenizer and its image processor."""
@@ -257,6 +259,11 @@ class ContrastiveTask:
         prefix = "siglip."
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         save_in_fp32(self.siglip, directory, state)
+        self.export_assets(directory)
+
+    def export_assets(self, directory: Path) -> None:
+        """Write the model's config, its text tokenizer and its image processor."""
+        save_config(self.siglip, directory)
         self.text_tokenizer.save_pretrained(directory)
         size = {"height": self.image_size, "width": self.image_size}
         SiglipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(directory)

@@ -78,12 +78,21 @@ def saved_weights(folder: str | Path, names: Mapping[str, str]) -> dict[str, Ten
 
 
 def save_in_fp32(model: PreTrainedModel, directory: Path, state: dict[str, Tensor]) -> None:
-    """Save a model by its fp32 `state`, and say fp32 in its config.
+    """Save a model by its fp32 `state`, and say fp32 in its config."""
+    model.save_pretrained(directory, state_dict=state)
+    save_config(model, directory)
+
+
+def save_config(model: PreTrainedModel, directory: Path) -> None:
+    """Write what `save_pretrained` writes besides weights, and say fp32 in it.
 
     transformers writes the type of the live parameters into the config and, by default, loads in the type
     that the config names: a model trained in bf16 would be read back rounded to bf16.
     """
-    model.save_pretrained(directory, state_dict=state)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
     path = directory / "config.json"
 
     def in_fp32(section: dict[str, Any]) -> dict[str, Any]:
@@ -91,4 +100,6 @@ def save_in_fp32(model: PreTrainedModel, directory: Path, state: dict[str, Tenso
         return settings | ({"dtype": "float32"} if "dtype" in settings else {})
 
     config = in_fp32(json.loads(path.read_text(encoding="utf-8")))
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )

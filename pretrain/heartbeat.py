@@ -1,4 +1,4 @@
-"""The sign of life of a run: a small file that the main process rewrites, and what it tells somebody who looks."""
+"""The sign of life of a run: a small file that the main process rewrites, and what it tells who looks."""
 
 from __future__ import annotations
 

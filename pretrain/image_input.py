@@ -46,9 +46,9 @@ class ImageInput:
         """Return which pictures have been recorded."""
         return {"rejected_keys": sorted(self.rejected_keys)}
 
-    def load_state_dict(self, state: dict[str, list[str]]) -> None:
-        """Take back what :meth:`state_dict` gave."""
-        self.rejected_keys = set(state["rejected_keys"])
+    def load_state_dicts(self, states: list[dict[str, list[str]]]) -> None:
+        """Take back what :meth:`state_dict` gave, on this rank or on all of another number of ranks."""
+        self.rejected_keys = {key for state in states for key in state["rejected_keys"]}
 
     def _record(self, key: str, reason: str) -> None:
         if key in self.rejected_keys:

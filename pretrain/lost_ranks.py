@@ -1,4 +1,4 @@
-"""What a rank says when it ends by accident: its own traceback, or one line where another rank is to blame."""
+"""What a rank says when it ends by accident: its traceback, or one line where another rank is to blame."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pretrain.runtime import Runtime
 
 # What gloo, NCCL and torch's store say where a peer has gone or does not come.
 _LOST = re.compile(
-    r"connection (was )?(closed|reset)|broken pipe|remote process|socket closed|peer|NCCL|watchdog", re.IGNORECASE
+    r"connection (was )?(closed|reset)|broken pipe|remote process|socket closed|peer|NCCL|watchdog",
+    re.IGNORECASE,
 )
 _LATE = re.compile(r"timed? ?out", re.IGNORECASE)
 _WORKER = re.compile(r"DataLoader worker .*")
@@ -67,7 +68,9 @@ def lost_peer(error: BaseException, peers: list[Peer]) -> str:
     if gone:
         return f"lost rank {', '.join(gone)}, which has ended; see the first traceback above, if it left one"
     if _LATE.search(text):
-        return f"another rank did not come to a collective in time; see what each rank says above ({text[:120]})"
+        return (
+            f"another rank did not come to a collective in time; see what each rank says above ({text[:120]})"
+        )
     return f"lost another rank; see the first traceback above ({text[:120]})"
 
 

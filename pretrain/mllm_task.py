@@ -27,7 +27,7 @@ from pretrain.engine import (
     gathered_for_writing,
     sharded_construction,
 )
-from pretrain.export import full_state_dict, save_in_fp32, saved_weights
+from pretrain.export import full_state_dict, save_config, save_in_fp32, saved_weights
 from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
 from pretrain.runtime import Runtime
@@ -83,6 +83,8 @@ class MllmJobConfig(JobConfig):
 
 class MllmTask:
     """Trains :class:`DualTokenForCausalLM` by next-token prediction over text and both codebooks."""
+
+    exported = ("model", "")
 
     def __init__(self, config: MllmJobConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
@@ -245,7 +247,7 @@ class MllmTask:
         """Return this rank's state beyond the engine's, of which there is none."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
         """Take back what :meth:`state_dict` gave."""
 
     def frozen_weights(self) -> dict[str, Tensor]:
@@ -269,8 +271,13 @@ class MllmTask:
         state = full_state_dict(self.engines["model"], self.frozen_weights())
         if self.runtime.is_main:
             save_in_fp32(self.model, directory, state)
-            processor = DualTokenProcessor.for_config(self.model.config, self.text_tokenizer)
-            processor.save_pretrained(directory)
+            self.export_assets(directory)
+
+    def export_assets(self, directory: Path) -> None:
+        """Write the model's config, its processor and text tokenizer."""
+        save_config(self.model, directory)
+        processor = DualTokenProcessor.for_config(self.model.config, self.text_tokenizer)
+        processor.save_pretrained(directory)
 
 
 def add_figures(averages: Averages, output: DualTokenOutput) -> None:

@@ -26,7 +26,7 @@ class BrokenRank:
 
 
 def broken_ranks(error: NotFiniteError, micro_batches: Sequence[Any], runtime: Runtime) -> list[BrokenRank]:
-    """The ranks on which a loss or a gradient was not finite, the same list on all; every rank has to call."""
+    """The ranks with a loss or a gradient that is not finite, the same on all; every rank has to call."""
     chosen = [micro_batches[place] for place in error.micro_batches] or list(micro_batches)
     mine = BrokenRank(
         runtime.rank, error.losses, error.parameters, _all(chosen, "keys"), sorted({*_all(chosen, "shards")})

@@ -1,4 +1,4 @@
-"""Warnings of a run that still goes: a loss or a gradient norm far out of its own recent range, dead codebooks."""
+"""Warnings of a run that still goes: losses and gradient norms out of their recent range, dead codebooks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RecentRange:
         self.values: deque[float] = deque(maxlen=HISTORY)
 
     def deviations_above(self, value: float, least: float) -> float:
-        """Robust standard deviations, each at least `least`, of `value` above the median; then `value` belongs to them."""
+        """How many robust deviations (at least `least` each) `value` is above the median; then adds it."""
         result = 0.0
         if len(self.values) >= LEAST_HISTORY:
             middle = median(self.values)
@@ -37,7 +37,7 @@ class RecentRange:
 
 
 class Warnings:
-    """Says once per event what looks wrong in the figures that are on the host anyhow, and counts the events."""
+    """Says once per event what looks wrong in figures that are on the host anyhow, and counts the events."""
 
     def __init__(self, config: HealthConfig) -> None:
         self.config = config
@@ -81,8 +81,8 @@ class Warnings:
         deviations = recent.deviations_above(position, least or math.inf)
         usual = math.exp(middle) if is_log else middle
         line = (
-            f"warning: step {step}: {key} {value:.4g}, {deviations:.0f} deviations above the {usual:.4g} of the last "
-            f"{min(len(recent.values) - 1, HISTORY)}"
+            f"warning: step {step}: {key} {value:.4g}, {deviations:.0f} deviations above {usual:.4g}, the "
+            f"median of the last {len(recent.values)}"
         )
         return self._event(kind, key, deviations > self.config.spike, line)
 

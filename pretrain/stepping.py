@@ -45,8 +45,8 @@ class NotFiniteError(RuntimeError):
 class GradientMarks:
     """Notes, on the device, whether each gradient is finite as the backward pass makes it.
 
-    ZeRO adds gradients up over ranks as they come, after which nobody can tell where a NaN arose. The sum of a
-    gradient costs one reading of it and no wait; it is looked at where a step waits anyhow.
+    ZeRO adds gradients up over ranks as they come, after which nobody can tell where a NaN arose. The sum of
+    a gradient costs one reading of it and no wait; it is looked at where a step waits anyhow.
 
     Args:
         module: its trainable parameters are watched.
@@ -76,7 +76,7 @@ class GradientMarks:
         return (self.sums * 0).sum()
 
     def not_finite(self) -> tuple[list[str], list[int]]:
-        """Names of parameters, and places of micro-batches, that are not finite here; waits for the device."""
+        """Names of parameters and places of micro-batches that are not finite here; waits for the device."""
         bad = ~self.sums.isfinite()
         micro_batches = (bad.any(1) | ~self.losses.isfinite()).nonzero().flatten().tolist()
         return [self.names[index] for index in bad.any(0).nonzero().flatten().tolist()], micro_batches

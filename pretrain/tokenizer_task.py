@@ -22,7 +22,7 @@ from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.discriminator import DiscriminatorConfig, PatchDiscriminator
 from pretrain.engine import build_engine, count_parameters
-from pretrain.export import full_state_dict, rounded_by_engine, save_in_fp32
+from pretrain.export import full_state_dict, rounded_by_engine, save_config, save_in_fp32
 from pretrain.image_input import ImageInput, ImageInputConfig
 from pretrain.losses import (
     PerceptualConfig,
@@ -89,6 +89,8 @@ class TokenizerJobConfig(JobConfig):
 
 class TokenizerTask:
     """Trains :class:`DualTokenVisualTokenizer` against a frozen teacher and a discriminator."""
+
+    exported = ("tokenizer", "")
 
     def __init__(self, config: TokenizerJobConfig, runtime: Runtime):
         self.config, self.runtime = config, runtime
@@ -334,16 +336,21 @@ class TokenizerTask:
         """Return this rank's state beyond the engines'."""
         return {"images": self.read_images.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
         """Take back what :meth:`state_dict` gave."""
-        self.read_images.load_state_dict(state["images"])
+        self.read_images.load_state_dicts([state["images"] for state in states])
 
     def export(self, directory: Path) -> None:
         """Write the tokenizer in fp32 and the backbone's text tokenizer, for `from_pretrained`."""
         state = full_state_dict(self.engines["tokenizer"], self.frozen_weights)
-        if not self.runtime.is_main:
-            return
-        save_in_fp32(self.tokenizer, directory, state)
+        if self.runtime.is_main:
+            save_in_fp32(self.tokenizer, directory, state)
+            self.export_assets(directory)
+
+    def export_assets(self, directory: Path) -> None:
+        """Write the tokenizer's config and the backbone's text tokenizer."""
+        save_config(self.tokenizer, directory)
+        self.tokenizer.save_image_processor(directory)
         if self.tokenizer.config.text_config is not None:
             AutoTokenizer.from_pretrained(model_folder(self.config.model.backbone)).save_pretrained(directory)
 

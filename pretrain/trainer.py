@@ -16,17 +16,16 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from data_pipeline.errors import DatasetError
-from pretrain.checkpointing import (
-    find_checkpoint,
-    load_checkpoint,
-    random_state,
-    restore_random_state,
-    save_checkpoint,
-)
+from pretrain.checkpoints.engines import engine_files, load_checkpoint
+from pretrain.checkpoints.finding import find_checkpoint
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import ConfigError, JobConfig, changed_keys, config_as_yaml
 from pretrain.engine import gradient_norm
+from pretrain.health import Health
+from pretrain.lost_ranks import lost_worker
 from pretrain.metrics import MetricsLog, peak_memory_bytes
 from pretrain.nonfinite import broken_ranks, in_words, record_skipped
+from pretrain.random_state import random_state, restore_random_state
 from pretrain.runtime import Runtime, seed_everything
 from pretrain.stepping import NotFiniteError
 
@@ -42,12 +41,13 @@ class Task(Protocol):
 
     `train_step` makes one whole optimizer step out of all micro-batches of this rank and returns figures that
     are already averaged over ranks (floats or scalar tensors). Names that start with `count/` are this step's
-    amounts over all ranks, such as `count/images`; the log turns them into rates. It takes its step by `take_step`
-    and lets a NotFiniteError pass, with everything that it owns as it was before.
+    amounts over all ranks, such as `count/images`; the log turns them into rates. It takes its step by
+    `take_step` and lets a NotFiniteError pass, with everything that it owns as it was before.
     """
 
     engines: Mapping[str, DeepSpeedEngine]
-    train_loader: Any  # endless iterable with save_state() and restore_state(state)
+    exported: tuple[str, str]  # engine of the model that is exported, and a prefix that its names lose
+    train_loader: Any  # endless iterable with save_state() and restore_states(states)
 
     def train_step(self, micro_batches: list[Any]) -> dict[str, Any]:
         """One optimizer step."""
@@ -58,8 +58,11 @@ class Task(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs besides its engines to go on exactly."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+        """Take over what `state_dict` returned: on this rank, or on all ranks if there were more or fewer."""
+
+    def export_assets(self, directory: Path) -> None:
+        """Write what an export has besides its weights; the main process calls."""
 
     def export(self, directory: Path) -> None:
         """Write what the next job or a user loads; every rank calls, the main one writes."""
@@ -75,12 +78,15 @@ class Trainer:
         self.config = config
         self.runtime = runtime
         self.task = task
-        self.checkpoints = runtime.run_dir / "checkpoints"
+        self.checkpoints = CheckpointWriter(
+            runtime.run_dir / "checkpoints", runtime, config.job, config.keep_checkpoints
+        )
         self.log = MetricsLog(config, runtime.run_dir, runtime.is_main)
         self.batches: Iterator[Any] | None = None
         self.stop_signal: str | None = None
         self.wall_seconds = 0.0  # of all earlier starts of this run
         self.skipped_in_a_row = 0
+        self.health = Health(config, runtime, self.log.say)
 
     def run(self) -> bool:
         """Train, then export.
@@ -95,14 +101,28 @@ class Trainer:
         self._started = time.perf_counter()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
+        try:
+            finished = self._run()
+        except Exception as error:
+            self.health.enter("failed")
+            if worker := lost_worker(error):
+                last = f"; the last sample was {self.health.last_sample}" if self.health.last_sample else ""
+                raise TrainingError(f"after step {self.runtime.step}: {worker}{last}") from error
+            raise
+        self.health.enter("finished" if finished else "stopped")
+        return finished
+
+    def _run(self) -> bool:
         self._prepare_run_folder()
         self._start_or_resume()
         first = self.runtime.step
         finished = self._loop()
         if first < self.runtime.step or not finished:
-            self._save()
+            with self.health.phase("saving"):
+                self._save(background=False)
         if finished:
-            self._finish()
+            with self.health.phase("exporting"):
+                self._finish()
         else:
             self.log.say(f"stopped by {self.stop_signal} after step {self.runtime.step}; checkpoint written")
             self.log.close()
@@ -115,7 +135,7 @@ class Trainer:
         if not self.runtime.is_main:
             return
         folder = self.runtime.run_dir
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
         (folder / "done.json").unlink(missing_ok=True)  # a finished run that is given more steps
         settings = config_as_yaml(self.config)
         saved = folder / "config.yaml"
@@ -127,16 +147,17 @@ class Trainer:
     def _start_or_resume(self) -> None:
         # Parameters were drawn with the same seed everywhere; from here each rank draws its own numbers.
         seed_everything(self.config.seed, self.runtime.rank)
-        checkpoint = find_checkpoint(self.config, self.checkpoints, self.runtime, self.log.say)
+        checkpoint = find_checkpoint(self.config, self.checkpoints.folder, self.runtime, self.log.say)
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, self.runtime, self.task.engines, self.config.job)
+            saved = load_checkpoint(checkpoint, self.runtime, self.task.engines, self.config.job)
             try:
-                self.task.train_loader.restore_state(state["loader"])
+                self.task.train_loader.restore_states([state["loader"] for state in saved.states])
             except ValueError as error:
                 raise ConfigError(f"{checkpoint} does not fit the data settings: {error}") from error
-            self.task.load_state_dict(state["task"])
-            self.wall_seconds = state["wall_seconds"]
-            restore_random_state(state["random"])
+            self.task.load_state_dicts([state["task"] for state in saved.states])
+            self.wall_seconds = saved.states[0]["wall_seconds"]
+            if (own := saved.own(self.runtime.rank)) is not None:
+                restore_random_state(own["random"])
         self.log.start(self.runtime.step)
         runtime = self.runtime
         self.log.say(
@@ -156,25 +177,31 @@ class Trainer:
             micro_batches = self._next_micro_batches()
             waited = time.perf_counter() - begin
             rates = self._learning_rates()
-            try:
-                figures = self.task.train_step(micro_batches)
-                self.skipped_in_a_row = 0
-            except NotFiniteError as error:
-                figures = self._skip_step(error, micro_batches)
-            runtime.step += 1
-            stop, waited = self._over_ranks(waited)
+            with self.health.stepping():
+                try:
+                    figures = self.task.train_step(micro_batches)
+                    self.skipped_in_a_row = 0
+                except NotFiniteError as error:
+                    figures = self._skip_step(error, micro_batches)
+                runtime.step += 1
+                stop, writing, waited = self._over_ranks(waited)
+            self.health.step_done(figures)
+            if self.checkpoints.pending and not writing:
+                self.checkpoints.finish()
             window.add(time.perf_counter() - begin, waited, figures)
             self.log.advance(runtime.step)
             last = runtime.step == config.steps
             if runtime.step % config.log_every == 0 or last:
                 figures = {**window.pop(figures), **rates, **self._engine_figures()}
-                self.log.write(runtime.step, "train", figures)
+                self.log.write(runtime.step, "train", {**figures, **self.health.look_at_log(figures)})
             if last or (config.validate_every and runtime.step % config.validate_every == 0):
-                self._validate()
+                with self.health.phase("validating"):
+                    self._validate()
             if stop and not last:
                 return False
             if config.checkpoint_every and runtime.step % config.checkpoint_every == 0 and not last:
-                self._save()
+                with self.health.phase("saving"):
+                    self._save(config.async_checkpoints)
         return True
 
     def _next_micro_batches(self) -> list[Any]:
@@ -186,8 +213,14 @@ class Trainer:
             micro_batches = self._next_micro_batches()
             restore_random_state(before)
             return micro_batches
+        micro_batches = []
         try:
-            return [next(self.batches) for _ in range(self.runtime.micro_steps)]
+            for number in range(self.runtime.micro_steps):
+                with self.health.waiting_for_data(number):
+                    micro_batches.append(next(self.batches))
+                keys = getattr(micro_batches[-1], "keys", None)
+                self.health.last_sample = keys[-1] if isinstance(keys, list) and keys else ""
+            return micro_batches
         except StopIteration:
             raise TrainingError(
                 f"the training data ended after step {self.runtime.step} of {self.config.steps}: "
@@ -196,15 +229,16 @@ class Trainer:
         except DatasetError as error:
             raise TrainingError(f"after step {self.runtime.step}: {error}") from error
 
-    def _over_ranks(self, waited: float) -> tuple[bool, float]:
-        """Whether any rank was asked to stop, and the longest wait for data of any rank."""
-        values = torch.tensor([float(self.stop_signal is not None), waited], device=self.runtime.device)
+    def _over_ranks(self, waited: float) -> tuple[bool, bool, float]:
+        """Whether any rank was asked to stop or still writes a checkpoint; the longest wait for data."""
+        flags = [float(self.stop_signal is not None), float(self.checkpoints.busy), waited]
+        values = torch.tensor(flags, device=self.runtime.device)
         if self.runtime.world_size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        stop, waited = values.tolist()
+        stop, writing, waited = values.tolist()
         if stop and self.stop_signal is None:
             self.stop_signal = "a signal to another rank"
-        return bool(stop), waited
+        return bool(stop), bool(writing), waited
 
     def _skip_step(self, error: NotFiniteError, micro_batches: list[Any]) -> dict[str, Any]:
         """Record a step that was not taken and return its figures, or end the run."""
@@ -215,6 +249,7 @@ class Trainer:
             if self.runtime.is_main:
                 record_skipped(self.runtime.run_dir, step, broken)
             return error.figures
+        self.checkpoints.finish()  # every rank is here
         raise TrainingError(
             f"step {step}: {in_words(broken, error)}; {self.skipped_in_a_row} such step(s) in a row with "
             f"on_nonfinite={mode}. Lower optimizer.lr, or look at these samples"
@@ -248,21 +283,16 @@ class Trainer:
             seconds = round(time.perf_counter() - begin, 3)
             self.log.write(self.runtime.step, "val", {**figures, "seconds": seconds})
 
-    def _save(self) -> None:
+    def _save(self, background: bool) -> None:
         state = {
             "loader": self.task.train_loader.save_state(),
             "task": self.task.state_dict(),
             "random": random_state(),
             "wall_seconds": self._elapsed(),
         }
-        save_checkpoint(
-            self.checkpoints,
-            self.runtime,
-            self.task.engines,
-            state,
-            self.config.job,
-            self.config.keep_checkpoints,
-        )
+        files, engines = engine_files(self.task.engines, state, self.runtime)
+        about = {"engines": engines, "exported": self.task.exported}
+        self.checkpoints.save(files, about, self.task.export_assets, background)
 
     def _elapsed(self) -> float:
         return self.wall_seconds + time.perf_counter() - self._started

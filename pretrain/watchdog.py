@@ -43,8 +43,10 @@ class Watchdog:
         threading.Thread(target=self._look, name="watchdog", daemon=True).start()
 
     @contextmanager
-    def watch(self, what: str, warn_after: float, limit: float, failure: str, data: bool = False) -> Iterator[None]:
-        """Warn after `warn_after` seconds (0: never), then at twice that and so on; end the process after `limit`.
+    def watch(
+        self, what: str, warn_after: float, limit: float, failure: str, data: bool = False
+    ) -> Iterator[None]:
+        """Warn after `warn_after` seconds (0: never), at twice that and so on; end the process after `limit`.
 
         Args:
             what: the activity, for the warnings.
@@ -66,7 +68,11 @@ class Watchdog:
         if frame is None:
             return "the main thread has ended"
         lines = traceback.extract_stack(frame)
-        own = [line for line in lines if "site-packages" not in line.filename and "/lib/python" not in line.filename]
+        own = [
+            line
+            for line in lines
+            if "site-packages" not in line.filename and "/lib/python" not in line.filename
+        ]
         words = [f"{line.filename}:{line.lineno} {line.name}" for line in (lines[-1], *own[-1:])]
         return f"at {' from '.join(dict.fromkeys(words))}"
 
@@ -83,7 +89,9 @@ class Watchdog:
                 return
             if wait.warn_after and waited >= wait.warn_after:
                 wait.warn_after *= 2
-                self._say(f"warning: rank {self.rank} has been {wait.what} for {waited:.0f} s; {wait.explain()}")
+                self._say(
+                    f"warning: rank {self.rank} has been {wait.what} for {waited:.0f} s; {wait.explain()}"
+                )
 
     @staticmethod
     def _say(line: str) -> None:

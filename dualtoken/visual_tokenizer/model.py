@@ -354,10 +354,12 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         """
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
-            path = Path(save_directory) / "preprocessor_config.json"
-            path.write_text(
-                json.dumps(self.config.image_processor_settings(), indent=2) + "\n", encoding="utf-8"
-            )
+            self.save_image_processor(Path(save_directory))
+
+    def save_image_processor(self, folder: Path) -> None:
+        """Save the settings of the image processor."""
+        settings = json.dumps(self.config.image_processor_settings(), indent=2)
+        (folder / "preprocessor_config.json").write_text(settings + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(

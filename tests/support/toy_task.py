@@ -58,10 +58,10 @@ class ToyLoader:
         return torch.randn(8, generator=torch.Generator().manual_seed(number))
 
     def save_state(self):
-        return {"micro_batch": self.micro_batch}
+        return {"micro_batches": self.micro_batch * self.world_size}
 
-    def restore_state(self, state):
-        self.micro_batch = state["micro_batch"]
+    def restore_states(self, states):
+        self.micro_batch = states[0]["micro_batches"] // self.world_size
 
 
 class ToyModel(nn.Module):
@@ -85,6 +85,8 @@ class ToyModel(nn.Module):
 
 
 class ToyTask:
+    exported = ("model", "")
+
     def __init__(self, config: ToyJobConfig, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         models = [ToyModel(config.width)]
@@ -111,7 +113,9 @@ class ToyTask:
         averages = Averages(self.runtime.device)
         total = self.config.global_batch_size
         for batch in micro_batches:
-            breaks = self.runtime.step == self.config.nan_at_step and is_last_rank and batch is micro_batches[-1]
+            breaks = (
+                self.runtime.step == self.config.nan_at_step and is_last_rank and batch is micro_batches[-1]
+            )
             where = self.config.nan_in if breaks else ""
             for name, engine in self.engines.items():
                 losses = self.loss(engine, batch.samples)
@@ -141,8 +145,11 @@ class ToyTask:
     def state_dict(self) -> dict:
         return {"steps_counted": self.steps_counted}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.steps_counted = state["steps_counted"]
+    def load_state_dicts(self, states: list[dict]) -> None:
+        self.steps_counted = states[0]["steps_counted"]
+
+    def export_assets(self, directory: Path) -> None:
+        (directory / "config.json").write_text('{"model_type": "toy"}', encoding="utf-8")
 
     def export(self, directory: Path) -> None:
         state = full_state_dict(self.engines["model"])

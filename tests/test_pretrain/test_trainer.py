@@ -128,12 +128,12 @@ def plain_torch() -> list[tuple[float, float]]:
 
 
 def start_and_kill(folder: Path) -> None:
-    """Start the program on two ranks and kill both after step 3, when only step 2 has a checkpoint."""
+    """Start the program on two ranks and kill both after step 3, when step 2 alone has a checkpoint."""
     arguments = toy_arguments(folder, "zero3", *EXACT, "checkpoint_every=2", "sleep_per_step=0.2")
     with Ranks("pretrain.train", arguments) as ranks:
         deadline = time.monotonic() + 300
-        metrics = folder / "metrics.jsonl"
-        while not metrics.exists() or '"step": 3' not in metrics.read_text(encoding="utf-8"):
+        metrics, latest = folder / "metrics.jsonl", folder / "checkpoints" / "latest"
+        while not latest.exists() or '"step": 3' not in metrics.read_text(encoding="utf-8"):
             assert time.monotonic() < deadline, ranks.output_of(0)
             time.sleep(0.02)
         ranks.send(signal.SIGKILL)
@@ -193,8 +193,9 @@ def test_gradients_that_are_not_finite_end_a_run(runs, name):
     folder, ended = runs
     (message,) = ended[name]
     assert message == (
-        "step 3: loss/model is not finite on rank 1, samples sample44, sample45, sample46, sample47; no parameter "
-        "was changed; 1 such step(s) in a row with on_nonfinite=error. Lower optimizer.lr, or look at these samples"
+        "step 3: loss/model is not finite on rank 1, samples sample44, sample45, sample46, sample47; no "
+        "parameter was changed; 1 such step(s) in a row with on_nonfinite=error. Lower optimizer.lr, or look "
+        "at these samples"
     )
     assert not (folder / name / "done.json").exists()
     assert (folder / name / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_00000002"

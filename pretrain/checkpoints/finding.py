@@ -1,0 +1,134 @@
+"""Which checkpoint to go on from: the newest whose files are what was written.
+
+A step folder gets its name when all its files are on the disk, with their hashes in `state.json`. The main
+process alone looks which checkpoints there are, and every rank checks the files with its number: at many
+ranks metadata calls are what costs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import ConfigError, JobConfig
+from pretrain.runtime import Runtime
+
+FORMAT_VERSION = 3
+STATE_FILE = "state.json"
+_OF_RANK = re.compile(r"(?:^|_|/)rank_(\d+)[_.]")  # in the names of files that one rank wrote
+
+
+class CheckpointError(OSError):
+    """A checkpoint that could not be written, or no longer is what was written; one line for the user."""
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Step folders that were written to their end, the one written last first; contents are not looked at."""
+    found = []
+    for path in folder.glob("step_*"):
+        state = read_state(path)
+        if state is not None:
+            found.append((state["written"], path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """What a step folder says about itself, or None if it is not a checkpoint."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) and {"written", "files"} <= state.keys() else None
+
+
+def find_checkpoint(
+    config: JobConfig, folder: Path, runtime: Runtime, say: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint that `config.resume` means; None for a fresh start. Every rank has to call.
+
+    With `auto` it is the newest one whose files have the hashes they were written with; others are passed
+    over, and `say` gets a line for each.
+
+    Raises:
+        ConfigError: `resume=never` on a folder that has checkpoints, or a path that is not a complete one.
+        CheckpointError: the checkpoint of a path, or every one there is, is damaged.
+    """
+    candidates: list[Path] = []
+    problem, notes = "", []
+    if runtime.is_main:
+        candidates, notes, problem = _candidates(config, folder)
+    candidates, notes, problem = runtime.from_main((candidates, notes, problem))
+    for note in notes:
+        say(note)
+    if problem:
+        raise ConfigError(problem)
+    for path in candidates:
+        damage = _damage(path, runtime)
+        if not damage:
+            return path
+        say(f"{path} is damaged and passed over: {damage}")
+    if candidates:
+        raise CheckpointError(
+            f"no checkpoint to resume from: {', '.join(path.name for path in candidates)} in "
+            f"{candidates[0].parent} are damaged; restore one, or take another run_dir to start anew"
+        )
+    return None
+
+
+def _candidates(config: JobConfig, folder: Path) -> tuple[list[Path], list[str], str]:
+    """What may be resumed from, best first; lines about what may not; and what makes a start impossible."""
+    if config.resume not in ("auto", "never"):
+        path = Path(config.resume)
+        if read_state(path) is None:
+            return [], [], f"resume={path}: expected auto, never or the folder of a complete checkpoint"
+        return [path], [], ""
+    own = complete_checkpoints(folder)
+    if config.resume == "never":
+        problem = own and (
+            f"resume=never, but {folder} holds {own[0].name}: two runs would be mixed; "
+            "take another run_dir or remove that folder"
+        )
+        return [], [], problem or ""
+    incomplete = sorted({*folder.glob("step_*"), *folder.glob(".writing_*")} - set(own))
+    return own, [f"{path} is incomplete and passed over" for path in incomplete], ""
+
+
+def _damage(path: Path, runtime: Runtime) -> str:
+    """What is wrong with the first damaged file, or nothing; every rank checks those it wrote."""
+    parts: list[dict[str, Any]] | None = None
+    if runtime.is_main:
+        parts = [{} for _ in range(runtime.world_size)]
+        for name, content in (read_state(path) or {"files": {}})["files"].items():
+            parts[writer_of(name) % runtime.world_size][name] = content
+    found = ""
+    for name, expected in runtime.share_out(parts).items():
+        try:
+            if content_of(path / name) != expected:
+                found = f"{name} has other contents than when it was written"
+        except OSError as error:
+            found = f"{name} cannot be read ({error.strerror})"
+        if found:
+            break
+    return runtime.from_main(next(filter(None, runtime.to_main(found)), ""))
+
+
+def file_of_rank(rank: int, engine: str | None = None) -> str:
+    """Path in a step's folder of what a rank keeps of an engine, or besides its engines."""
+    return f"rank_{rank:05d}.json" if engine is None else f"{engine}/rank_{rank:05d}.safetensors"
+
+
+def writer_of(name: str) -> int:
+    """The rank that wrote a file: its name says so, or it was the main one."""
+    found = _OF_RANK.search(name)
+    return int(found.group(1)) if found else 0
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, in one reading."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
