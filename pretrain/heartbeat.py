@@ -92,23 +92,34 @@ def read_heartbeat(folder: Path) -> Heartbeat | None:
         raise ValueError(f"{path} is no heartbeat of a run: {error}; remove it") from error
 
 
+def state_of(beat: Heartbeat, now: float) -> str:
+    """`running`, or `silent` or `dead`, or the end that the run came to (`RESTING`)."""
+    if beat.phase in RESTING:
+        return beat.phase
+    if beat.process_is_gone():
+        return "dead"
+    # Nothing is heard while a validation, a checkpoint or an export lasts.
+    is_silent = beat.phase == "training" and now - beat.time > silence_allowed(beat.seconds_per_step)
+    return "silent" if is_silent else "running"
+
+
 def in_words(beat: Heartbeat, now: float) -> str:
     """One line: whether the run lives, where it is, how long since its last sign, and when it may end."""
-    age, pace = now - beat.time, beat.seconds_per_step
-    where = f"{beat.phase} at step {beat.step}/{beat.steps}"
+    state, pace = state_of(beat, now), beat.seconds_per_step
+    words = [f"{state}: {beat.phase}" if state != beat.phase else state]
+    words[0] += f" at step {beat.step}/{beat.steps}"
     if beat.loss is not None:
-        where += f", loss {beat.loss:.4g}"
-    place = f"{beat.host}, process {beat.pid}; last sign {_duration(age)} ago"
-    if beat.phase in RESTING:
-        return f"{beat.phase}: step {beat.step}/{beat.steps}, {_duration(age)} ago ({beat.host})"
-    if beat.process_is_gone():
-        return f"dead: {where} ({place}); the process is gone"
-    if beat.phase == "training" and age > silence_allowed(pace):
-        usual = f"a step takes {_duration(pace)}" if pace else "no step is done yet"
-        return f"silent: {where} ({place}, {usual})"
-    left = f"; {_duration((beat.steps - beat.step) * pace)} left" if pace else ""
-    since = "" if beat.phase == "training" else f" for {_duration(now - beat.phase_began)}"
-    return f"running: {where}{since} ({place}){left}"
+        words.append(f"loss {beat.loss:.4g}")
+    words.append(f"last sign {_duration(now - beat.time)} ago by process {beat.pid} on {beat.host}")
+    if state == "dead":
+        words.append("which is gone")
+    elif state == "silent":
+        words.append(f"a step takes {_duration(pace)}" if pace else "no step is done yet")
+    elif state == "running" and beat.phase != "training":
+        words.append(f"{beat.phase} for {_duration(now - beat.phase_began)}")
+    if state == "running" and pace:
+        words.append(f"about {_duration((beat.steps - beat.step) * pace)} left")
+    return ", ".join(words)
 
 
 def silence_allowed(seconds_per_step: float | None) -> float:

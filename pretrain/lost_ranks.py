@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from typing import NoReturn
@@ -21,6 +22,7 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 _LATE = re.compile(r"timed? ?out", re.IGNORECASE)
+SECONDS_TO_GO = 2.0
 _WORKER = re.compile(r"DataLoader worker .*")
 
 
@@ -64,9 +66,13 @@ def lost_peer(error: BaseException, peers: list[Peer]) -> str:
     )
     if not from_group or not (_LATE.search(text) or _LOST.search(text)):
         return ""
-    gone = [f"{peer.rank} (process {peer.pid})" for peer in peers if peer.is_gone()]
+    # A connection closes a little before its process is gone.
+    deadline = time.monotonic() + (0 if _LATE.search(text) else SECONDS_TO_GO)
+    while not (gone := [peer for peer in peers if peer.is_gone()]) and time.monotonic() < deadline:
+        time.sleep(0.05)
     if gone:
-        return f"lost rank {', '.join(gone)}, which has ended; see the first traceback above, if it left one"
+        ranks = ", ".join(f"{peer.rank} (process {peer.pid})" for peer in gone)
+        return f"lost rank {ranks}, which has ended; see the first traceback above, if it left one"
     if _LATE.search(text):
         return (
             f"another rank did not come to a collective in time; see what each rank says above ({text[:120]})"

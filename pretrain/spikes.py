@@ -10,7 +10,8 @@ from statistics import median
 
 from pretrain.config import HealthConfig
 
-HISTORY, LEAST_HISTORY = 100, 20  # observations that make up the recent range
+# Observations that make up the recent range. Of log lines fewer: a trend over them would widen it.
+STEPS, LOGS, LEAST = 100, 30, 20
 LOGS_UNTIL_DEAD = 5
 _TO_SIGMA = 1.4826  # of the median absolute deviation of a normal distribution
 _USAGE = re.compile(r"codebook_(\w+)/usage_(\d+)")
@@ -22,13 +23,13 @@ class RecentRange:
     Median and median absolute deviation: a few spikes among the values do not widen the range.
     """
 
-    def __init__(self) -> None:
-        self.values: deque[float] = deque(maxlen=HISTORY)
+    def __init__(self, size: int) -> None:
+        self.values: deque[float] = deque(maxlen=size)
 
     def deviations_above(self, value: float, least: float) -> float:
         """How many robust deviations (at least `least` each) `value` is above the median; then adds it."""
         result = 0.0
-        if len(self.values) >= LEAST_HISTORY:
+        if len(self.values) >= LEAST:
             middle = median(self.values)
             spread = _TO_SIGMA * median(abs(other - middle) for other in self.values)
             result = (value - middle) / max(spread, least)
@@ -74,9 +75,9 @@ class Warnings:
     def _spike(self, kind: str, step: int, key: str, value: float, position: float) -> str:
         if not self.config.spike or not math.isfinite(position):
             return ""
-        recent = self._ranges.setdefault(key, RecentRange())
+        is_log = kind == "gradient_spike"
+        recent = self._ranges.setdefault(key, RecentRange(LOGS if is_log else STEPS))
         middle = median(recent.values) if recent.values else position
-        is_log = position != value
         least = 0.1 if is_log else 0.02 * abs(middle)  # one that hardly varies has no spike of some percent
         deviations = recent.deviations_above(position, least or math.inf)
         usual = math.exp(middle) if is_log else middle

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data_pipeline.streams import ImageStreamConfig, image_loader
 from pretrain.config import JobConfig, OptimizerConfig
 from pretrain.engine import build_engine, count_parameters
 from pretrain.export import full_state_dict
@@ -27,16 +28,18 @@ class ToyJobConfig(JobConfig):
     nan_at_step: int = -1  # something that is not finite on the last rank, in the last micro-batch
     nan_in: str = "loss"  # of the engines; `gradient`: of the last one alone; `figure`: a loss only logged
     sleep_per_step: float = 0.0
+    raise_at_step: int = -1  # on the last rank, an error that nobody expects
+    hang_at_step: int = -1  # the last rank goes on after an hour
+    data_path: str = ""  # pictures whose keys are the numbers of samples, read by a process of its own
     signal_at_step: int = -1  # the last rank sends itself SIGTERM
     second_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-2))
 
 
+@dataclass
 class ToyBatch:
-    """Samples with their keys."""
+    """Samples by their keys, which end in their numbers."""
 
-    def __init__(self, numbers: list[int]) -> None:
-        self.samples = torch.stack([ToyLoader.sample(number) for number in numbers])
-        self.keys = [f"sample{number}" for number in numbers]
+    keys: list[str]
 
 
 class ToyLoader:
@@ -51,7 +54,7 @@ class ToyLoader:
         while True:
             first = (self.micro_batch * self.world_size + self.rank) * self.micro_batch_size
             self.micro_batch += 1
-            yield ToyBatch([first + i for i in range(self.micro_batch_size)])
+            yield ToyBatch([f"sample{first + i}" for i in range(self.micro_batch_size)])
 
     @staticmethod
     def sample(number: int) -> torch.Tensor:
@@ -96,6 +99,11 @@ class ToyTask:
             second = build_engine(models[1], config, runtime, config.second_optimizer, "zero1.json")
             self.engines["second"] = second
         self.train_loader = ToyLoader(config.micro_batch_size, runtime.rank, runtime.world_size)
+        if config.data_path:
+            pictures = ImageStreamConfig(path=config.data_path, num_workers=1, shuffle_buffer_size=0)
+            self.train_loader = image_loader(
+                pictures, config.micro_batch_size, runtime.rank, runtime.world_size
+            )
         self.steps_counted = 0
 
     def describe(self) -> list[str]:
@@ -110,6 +118,10 @@ class ToyTask:
         is_last_rank = self.runtime.rank == self.runtime.world_size - 1
         if self.runtime.step == self.config.signal_at_step and is_last_rank:
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.runtime.step == self.config.raise_at_step and is_last_rank:
+            raise KeyError("nobody expects this")
+        if self.runtime.step == self.config.hang_at_step and is_last_rank:
+            time.sleep(3600)
         averages = Averages(self.runtime.device)
         total = self.config.global_batch_size
         for batch in micro_batches:
@@ -117,8 +129,9 @@ class ToyTask:
                 self.runtime.step == self.config.nan_at_step and is_last_rank and batch is micro_batches[-1]
             )
             where = self.config.nan_in if breaks else ""
+            numbers = [int(key.removeprefix("sample")) for key in batch.keys]
             for name, engine in self.engines.items():
-                losses = self.loss(engine, batch.samples)
+                losses = self.loss(engine, torch.stack([ToyLoader.sample(n) for n in numbers]))
                 if where == "loss":
                     losses = losses * torch.nan
                 if where == "gradient" and engine is list(self.engines.values())[-1]:

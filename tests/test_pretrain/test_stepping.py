@@ -115,9 +115,9 @@ def test_a_stop_names_gradients_rank_and_samples(found):
     folder, (message, of_rank_1) = found[0], [rank["stopped"] for rank in found[1]]
     assert message == of_rank_1
     assert message == (
-        "step 3: the gradient of second: first.weight, second: first.bias, second: norm.weight, 3 more is not "
-        "finite on rank 1, samples sample44, sample45, sample46, sample47; no parameter was changed; 1 such "
-        "step(s) in a row with on_nonfinite=error. Lower optimizer.lr, or look at these samples"
+        "step 3: the gradient of second: first.weight, second: first.bias, second: norm.weight, 3 more is "
+        "not finite on rank 1, samples sample44, sample45, sample46, sample47; no parameter was changed; 1 "
+        "such step(s) in a row with on_nonfinite=error. Lower optimizer.lr, or look at these samples"
     )
     assert not (folder / "stopped" / "skipped.jsonl").exists()
 
