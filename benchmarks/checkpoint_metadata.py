@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from pretrain import checkpointing
+from pretrain.checkpoints.finding import content_of, file_of_rank, find_checkpoint
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import JobConfig
 from pretrain.runtime import Runtime
 
@@ -66,34 +67,18 @@ class SimulatedRank(Runtime):
                         file.unlink()
 
 
-class Engine:
-    """Stands in for a DeepSpeed engine: the files of all ranks are written by the main one, uncounted."""
-
-    def __init__(self, ranks: int, files: int, main: bool) -> None:
-        self.ranks, self.files, self.main = ranks, files, main
-
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        """Write the step's files."""
-        if self.main:
-            with not_counted():
-                write_files(Path(folder), self.ranks, self.files)
-
-    def zero_optimization_stage(self) -> int:
-        """As an engine answers."""
-        return 3
-
-    def bfloat16_enabled(self) -> bool:
-        """As an engine answers."""
-        return True
+def files_of(rank: int, files: int) -> list[str]:
+    """A rank's files: all but one are its engine's, which in truth has one."""
+    parts = (f"model/{number}_rank_{rank:05d}.safetensors" for number in range(files - 1))
+    return [file_of_rank(rank), *parts]
 
 
-def write_files(folder: Path, ranks: int, files: int) -> None:
-    """A step folder's files: all but one of each rank are its engine's."""
+def write_files(folder: Path, ranks: range, files: int) -> None:
+    """What other ranks write."""
     (folder / "model").mkdir(exist_ok=True)
-    for rank in range(ranks):
-        (folder / f"rank_{rank:05d}.json").write_bytes(b"{}")
-        for number in range(files - 1):
-            (folder / "model" / f"zero_pp_rank_{rank}_mp_rank_00_{number}.pt").write_bytes(b"x")
+    for rank in ranks:
+        for name in files_of(rank, files):
+            (folder / name).write_bytes(b"x")
 
 
 calls = {"counting": False, "number": 0}
@@ -169,34 +154,31 @@ def main() -> None:
         return made
 
     def save(number: int, step: int, folder: Path) -> None:
-        engine: Any = {"model": Engine(options.ranks, options.files, number == 0)}
         runtime = rank(number, step)
         runtime.folder = folder
-        checkpointing.save_checkpoint(folder, runtime, engine, {}, "toy", options.checkpoints)
+        own: Any = dict.fromkeys(files_of(number, options.files), "x")
+        CheckpointWriter(folder, runtime, "toy", options.checkpoints).save(own, {"engines": {}})
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         count_calls()
         for step in range(1, options.checkpoints + 1):
             save(0, step, folder)
+            write_files(folder / f"step_{step:08d}", range(1, options.ranks), options.files)
             complete_hashes(folder / f"step_{step:08d}")
             sent.clear()
         config = JobConfig("toy", "unused", 1, 1, 1)
         start = {}
         start["before"] = counted(lambda: before_start(folder))
-        main_calls = counted(
-            lambda: checkpointing.find_checkpoint(config, folder, rank(0, 0), lambda _: None)
-        )
-        other_calls = counted(
-            lambda: checkpointing.find_checkpoint(config, folder, rank(1, 0), lambda _: None)
-        )
+        main_calls = counted(lambda: find_checkpoint(config, folder, rank(0, 0), lambda _: None))
+        other_calls = counted(lambda: find_checkpoint(config, folder, rank(1, 0), lambda _: None))
         start["after"] = max(main_calls, other_calls)
         sent.clear()
         saving = {"after": counted(lambda: save(0, 50, folder))}
         sent.clear()
         temporary = folder / ".writing_step_00000099"
         temporary.mkdir()
-        write_files(temporary, options.ranks, options.files)
+        write_files(temporary, range(options.ranks), options.files)
         saving["before"] = counted(lambda: before_save(folder, temporary))
     write = sys.stdout.write
     write(
@@ -218,7 +200,7 @@ def complete_hashes(path: Path) -> None:
     for file in path.rglob("*"):
         name = file.relative_to(path).as_posix()
         if file.is_file() and name != "state.json":
-            state["files"].setdefault(name, checkpointing._content(file))
+            state["files"].setdefault(name, content_of(file))
     (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 

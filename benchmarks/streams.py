@@ -37,8 +37,8 @@ from data_pipeline.streams import (
     image_loader,
     prepare_dataset,
 )
-from data_pipeline.streams.loader import worker_config
 from data_pipeline.streams.packing import pack_lengths
+from data_pipeline.streams.reader import worker_config
 from data_pipeline.streams.text_encoding import TextEncoder
 from data_pipeline.streams.views import build_document
 from dualtoken.unified_model.sequence import (
@@ -173,7 +173,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     start = time.perf_counter()
     state = stream.save_state()
     saved = time.perf_counter() - start
-    stream.restore_state(state)
+    stream.restore_states([state])
     next(stream)
     print(f"save {saved:.3f} s, restore to the next pack {time.perf_counter() - start - saved:.2f} s")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,18 @@ def load_strictly(load: Callable[..., Any], source: Any, *args: Any, **kwargs: A
     error of its own on rank 0.
 
     Raises:
-        ValueError: weights are missing, superfluous or of another shape than the config says.
+        ValueError: weights are missing, superfluous or of another shape than the config says, or in a file
+            that would run code.
     """
     # Misshapen weights are let through to be refused here, in one line with the others.
     settings = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = load(source, *args, **settings)
+    try:
+        model, report = load(source, *args, **settings)
+    except pickle.UnpicklingError as error:  # of a folder that has no safetensors
+        raise ValueError(
+            f"the weights in {source} are refused: a pickle with more than tensors, reading it would run "
+            "code; where you trust it, load the model there and save it by save_pretrained"
+        ) from error
     problems = [
         f"{len(found)} {kind.removesuffix('_keys')} ({', '.join(_first(found))})"
         for kind, found in report.items()

@@ -8,6 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.names import is_below
 from eval.charts import Point, Series, heatmap, line_chart
 from eval.comparisons import HEADINGS, compare_all, language_name
 from eval.results import read_json, write_json
@@ -101,7 +102,9 @@ class PictureFolder:
         self.folder = folder
 
     def __call__(self, name: str) -> str:
-        """The picture as a data URI."""
+        """The picture as a data URI; ValueError for a name that leads out of the folder."""
+        if not is_below(name):
+            raise ValueError(f"{self.folder}: a result names the picture {name!r}; measure the run again")
         return data_uri(self.folder / name)
 
 

@@ -151,10 +151,10 @@ class ContrastiveTask:
         return self.engines["siglip"].module.siglip
 
     def describe(self) -> list[str]:
-        """Parameters per tower, and how pictures are read."""
+        """Parameters per tower, and how pictures are read and divided over ranks."""
         towers = {"vision tower": self.siglip.vision_model, "text tower": self.siglip.text_model}
         lines = [f"{name:<20} {count_parameters(part):>12,} parameters" for name, part in towers.items()]
-        return [*lines, self.read_images.describe()]
+        return [*lines, self.read_images.describe(), self.train_loader.describe()]
 
     def train_step(self, micro_batches: list[ImageTextBatch]) -> dict[str, Any]:
         """One optimizer step on the one micro-batch of every rank."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualtoken.plain_tensors import read_tensors
+
 
 def semantic_distillation_loss(student: Tensor, teacher: Tensor, mse_weight: float = 1.0) -> Tensor:
     """Return ``mse_weight * MSE - cosine`` of two feature tensors, a scalar (arXiv 2503.14324, 3.2).
@@ -158,9 +160,9 @@ def load_perceptual_weights(model: nn.Module, path: Path) -> None:
     convolutions in the same order, so they are matched by order, and every shape is checked.
 
     Raises:
-        ValueError: if the number of convolutions or a shape differs.
+        ValueError: if the file is refused (`read_tensors`), or the number of convolutions or a shape differs.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_tensors(path)
     weights = [v for k, v in state.items() if k.endswith(".weight") and v.ndim == 4 and "lin" not in k]
     biases = [
         state[k.removesuffix("weight") + "bias"]

@@ -179,11 +179,12 @@ class MllmTask:
         )
 
     def describe(self) -> list[str]:
-        """Return a line per part, with its parameters."""
-        return [
+        """Return a line per part, with its parameters, and how the data is divided."""
+        lines = [
             f"{name:<22} {count_parameters(part):>13,} parameters, {count_parameters(part, True):>13,} train"
             for name, part in self.model.parts().items()
         ]
+        return [*lines, self.train_loader.describe()]
 
     def train_step(self, micro_batches: list[PackedBatch]) -> dict[str, Any]:
         """Take one optimizer step on the documents of all micro-batches and ranks."""

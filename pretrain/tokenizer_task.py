@@ -133,8 +133,7 @@ class TokenizerTask:
             for name, part in [*self.tokenizer.backbone.named_children(), *self.tokenizer.named_children()]
         ]
         lines.append(f"perceptual loss: {self.perceptual.source if self.perceptual else 'off'}")
-        lines.append(self.read_images.describe())
-        return lines
+        return [*lines, self.read_images.describe(), self.train_loader.describe()]
 
     def train_step(self, micro_batches: list[ImageTextBatch]) -> dict[str, Any]:
         """Take one optimizer step of the tokenizer and, once it has started, of the discriminator.

@@ -12,7 +12,8 @@ from pathlib import Path
 from data_pipeline.errors import DatasetError
 from data_pipeline.pretokenize.shard_tokenizer import ShardTokenizer
 from data_pipeline.shards.code_shards import CodeSample, encode_sample
-from data_pipeline.shards.image_text_shards import is_elsewhere, is_image_part, open_shard
+from data_pipeline.shards.image_text_shards import is_image_part, open_shard
+from data_pipeline.shards.remote_files import is_remote
 from data_pipeline.shards.tar_members import BLOCK, DAMAGED_GZIP, TarError, iterate_members, skip, split_name
 
 MOST_COUNTED = 64
@@ -115,7 +116,7 @@ def _names_to_count(names: Sequence[str], plan: Mapping[str, str]) -> list[str]:
     """Choose the shards to look into: all of a few, else some at even distances."""
     chosen = []
     for remote, most in ((False, MOST_COUNTED), (True, _MOST_COUNTED_REMOTE)):
-        group = [name for name in names if is_elsewhere(plan[name]) == remote]
+        group = [name for name in names if is_remote(plan[name]) == remote]
         most = min(most, len(group))
         chosen += [group[len(group) * index // most] for index in range(most)]
     return chosen
@@ -123,11 +124,11 @@ def _names_to_count(names: Sequence[str], plan: Mapping[str, str]) -> list[str]:
 
 def _estimated_sizes(plan: Mapping[str, str], counts: Mapping[str, ShardCount]) -> dict[str, float]:
     """Return the bytes of every shard: of local files as they are, of remote ones as those looked into."""
-    remote = [count.size for name, count in counts.items() if is_elsewhere(plan[name])]
+    remote = [count.size for name, count in counts.items() if is_remote(plan[name])]
     mean = sum(remote) / max(len(remote), 1)
     sizes = {}
     for name, shard in plan.items():
-        if is_elsewhere(shard):
+        if is_remote(shard):
             sizes[name] = counts[name].size if name in counts else mean
         else:
             sizes[name] = Path(shard).stat().st_size

@@ -26,7 +26,8 @@ from data_pipeline.shards.code_shards import (
     temporary_name,
     write_atomically,
 )
-from data_pipeline.shards.image_text_shards import expand_inputs, is_elsewhere, source_address
+from data_pipeline.shards.image_text_shards import expand_inputs, source_address
+from data_pipeline.shards.remote_files import is_remote
 
 WORK_FOLDER = ".pretokenize"
 REJECTED = "rejected.jsonl"
@@ -294,7 +295,7 @@ def checked_plan(inputs: Sequence[str], output: str | Path) -> dict[str, str]:
     """Return name of the output shard -> input shard; DatasetError if an input is missing or an output."""
     shards = expand_inputs(inputs)
     for shard in shards:
-        if not is_elsewhere(shard) and Path(shard).resolve().is_relative_to(Path(output).resolve()):
+        if not is_remote(shard) and Path(shard).resolve().is_relative_to(Path(output).resolve()):
             raise DatasetError(f"{shard}: is in the output folder; choose a folder apart from the input")
     return plan_outputs(shards)
 

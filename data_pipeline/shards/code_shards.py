@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import DatasetError
+from data_pipeline.names import is_below
 from data_pipeline.shards.remote_files import is_remote, read_remote
 from data_pipeline.shards.tar_members import TarError, iterate_samples
 
@@ -269,6 +270,8 @@ class DatasetManifest:
             if version != FORMAT_VERSION:
                 raise DatasetError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}")
             shards = {name: ShardEntry(**entry) for name, entry in content.pop("shards").items()}
+            if outside := [name for name in shards if not is_below(name)]:
+                raise DatasetError(f"{path}: {outside[0]!r} is not the name of a shard below {folder}")
             return cls(**content, shards=shards)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, DatasetError):

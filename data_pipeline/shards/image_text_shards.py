@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import glob
 import gzip
-import io
 import json
 import os
 import re
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -169,18 +167,11 @@ def read_shard(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield from iterate_samples(stream)
 
 
-def is_elsewhere(shard: str) -> bool:
-    """Whether a shard is named by an address or a command (`pipe:`) and not by a path."""
-    return shard.startswith(_PIPE) or is_remote(shard)
-
-
 def source_address(shard: str) -> str:
     """Return how a shard is remembered: a path from the root, an address without password and `?query`.
 
-    These may be tokens, which change and are nobody else's business. A command is remembered as it is.
+    These may be tokens, which change and are nobody else's business.
     """
-    if shard.startswith(_PIPE):
-        return shard
     if is_remote(shard):
         return re.sub("://[^/]*@", "://", shard).partition("?")[0]
     return os.path.abspath(shard)
@@ -193,9 +184,7 @@ def open_shard(url: str) -> IO[bytes]:
         OSError: It cannot be opened, an address also after some tries.
     """
     stream: IO[bytes]
-    if url.startswith(_PIPE):
-        stream = io.BufferedReader(_Command(url.removeprefix(_PIPE)))
-    elif is_remote(url):
+    if is_remote(url):
         try:
             stream = stream_remote(url)
         except (ValueError, ImportError) as error:  # no such kind of address, or a package for it is missing
@@ -204,30 +193,6 @@ def open_shard(url: str) -> IO[bytes]:
         stream = open(url, "rb")
     zipped = stream.peek(2)[:2] == _GZIP  # type: ignore[attr-defined]
     return gzip.open(stream) if zipped else stream  # type: ignore[return-value]
-
-
-class _Command(io.RawIOBase):
-    """The output of a shell command; one that fails is an OSError and no early end."""
-
-    def __init__(self, command: str) -> None:
-        self._command = command
-        self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        assert self._process.stdout is not None
-        count = self._process.stdout.readinto(buffer)  # type: ignore[attr-defined]
-        if not count and (code := self._process.wait()):
-            raise OSError(f"`{self._command}` ended with exit code {code}")
-        return count
-
-    def close(self) -> None:
-        if not self.closed and self._process.stdout is not None:
-            self._process.stdout.close()
-            self._process.wait()
-        super().close()
 
 
 def expand_inputs(inputs: Sequence[str]) -> list[str]:
@@ -243,7 +208,11 @@ def expand_inputs(inputs: Sequence[str]) -> list[str]:
         here: list[str] = []
         missing: list[str] = []
         for item in braceexpand(pattern):
-            if is_elsewhere(item):
+            if item.startswith(_PIPE):
+                raise DatasetError(
+                    f"{item}: commands are not run; give the address itself (s3://bucket/a.tar) or a file"
+                )
+            if is_remote(item):
                 here.append(item)
             elif Path(item).is_dir():
                 here += sorted(

@@ -19,6 +19,7 @@ from megatron.energon.flavors.webdataset.indexing import DuplicateSampleKeyError
 from megatron.energon.flavors.webdataset.prepare import IndexSample, IndexSamplePart
 
 from data_pipeline.errors import DatasetError
+from data_pipeline.names import is_below
 from data_pipeline.shards.code_shards import temporary_name
 from data_pipeline.shards.remote_files import is_remote, read_remote
 from data_pipeline.shards.tar_members import TarError, locate_samples
@@ -47,12 +48,20 @@ def _indexed_bytes(tar: Path) -> int:
         return struct.unpack("<Q", file.read(_OFFSET_BYTES))[0]
 
 
+def _counts(info: bytes | str, where: object) -> dict[str, int]:
+    """Read samples per shard from an index; DatasetError if a shard is named outside the data set."""
+    counts = json.loads(info)["shard_counts"]
+    if outside := [name for name in counts if not is_below(name)]:
+        raise DatasetError(f"{where}: {META_FOLDER}/{_INFO_FILE} names a shard outside it, {outside[0]!r}")
+    return counts
+
+
 def _shard_counts(folder: Path) -> dict[str, int] | None:
     """Return samples per shard as the index has them, or None where there is no complete index."""
     meta = folder / META_FOLDER
     if not all((meta / name).is_file() for name in (_INFO_FILE, _SPLIT_FILE, _DATASET_FILE)):
         return None
-    return json.loads((meta / _INFO_FILE).read_text(encoding="utf-8"))["shard_counts"]
+    return _counts((meta / _INFO_FILE).read_text(encoding="utf-8"), folder)
 
 
 def _is_current(folder: Path, shards: list[str]) -> bool:
@@ -211,7 +220,7 @@ def check_index(folder: str | Path, check_shards: bool = True) -> int:
         DatasetError: One line saying what is missing and what to do.
     """
     if is_remote(folder):
-        return sum(json.loads(_read_index(folder, _INFO_FILE))["shard_counts"].values())
+        return sum(_counts(_read_index(folder, _INFO_FILE), folder).values())
     folder = Path(folder)
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder; expected a data set of WebDataset tars")

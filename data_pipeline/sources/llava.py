@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DatasetError
+from data_pipeline.names import is_below
 from data_pipeline.shards.conversations import IMAGE_TAG
 from data_pipeline.shards.image_text_shards import is_image_part
 from data_pipeline.whole_folder import whole_folder
@@ -92,7 +93,8 @@ def import_llava(
 def _shard_writer(folder: Path, samples_per_shard: int) -> Any:
     import webdataset
 
-    pattern = f"{folder}/".replace("%", "%%") + "shard-%06d.tar"
+    # Absolute: webdataset runs a name that begins with `pipe:`.
+    pattern = f"{folder.absolute()}/".replace("%", "%%") + "shard-%06d.tar"
     return webdataset.ShardWriter(pattern, samples_per_shard, math.inf, verbose=0, encoder=False, mtime=0)
 
 
@@ -106,6 +108,8 @@ def _sample(key: str, record: Any, images: Path) -> tuple[dict[str, Any], list[A
     for index, name in enumerate(names):
         if not is_image_part(str(name)):
             raise ValueError(f"{name}: not the name of a picture")
+        if not is_below(name):
+            raise ValueError(f"{name}: not a name below the folder of the pictures")
         try:
             data = (images / name).read_bytes()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:

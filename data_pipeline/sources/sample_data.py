@@ -117,6 +117,7 @@ def _write_shards(folder: Path, samples: list[dict[str, Any]], samples_per_shard
     import webdataset
 
     folder.mkdir(parents=True)
+    folder = folder.absolute()  # webdataset runs a name that begins with `pipe:`
     starts = range(0, len(samples), samples_per_shard)
     for shard, start in enumerate(starts):
         # A fixed time makes equal settings give equal bytes.

@@ -15,7 +15,6 @@ from data_pipeline.streams.documents import (
 )
 from data_pipeline.streams.images import ImageStreamConfig, ImageTextBatch, image_loader
 from data_pipeline.streams.loader import StreamLoader
-from data_pipeline.streams.states import redistribute_states
 
 __all__ = [
     "BlendEntry",
@@ -29,5 +28,4 @@ __all__ = [
     "document_loader",
     "image_loader",
     "prepare_dataset",
-    "redistribute_states",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from data_pipeline.shards.code_shards import (
 )
 from data_pipeline.shards.index import check_index
 from data_pipeline.shards.reader import PreparedShards, RawSample
-from data_pipeline.streams.loader import StreamLoader, is_training, require_samples, worker_config
+from data_pipeline.streams.loader import StreamLoader, is_training, require_samples
 from data_pipeline.streams.packing import split_document
 from data_pipeline.streams.packing_dataset import DocumentSample, Pack, PackingDataset
+from data_pipeline.streams.reader import worker_config
+from data_pipeline.streams.states import added_up
 from data_pipeline.streams.text_encoding import TextEncoder
 from data_pipeline.streams.views import CODE_VIEWS, VIEWS, LeftOut, build_document
 from dualtoken.unified_model.sequence import (
@@ -133,8 +135,7 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
         It depends on the sample and on how many the reader has seen, not on a running generator: restoring
         needs no more than the count, which Energon keeps, and another split over ranks draws the same.
         """
-        workers = max(1, self.config.num_workers)
-        count = self.current_sample_index // workers if self.training else 0
+        count = self.current_sample_index if self.training else 0
         return random.Random(f"{self.seed}/{entry}/{key}/{count}")
 
     @stateless
@@ -258,10 +259,14 @@ class DocumentLoader(StreamLoader[PackedBatch]):
         """Return the place in the stream and the statistics."""
         return {**super().save_state(), "statistics": asdict(self.statistics)}
 
-    def restore_state(self, state: dict[str, Any]) -> None:
-        """Go to a saved place, statistics included."""
-        super().restore_state(state)
-        self.statistics = StreamStatistics(**state["statistics"])
+    def restore_states(self, states: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Go to a saved place; statistics are this rank's own, or those of all ranks on rank 0 of others."""
+        states = super().restore_states(states)
+        if self.rank == 0 or states[0]["world_size"] == self.world_size:
+            self.statistics = StreamStatistics(**added_up([state["statistics"] for state in states]))
+        else:
+            self.statistics = StreamStatistics(documents=[0] * len(self.entries))
+        return states
 
 
 def document_loader(
@@ -309,20 +314,19 @@ def document_loader(
     encoder = _DocumentTaskEncoder(config, entries, text_tokenizer, special, geometry, seed, training)
 
     settings = asdict(config)
-    del settings["blend"], settings["on_bad_sample"]
+    del settings["blend"], settings["on_bad_sample"], settings["num_workers"]
     identity = {
         "stream": "documents",
         "blend": [
             [samples[entry.path], entry.view, entry.weight, list(entry.languages)] for entry in entries
         ],
         **settings,
-        "rank": rank,
-        "world_size": world_size,
         "seed": seed,
     }
     padding = tokenize_document(Document([]), text_tokenizer, special)
     return DocumentLoader(
-        lambda: encoder.stream(workers),
+        lambda reader, _: encoder.stream(reader),
+        workers,
         identity,
         endless=training,
         samples=sum(samples[entry.path] for entry in entries),

@@ -9,6 +9,7 @@ from megatron.energon import (
     DefaultTaskEncoder,
     Sample,
     SavableDataset,
+    WorkerConfig,
     edataclass,
     stateless,
 )
@@ -17,7 +18,8 @@ from megatron.energon.metadataset.loader_interface import DatasetBlendMode, Load
 from data_pipeline.shards.image_text_shards import image_parts, read_captions
 from data_pipeline.shards.index import check_index
 from data_pipeline.shards.reader import PreparedShards, RawSample
-from data_pipeline.streams.loader import StreamLoader, is_training, require_samples, worker_config
+from data_pipeline.streams.loader import StreamLoader, is_training, require_samples
+from data_pipeline.streams.reader import worker_config
 
 
 @dataclass
@@ -51,6 +53,15 @@ class ImageTextBatch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @classmethod
+    def of_parts(cls, parts: list[tuple[ImageTextBatch, slice]]) -> ImageTextBatch:
+        """Put together parts of micro-batches, in their order."""
+        return cls(
+            keys=[key for batch, part in parts for key in batch.keys[part]],
+            image_bytes=[data for batch, part in parts for data in batch.image_bytes[part]],
+            captions=[captions for batch, part in parts for captions in batch.captions[part]],
+        )
 
 
 @edataclass
@@ -119,7 +130,7 @@ def image_loader(
     if training:
         require_samples({config.path: samples}, workers)
 
-    def build() -> SavableDataset:
+    def build(workers: WorkerConfig, batch_size: int) -> SavableDataset:
         encoder = _ImageTaskEncoder(config)
         skip = config.on_bad_sample == "skip"
         shards = PreparedShards(config.path, workers, training, config.slice_length, skip_unreadable=skip)
@@ -128,23 +139,25 @@ def image_loader(
             return encoder.build_train_datasets(
                 datasets=datasets,
                 worker_config=workers,
-                batch_size=micro_batch_size,
+                batch_size=batch_size,
                 shuffle_buffer_size=config.shuffle_buffer_size,
                 blend_mode=DatasetBlendMode.NONE,
             )
-        return encoder.build_val_datasets(
-            datasets=datasets, worker_config=workers, batch_size=micro_batch_size
-        )
+        return encoder.build_val_datasets(datasets=datasets, worker_config=workers, batch_size=batch_size)
 
     identity = {
         "stream": "images",
         "samples": samples,
-        "rank": rank,
-        "world_size": world_size,
-        "num_workers": config.num_workers,
-        "micro_batch_size": micro_batch_size,
         "shuffle_buffer_size": config.shuffle_buffer_size,
         "slice_length": config.slice_length,
         "seed": seed,
     }
-    return StreamLoader(build, identity, endless=training, samples=samples)
+    return StreamLoader(
+        build,
+        workers,
+        identity,
+        micro_batch_size=micro_batch_size,
+        join=ImageTextBatch.of_parts,
+        endless=training,
+        samples=samples,
+    )

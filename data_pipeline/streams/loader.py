@@ -1,65 +1,20 @@
-"""The loader around an Energon data set: endless or one pass, exact state, one-line errors."""
+"""The loader of a rank: endless or one pass, exact state for any number of ranks, one-line errors."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, NoReturn, TypeVar
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Generic, TypeVar
 
-import torch
-from megatron.energon import SavableDataLoader, SavableDataset, WorkerConfig, get_savable_loader
+from megatron.energon import SavableDataset, WorkerConfig
 
 from data_pipeline.errors import DatasetError
-from data_pipeline.streams.plain_state import from_plain, to_plain
-
-logger = logging.getLogger(__name__)
+from data_pipeline.streams.dealing import Dealing
+from data_pipeline.streams.reader import Reader
+from data_pipeline.streams.states import STATE_VERSION, furthest_places, states_for
 
 T = TypeVar("T")
-
-_STATE_VERSION = 2
-_WATCHDOG_SECONDS = 300.0
-
-
-def _sample_name(sample: Any) -> str:
-    """Name a sample for an error message by its shard and key, as far as they are known."""
-    shard = getattr(sample, "shard", "")
-    return f"{shard}{': ' if shard else ''}sample {getattr(sample, '__key__', '?')!r}"
-
-
-def _stop_at_bad_sample(error: Exception, sample: Any, sources: Any = None) -> NoReturn:
-    raise DatasetError(f"{_sample_name(sample)}: {error}") from error
-
-
-def _skip_bad_sample(error: Exception, sample: Any, sources: Any = None) -> None:
-    logger.warning("skipped %s: %s", _sample_name(sample), error)
-
-
-ON_BAD_SAMPLE: dict[str, Callable[..., None]] = {"stop": _stop_at_bad_sample, "skip": _skip_bad_sample}
-
-
-def worker_config(
-    rank: int, world_size: int, num_workers: int, seed: int, on_bad_sample: str = "stop"
-) -> WorkerConfig:
-    """Describe this rank to Energon.
-
-    The samples are divided over rank x worker: one rank with two workers reads, in turn, what two ranks with
-    one worker each (or none: the rank then reads by itself) read side by side.
-
-    Raises:
-        ValueError: `rank` outside `world_size`, or `on_bad_sample` neither "stop" nor "skip".
-    """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}, expected 0 <= rank < world_size = {world_size}")
-    if on_bad_sample not in ON_BAD_SAMPLE:
-        raise ValueError(f"on_bad_sample is {on_bad_sample!r}, expected one of {sorted(ON_BAD_SAMPLE)}")
-    return WorkerConfig(
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-        seed_offset=seed,
-        global_error_handler=ON_BAD_SAMPLE[on_bad_sample],
-    )
 
 
 def is_training(split: str) -> bool:
@@ -86,35 +41,52 @@ class StreamLoader(Generic[T]):
     """Iterates micro-batches of one rank and saves and restores its place exactly.
 
     A training loader is endless and goes on where it was, however often it is iterated; a validation loader
-    makes one pass each time it is iterated. The state belongs to the rank that saved it; those of all ranks
-    become those of another number of ranks by `redistribute_states`.
+    makes one pass each time it is iterated. What each rank saved at the same step can be restored on another
+    number of ranks: no sample is lost or comes twice, and a step takes the samples it would have taken.
     """
 
     def __init__(
         self,
-        build: Callable[[], SavableDataset],
+        build: Callable[[WorkerConfig, int], SavableDataset],
+        workers: WorkerConfig,
         identity: dict[str, Any],
         *,
+        micro_batch_size: int = 1,
+        join: Callable[[list[tuple[T, slice]]], T] | None = None,
         endless: bool = True,
         samples: int = -1,
-        unwrap: Callable[[Any], T] | None = None,
     ) -> None:
         """Wrap a data set.
 
         Args:
-            build: Makes the Energon data set; called anew for each pass and each restore.
-            identity: Plain values that must be the same when a state is restored (settings, sizes, rank).
+            build: Makes the Energon data set of a reader, with batches of a size; called anew for each pass
+                and each restore.
+            workers: This rank, the number of ranks and of reading processes for each.
+            identity: Plain values that must be the same when a state is restored (settings, sizes), none of
+                them about ranks, workers or micro-batches.
+            micro_batch_size: Samples in a micro-batch; the last ones of a pass may be smaller.
+            join: Makes a micro-batch of parts of others; needed where a state of another size is restored.
             endless: Whether the data set repeats for ever.
             samples: Number of samples in the data set over all ranks, if known.
-            unwrap: Applied to each item in the main process.
         """
         self.samples = samples
+        self.rank, self.world_size = workers.rank, workers.world_size
         self._build = build
+        self._workers = workers
         self._identity = identity
+        self._size = micro_batch_size
+        self._join = join
         self._endless = endless
-        self._unwrap = unwrap
-        self._loader: SavableDataLoader | None = None
-        self._iterator: Iterator | None = None
+        self._readers: dict[int, Reader] = {}  # by turn, in the order in which they are needed
+        self._begin_at(self._configured(), 0, {})
+
+    def _configured(self) -> Dealing:
+        """How a run that begins with these settings deals its samples."""
+        return Dealing(self.world_size, max(1, self._workers.num_workers), self._size)
+
+    def _begin_at(self, dealing: Dealing, dealt: int, places: dict[int, dict[str, Any]]) -> None:
+        """Take the place where `dealt` samples have been dealt to all ranks; `places` of readers by turn."""
+        self._dealing, self._dealt, self._places = dealing, dealt, places
 
     def __iter__(self) -> StreamLoader[T]:
         if not self._endless:
@@ -122,29 +94,63 @@ class StreamLoader(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        if self._iterator is None:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*no accelerator is found.*")
-                self._iterator = iter(self._open())
+        if not self._readers:
+            self._open()
         try:
-            item = next(self._iterator)
-        except DatasetError as error:  # from a worker process it comes with that process's whole traceback
+            return self._next_of_stream() if self._endless else self._next_of_pass()
+        except DatasetError as error:  # from a process of its own it comes with a whole traceback
             line = str(error).strip().splitlines()[-1]
             raise DatasetError(line.removeprefix(f"{DatasetError.__module__}.DatasetError: ")) from None
-        return self._unwrap(item) if self._unwrap else item
 
-    def _open(self) -> SavableDataLoader:
-        if self._loader is None:
-            dataset = self._build()
-            in_process = dataset.worker_config.num_workers == 0
-            self._loader = get_savable_loader(
-                dataset,
-                # In the trainer's own process collecting garbage is the trainer's business.
-                gc_collect_every_n_steps=0 if in_process else 10,
-                watchdog_timeout_seconds=None if in_process else _WATCHDOG_SECONDS,
+    def _next_of_stream(self) -> T:
+        parts = self._dealing.parts(self._dealt + self.rank * self._size, self._size)
+        batches = [self._readers[part.turn].batch(part.number, again=not part.whole) for part in parts]
+        self._dealt += self.world_size * self._size
+        if len(parts) == 1 and parts[0].whole:
+            return batches[0]
+        assert self._join is not None
+        return self._join([(batch, slice(part.start, part.stop)) for batch, part in zip(batches, parts)])
+
+    def _next_of_pass(self) -> T:
+        while self._waiting:
+            try:
+                batch = self._waiting[0].batch(0)
+            except StopIteration:
+                self._waiting.popleft()  # the pass of this reader is over, that of others may not be
+                continue
+            self._waiting.rotate(-1)
+            return batch
+        raise StopIteration
+
+    def _open(self) -> None:
+        dealing = self._dealing
+        for turn in self._turns():
+            workers = replace(
+                self._workers,
+                rank=dealing.share(turn),
+                world_size=dealing.readers,
+                num_workers=min(1, self._workers.num_workers),
             )
-            self._loader.pin_memory = torch.cuda.is_available() and not in_process
-        return self._loader
+            self._readers[turn] = Reader(self._build(workers, dealing.batch_size), self._places.get(turn))
+        for reader in self._readers.values():
+            reader.start()
+        self._waiting = deque(self._readers.values())  # in a pass, the next one first
+
+    def _turns(self) -> list[int]:
+        """The turns of the readers that this rank takes from."""
+        first = self._dealt + self.rank * self._size
+        return self._dealing.turns(first, self._size, self.world_size * self._size)
+
+    def describe(self) -> str:
+        """Return in words how the samples are divided over readers and ranks, once a state is restored."""
+        dealing, own = self._dealing, len(self._turns())
+        words = f"data: {dealing.readers} reader(s), {own} for each of {self.world_size} rank(s)"
+        if own * self.world_size > dealing.readers:
+            words += ", shared: what a rank reads is used in part by it and in part by others"
+        if dealing != self._configured():
+            began = f"{dealing.ranks} rank(s) x {dealing.workers} of batches of {dealing.batch_size}"
+            words += f"; as this run began, {began}"
+        return words
 
     def save_state(self) -> dict[str, Any]:
         """Return the place in the stream as plain values, for a JSON file.
@@ -153,29 +159,37 @@ class StreamLoader(Generic[T]):
             ValueError: On a validation loader, which always starts anew.
         """
         self._require_endless()
+        places = self._places
+        if self._readers:
+            number = self._dealing.number
+            places = {turn: it.save(number(turn, self._dealt)) for turn, it in self._readers.items()}
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "identity": dict(self._identity),
-            "energon": to_plain(self._open().save_state_rank()),
+            "began": asdict(self._dealing),
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "dealt": self._dealt,
+            "readers": [[turn, place] for turn, place in places.items()],
         }
 
-    def restore_state(self, state: dict[str, Any]) -> None:
-        """Go to a saved place; the micro-batches that follow are those that followed when it was saved.
+    def restore_states(self, states: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Go to a saved place; the samples that follow are those that followed when it was saved.
+
+        Args:
+            states: Those that all ranks saved at the same step; on as many ranks this rank's own is enough.
+
+        Returns:
+            Those of them that this rank goes on from, by rank.
 
         Raises:
-            ValueError: The state is of another version, or was saved with other settings, data or rank.
+            ValueError: They are of another version, settings, data, run or step, or some are missing.
         """
         self._require_endless()
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"loader state has version {state.get('version')}, expected {_STATE_VERSION}")
-        for name, expected in self._identity.items():
-            if state["identity"].get(name) != expected:
-                raise ValueError(
-                    f"loader state was saved with {name}={state['identity'].get(name)}, this loader has "
-                    f"{name}={expected}; resume with the same data settings and world size"
-                )
+        states = states_for(states, self._identity, self.rank, self.world_size)
         self.close()
-        self._open().restore_state_rank(from_plain(state["energon"]))
+        self._begin_at(Dealing(**states[0]["began"]), states[0]["dealt"], furthest_places(states))
+        return states
 
     def _require_endless(self) -> None:
         if not self._endless:
@@ -185,9 +199,7 @@ class StreamLoader(Generic[T]):
 
     def close(self) -> None:
         """Stop the worker processes, if any; iterating again starts from the beginning."""
-        workers = getattr(self._loader, "_iterator", None)
-        if workers is not None:
-            # DataLoader has no public way to do so; left to garbage collection it can take 5 s a worker.
-            workers._shutdown_workers()
-        self._iterator = None
-        self._loader = None
+        for reader in self._readers.values():
+            reader.close()
+        self._readers = {}
+        self._begin_at(self._configured(), 0, {})

@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import fields
 from typing import Any, cast
 
 import numpy as np
 import torch
 from megatron.energon.flavors.webdataset.sample_loader import SliceState
-from megatron.energon.rng import SystemRngState
-from megatron.energon.savable_loader import (
-    SavableDataLoaderState,
-    SavableDatasetCheckpoint,
-    SavableDatasetState,
-)
 from megatron.energon.state import FlexState
 
-# What Energon's states are made of, besides plain values.
-_RECORDS = {
-    record.__name__: record
-    for record in (
-        SliceState,
-        SystemRngState,
-        SavableDataLoaderState,
-        SavableDatasetCheckpoint,
-        SavableDatasetState,
-    )
-}
 _KIND = "!"  # the key that marks what JSON has no form of its own for
 
 
@@ -51,9 +33,8 @@ def to_plain(value: Any) -> Any:
         if kind == "dict" and _KIND not in value and all(type(key) is str for key in value):
             return {key: to_plain(item) for key, item in value.items()}
         return {_KIND: kind, "value": [[to_plain(key), to_plain(item)] for key, item in value.items()]}
-    elif type(value).__name__ in _RECORDS and type(value) is _RECORDS[type(value).__name__]:
-        parts = {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
-        return {_KIND: type(value).__name__, "value": parts}
+    elif type(value) is SliceState:
+        return {_KIND: "SliceState", "value": [value.index, value.current]}
     elif isinstance(value, torch.Tensor):
         return {_KIND: "tensor", "value": to_plain(value.detach().cpu().numpy())}
     elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
@@ -89,6 +70,6 @@ def from_plain(plain: Any) -> Any:
     if kind == "array":
         content = np.frombuffer(bytearray(base64.b64decode(value)), dtype=np.dtype(plain["type"]))
         return content.reshape(plain["shape"])
-    if kind in _RECORDS:
-        return _RECORDS[kind](**{name: from_plain(part) for name, part in value.items()})
+    if kind == "SliceState":
+        return SliceState(index=value[0], current=value[1])
     raise ValueError(f"a state holds something of the unknown kind {kind!r}")

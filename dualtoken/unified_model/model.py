@@ -155,8 +155,18 @@ class DualTokenForCausalLM(PreTrainedModel):
             ValueError: the decoder's weights do not fit its config (`load_strictly`).
         """
         settings = {"attn_implementation": DOCUMENT_ATTENTION, "dtype": torch.float32, **kwargs}
-        llm: Any
         llm, _ = load_strictly(AutoModelForCausalLM.from_pretrained, path, **settings)
+        return cls.around(config, llm)
+
+    @classmethod
+    def around(cls, config: DualTokenConfig, llm: Any) -> DualTokenForCausalLM:
+        """Build the model around a decoder: its weights stay, those of the other parts are drawn.
+
+        Args:
+            config: its `text_config` is replaced by the decoder's.
+            llm: the decoder; weights other than those of its embedding and output layer may be on the meta
+                device.
+        """
         rows = llm.get_input_embeddings().num_embeddings
         needed = padded_vocabulary(rows, max(config.special.ids()) + 1)
         if needed > rows:

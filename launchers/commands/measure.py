@@ -36,7 +36,7 @@ def analyze_layers(
 
     Example: [bold]dualtoken analyze-layers photos/ --backbone models/siglip[/]
     """
-    from launchers.convert import analyze_layers as analyze
+    from launchers.layers import analyze_layers as analyze
 
     for line in analyze(backbone, images, count, output):
         say(line)

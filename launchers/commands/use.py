@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from launchers.commands.convert import convert
 from launchers.commands.options import (
     MODEL,
     TOKENIZER,
@@ -19,7 +20,6 @@ from launchers.commands.options import (
     TopPOption,
     say,
 )
-from launchers.errors import UserError
 
 commands = typer.Typer()
 
@@ -31,12 +31,6 @@ class Template(StrEnum):
     VICUNA = "vicuna"
     PLAIN = "plain"
     NONE = "none"
-
-
-class Layout(StrEnum):
-    """Layouts of a visual tokenizer that are not our own."""
-
-    RELEASED = "released"
 
 
 @commands.command(rich_help_panel="Use")
@@ -162,48 +156,4 @@ def chat(
     )
 
 
-convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints from and to other layouts.")
 commands.add_typer(convert, name="convert", rich_help_panel="Use")
-
-
-@convert.command("tokenizer")
-def convert_tokenizer(
-    output: Annotated[Path, typer.Option("--out", "--output", help="New folder for the result.")],
-    source: Annotated[
-        Layout | None, typer.Option("--from", help="Layout of --config and --checkpoint.", show_default=False)
-    ] = None,
-    target: Annotated[
-        Layout | None, typer.Option("--to", help="Layout to write --model in.", show_default=False)
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="With --from: its config.json.", show_default=False)
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="With --from: its epoch_N.pt.", show_default=False)
-    ] = None,
-    backbone_config: Annotated[
-        Path | None,
-        typer.Option(help="With --from: the SigLIP's config, if it lies elsewhere.", show_default=False),
-    ] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="With --to: an exported visual tokenizer.", show_default=False)
-    ] = None,
-) -> None:
-    """Convert a visual tokenizer from the layout of the released DualToken checkpoints, or back to it.
-
-    Example: [bold]dualtoken convert tokenizer --from released --config config.json --checkpoint epoch_20.pt
-    --out tokenizer[/]
-    """
-    from launchers.convert import tokenizer_from_released, tokenizer_to_released
-
-    if source and config and checkpoint and not target and not model:
-        lines = tokenizer_from_released(config, checkpoint, backbone_config, output)
-    elif target and model and not source and not config and not checkpoint:
-        lines = tokenizer_to_released(model, output)
-    else:
-        raise UserError(
-            "expected either --from released --config FILE --checkpoint FILE or --to released "
-            "--model FOLDER, and --out FOLDER"
-        )
-    for line in lines:
-        say(line)

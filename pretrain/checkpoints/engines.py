@@ -135,7 +135,8 @@ def _require_same_parts(folder: Path, engine: DeepSpeedEngine, runtime: Runtime)
                 if about.get(what) != before[name].get(what):
                     raise ConfigError(
                         f"{folder}: {name} has {what} {before[name].get(what)} there and {about.get(what)} "
-                        "in this run; go on with the settings of the run that wrote it, or take another run_dir"
+                        "in this run; go on with the settings of the run that wrote it, or take another "
+                        "run_dir"
                     )
 
 
@@ -170,7 +171,7 @@ def _load_engine(
 
 
 def _rank_states(path: Path, old_ranks: int, runtime: Runtime) -> RankStates:
-    """This rank's own state; where the number of ranks differs, all of them, read once by the main process."""
+    """This rank's own state; where the number of ranks differs, all, read once by the main process."""
 
     def read(rank: int) -> Any:
         return json.loads((path / file_of_rank(rank)).read_text(encoding="utf-8"))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,8 @@ def find_checkpoint(
     """The checkpoint that `config.resume` means; None for a fresh start. Every rank has to call.
 
     With `auto` it is the newest one whose files have the hashes they were written with; others are passed
-    over, and `say` gets a line for each.
+    over, and `say` gets a line for each. Damaged ones are set aside under another name, so that they are not
+    among those that are kept; of these the last stays for whoever wants to look.
 
     Raises:
         ConfigError: `resume=never` on a folder that has checkpoints, or a path that is not a complete one.
@@ -66,17 +69,28 @@ def find_checkpoint(
         say(note)
     if problem:
         raise ConfigError(problem)
+    damaged: list[Path] = []
     for path in candidates:
         damage = _damage(path, runtime)
         if not damage:
+            if damaged and runtime.is_main:
+                _set_aside(damaged)
             return path
         say(f"{path} is damaged and passed over: {damage}")
+        damaged.append(path)
     if candidates:
         raise CheckpointError(
             f"no checkpoint to resume from: {', '.join(path.name for path in candidates)} in "
             f"{candidates[0].parent} are damaged; restore one, or take another run_dir to start anew"
         )
     return None
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    for path in damaged:
+        for earlier in path.parent.glob(".damaged_*"):
+            shutil.rmtree(earlier)
+        os.replace(path, path.with_name(f".damaged_{path.name}"))
 
 
 def _candidates(config: JobConfig, folder: Path) -> tuple[list[Path], list[str], str]:

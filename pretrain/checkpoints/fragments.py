@@ -1,7 +1,7 @@
 """Files of pieces of tensors, and wholes or other pieces read out of many of them; without DeepSpeed.
 
 A file is safetensors: one-dimensional pieces by `KIND/NAME`, and in its metadata, under `starts`, where each
-begins in the flattened whole. Nothing in it can be executed, and a piece is read without the rest of its file.
+begins in the flattened whole. Nothing in it can be executed, and a piece is read without the rest of a file.
 """
 
 from __future__ import annotations

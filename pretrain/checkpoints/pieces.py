@@ -223,7 +223,9 @@ def _keeps_whole_momentum(engine: DeepSpeedEngine) -> bool:
     offloading exchange the parts instead.
     """
     zero = engine.optimizer
-    return engine.zero_optimization_stage() < 3 and hasattr(zero, "params_in_partition") and not zero.cpu_offload
+    return (
+        engine.zero_optimization_stage() < 3 and hasattr(zero, "params_in_partition") and not zero.cpu_offload
+    )
 
 
 def _whole_momentum(engine: DeepSpeedEngine) -> Iterator[Piece]:

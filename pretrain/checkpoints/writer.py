@@ -1,8 +1,7 @@
-"""Writing a checkpoint: a copy to host memory, files in the background, one name for all of them at the end."""
+"""Writing a checkpoint: a copy to host memory, files in the background, one name for all at the end."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -132,7 +131,9 @@ class CheckpointWriter:
         final, old, problem = self.folder / f"step_{writing.step:08d}", [], ""
         if self.runtime.is_main:
             try:
-                self._name(writing, final, {name: content for part in parts for name, content in part.items()})
+                self._name(
+                    writing, final, {name: content for part in parts for name, content in part.items()}
+                )
                 old = complete_checkpoints(self.folder)[self.keep :]
             except OSError as error:
                 problem = str(error)
@@ -181,8 +182,8 @@ class CheckpointWriter:
         first = self.runtime.from_main(found[0] if found else "")
         if first:
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder} ({first}); earlier ones "
-                "are untouched. Make room, and start the same command again: it goes on from the newest"
+                f"the checkpoint of step {step} could not be written to {self.folder} ({first}); earlier "
+                "ones are untouched. Make room, and start the same command again: it goes on from the newest"
             )
 
 

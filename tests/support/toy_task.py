@@ -47,13 +47,13 @@ class ToyLoader:
 
     def __init__(self, micro_batch_size: int, rank: int, world_size: int) -> None:
         self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
-        self.micro_batch = 0
+        self.dealt = 0  # samples, to all ranks
 
     def __iter__(self):
         torch.rand(1)  # torch's DataLoader draws a seed for its workers when it starts
         while True:
-            first = (self.micro_batch * self.world_size + self.rank) * self.micro_batch_size
-            self.micro_batch += 1
+            first = self.dealt + self.rank * self.micro_batch_size
+            self.dealt += self.world_size * self.micro_batch_size
             yield ToyBatch([f"sample{first + i}" for i in range(self.micro_batch_size)])
 
     @staticmethod
@@ -61,10 +61,11 @@ class ToyLoader:
         return torch.randn(8, generator=torch.Generator().manual_seed(number))
 
     def save_state(self):
-        return {"micro_batches": self.micro_batch * self.world_size}
+        return {"dealt": self.dealt}
 
     def restore_states(self, states):
-        self.micro_batch = states[0]["micro_batches"] // self.world_size
+        """Whatever the number of ranks that saved: they stopped after the same step."""
+        (self.dealt,) = {state["dealt"] for state in states}
 
 
 class ToyModel(nn.Module):

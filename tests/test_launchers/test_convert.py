@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import SiglipModel
 
+from dualtoken.plain_tensors import read_tensors
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
-from dualtoken.visual_tokenizer.released import load_released, read_checkpoint
+from dualtoken.visual_tokenizer.released import load_released
 from tests.support.command import call
 from tests.support.released_reference import config, random_state
 from tests.support.tiny_run import picture
@@ -42,9 +43,38 @@ def test_there_and_back_bit_for_bit(dualtoken, tmp_path):
         "convert", "tokenizer", "--to", "released", "--model", tmp_path / "ours", "--out", tmp_path / "back"
     )
     assert code == 0
-    back = read_checkpoint(tmp_path / "back" / "epoch_0.pt")["state_dict"]
+    back = read_tensors(tmp_path / "back" / "epoch_0.pt")["state_dict"]
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_the_report_names_every_weight(dualtoken, tmp_path):
+    state = random_state(config()) | {"siglip_model.vision_model.embeddings.position_ids": torch.arange(25)}
+    files = write(tmp_path / "released", config(), state)
+    _, lines, _ = dualtoken(*from_released(*files, tmp_path / "ours"))
+    said = json.loads((tmp_path / "ours" / "conversion.json").read_text(encoding="utf-8"))
+    assert said["renamed"].keys() | set(said["dropped"]) == state.keys()
+    ours = DualTokenVisualTokenizer.from_pretrained(tmp_path / "ours").state_dict()
+    assert set(said["renamed"].values()) | set(said["new"]) == ours.keys()
+    assert "NEW: 2 weights (quantizer_pixel 1, quantizer_semantic 1)" in lines
+    assert "dropped: 1 weights (siglip_model 1)" in lines
+    assert "attention behind the quantizers: causal" in lines
+    dualtoken(
+        "convert", "tokenizer", "--to", "released", "--model", tmp_path / "ours", "--out", tmp_path / "b"
+    )
+    back = json.loads((tmp_path / "b" / "conversion.json").read_text(encoding="utf-8"))
+    assert back["renamed"].keys() | set(back["dropped"]) == ours.keys()
+    written = {name for names in back["renamed"].values() for name in names.split(", ")}
+    assert written == read_tensors(tmp_path / "b" / "epoch_0.pt")["state_dict"].keys()
+
+
+def test_a_checkpoint_with_full_attention(dualtoken, tmp_path):
+    files = write(tmp_path / "released", config(), random_state(config()))
+    code, lines, _ = dualtoken(*from_released(*files, tmp_path / "ours"), "--full-attention")
+    assert code == 0 and "attention behind the quantizers: full (--full-attention)" in lines
+    where = ("--model", tmp_path / "ours", "--out", tmp_path / "back")
+    code, _, errors = dualtoken("convert", "tokenizer", "--to", "released", *where)
+    assert code == 2 and "no place for causal_post_quantization=False" in errors[0]
 
 
 def test_wrong_weights_are_listed_and_nothing_is_written(dualtoken, tmp_path):

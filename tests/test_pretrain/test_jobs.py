@@ -173,11 +173,11 @@ def test_two_ranks_train_the_unified_model_like_one(folder, mllm_run):
 
 
 def kill_and_go_on(run: Path, words: list[str], after_step: int) -> None:
-    """Kill both ranks once a step is logged, then start the same command again."""
+    """Kill both ranks once a step is logged and a checkpoint written, then start the same command again."""
     with Ranks("pretrain.train", words) as ranks:
         deadline = time.monotonic() + 300
-        metrics = run / "metrics.jsonl"
-        while not (metrics.exists() and f'"step": {after_step}' in metrics.read_text(encoding="utf-8")):
+        metrics, latest = run / "metrics.jsonl", run / "checkpoints" / "latest"
+        while not (latest.exists() and f'"step": {after_step}' in metrics.read_text(encoding="utf-8")):
             assert time.monotonic() < deadline, ranks.output_of(0)
             time.sleep(0.01)
         ranks.send(signal.SIGKILL)
@@ -215,8 +215,8 @@ def last_checkpoint(run: Path) -> dict[str, torch.Tensor | list[str]]:
                 collect(inner, f"{place}/{key}")
 
     folder = run / "checkpoints" / f"step_{STEPS:08d}"
-    for path in sorted(folder.rglob("*.pt")):
-        collect(torch.load(path, map_location="cpu", weights_only=False), str(path.relative_to(folder)))
+    for path in sorted(folder.rglob("*.safetensors")):
+        collect(load_file(path), str(path.relative_to(folder)))
     for path in sorted(folder.glob("rank_*.json")):
         collect(from_plain(json.loads(path.read_text(encoding="utf-8"))), path.name)
     return found

@@ -1,5 +1,8 @@
 """What a step of the tokenizer promises, and the settings that a phase's start takes or refuses."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -144,7 +147,8 @@ def test_a_skipped_step_moves_neither_weights_nor_codebooks(folder):  # noqa: F8
     for name in ("quantizer_pixel.codebook", "quantizer_semantic.codebook", "decoder.conv_out.weight"):
         assert not torch.equal(sound[name], broken[name]), name
     assert sound["quantizer_pixel.num_updates"] == 2
-    assert any(name.startswith("discriminator.") and not torch.equal(sound[name], broken[name]) for name in before)
+    of_discriminator = [name for name in before if name.startswith("discriminator.")]
+    assert any(not torch.equal(sound[name], broken[name]) for name in of_discriminator)
     for one, other in zip(found[0][1], found[1][1], strict=True):
         assert torch.equal(one, other)
 
@@ -236,3 +240,21 @@ def test_a_phase_without_image_losses_does_not_paint(steps):
         assert figures == {name: value for name, value in expected.items() if name != "loss/mse"}
     assert blind[1]["loss/semantic"] != blind[0]["loss/semantic"]  # it learns
     assert_same_state(weights, same_weights)
+
+
+# -- going on with another number of ranks -----------------------------------------------------------------
+
+
+def test_broken_pictures_of_all_ranks_are_known_to_each(tmp_path):
+    from data_pipeline.streams import ImageTextBatch
+    from pretrain.image_input import ImageInput, ImageInputConfig
+
+    runtime = SimpleNamespace(device=torch.device("cpu"), run_dir=tmp_path, step=0)
+    *old, alone = (ImageInput(ImageInputConfig(), 16, runtime) for _ in range(3))
+    for rank, read in enumerate(old):
+        read(ImageTextBatch([f"k{rank}"], [b"no picture"], [{}]))
+    alone.load_state_dicts([read.state_dict() for read in old])
+    for key in ("k0", "k1", "k2"):
+        alone(ImageTextBatch([key], [b"no picture"], [{}]))
+    lines = (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["key"] for line in lines] == ["k0", "k1", "k2"]

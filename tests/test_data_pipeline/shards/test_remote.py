@@ -217,7 +217,7 @@ def test_streams_from_an_address(
         assert all(same(next(local), next(remote)) for _ in range(12))
         state = remote.save_state()
         expected = [next(remote) for _ in range(5)]
-        remote.restore_state(state)
+        remote.restore_states([state])
         assert all(same(batch, next(remote)) for batch in expected)
         for stream in streams:
             stream.close()

@@ -16,7 +16,6 @@ from data_pipeline.streams import (
     DocumentStreamConfig,
     document_loader,
     prepare_dataset,
-    redistribute_states,
 )
 from dualtoken.unified_model.sequence import IGNORE_INDEX, PackedBatch, SpecialTokens, add_special_tokens
 from tests.support.distributed import run_code
@@ -196,7 +195,7 @@ import pickle, sys
 from tests.test_data_pipeline.streams.test_document_streams import loader, take
 settings, state = pickle.load(sys.stdin.buffer)
 stream = loader(settings, 1, 2)
-stream.restore_state(state)
+stream.restore_states([state])
 sys.stdout.buffer.write(pickle.dumps((take(stream, 9), stream.statistics)))
 """
 
@@ -213,7 +212,7 @@ def test_state_restored_in_a_new_process_in_mid_pack(pairs: Path, texts: Path) -
             batches, statistics = pickle.loads(run_code(RESUME, (settings, state)))
         else:
             restored = loader(settings, 1, 2)
-            restored.restore_state(state)
+            restored.restore_states([state])
             batches, statistics = take(restored, 9), restored.statistics
             restored.close()
         assert all(same(a, b) for a, b in zip(expected, batches, strict=True))
@@ -229,7 +228,7 @@ def test_resume_at_every_pack(pairs: Path) -> None:
         states.append(stream.save_state())
         batches.append(next(stream))
     for step in (0, 1, 2, 5, 11):
-        stream.restore_state(states[step])
+        stream.restore_states([states[step]])
         assert all(same(a, b) for a, b in zip(batches[step:], take(stream, 12 - step), strict=True))
 
 
@@ -240,68 +239,6 @@ def test_two_workers_read_what_two_ranks_read(pairs: Path, texts: Path) -> None:
     one_rank.close()
     ranks = [loader(config(*entries, num_workers=0, prompt_dropout=0.5), rank, 2) for rank in range(2)]
     assert all(same(batch, next(ranks[step % 2])) for step, batch in enumerate(expected))
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "taken"), [((2, 1), (1, 2), 4), ((1, 2), (2, 1), 5), ((2, 2), (4, 1), 4)]
-)
-def test_states_for_another_number_of_ranks(
-    pairs: Path, texts: Path, before: tuple[int, int], after: tuple[int, int], taken: int
-) -> None:
-    """What follows is what would have followed: the same packs, none twice, none lost."""
-    entries = [BlendEntry(str(pairs), "generate"), BlendEntry(str(texts), "text")]
-
-    def streams(ranks: int, num_workers: int) -> list:
-        settings = config(*entries, num_workers=num_workers, prompt_dropout=0.5)
-        return [loader(settings, rank, ranks) for rank in range(ranks)]
-
-    def in_turn(ranks: list, batches: int) -> list[PackedBatch]:
-        return [next(stream) for _ in range(batches) for stream in ranks]
-
-    old, new = streams(*before), streams(*after)
-    in_turn(old, taken)
-    states = redistribute_states([stream.save_state() for stream in old], *after)
-    readers = before[0] * before[1]
-    expected = in_turn(old, 4 * readers // before[0])
-    for stream, state in zip(new, states, strict=True):
-        stream.restore_state(state)
-    assert sum(stream.statistics.packs for stream in new) == taken * before[0]
-    found = in_turn(new, 4 * readers // after[0])
-    if before == (2, 1):  # in the same order
-        assert all(same(a, b) for a, b in zip(expected, found, strict=True))
-    assert len({tuple(batch.keys) for batch in expected}) > 1
-    unmatched = list(expected)
-    for batch in found:
-        at = next(index for index, other in enumerate(unmatched) if same(batch, other))
-        del unmatched[at]
-    assert not unmatched
-    for stream in (*old, *new):
-        stream.close()
-
-
-def test_states_that_cannot_be_redistributed(pairs: Path) -> None:
-    def states(ranks: int, num_workers: int) -> list[dict]:
-        settings = config(BlendEntry(str(pairs), "generate"), num_workers=num_workers)
-        return [loader(settings, rank, ranks).save_state() for rank in range(ranks)]
-
-    two = states(2, 1)
-    for given, split, message in (
-        (two, (3, 1), "cannot go from 2 ranks x 1 workers to 3 x 1: .* has to stay the same"),
-        (two[:1], (2, 1), r"states of ranks \[0\], expected those of all 2 in their order"),
-        ([two[0], states(1, 1)[0]], (2, 1), "expected those of all ranks of one run"),
-        (states(2, 0), (1, 2), r"reads by itself \(0 workers\)"),
-        ([], (1, 1), "got 0 states"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            redistribute_states(given, *split)
-    # Saved before anything was read: a start from the beginning.
-    (only,) = redistribute_states(two, 1, 1 * 2)
-    settings = config(BlendEntry(str(pairs), "generate"), num_workers=2)
-    restored, fresh = loader(settings), loader(settings)
-    restored.restore_state(only)
-    assert same(next(restored), next(fresh))
-    restored.close()
-    fresh.close()
 
 
 def test_long_documents_are_split_or_counted_never_cut(

@@ -16,7 +16,7 @@ from data_pipeline.streams import (
     image_loader,
     prepare_dataset,
 )
-from data_pipeline.streams.loader import worker_config
+from data_pipeline.streams.reader import worker_config
 from tests.support.distributed import run_code
 
 
@@ -87,7 +87,7 @@ import pickle, sys
 from data_pipeline.streams import ImageStreamConfig, image_loader
 config, state = pickle.load(sys.stdin.buffer)
 loader = image_loader(config, 3, 1, 2)
-loader.restore_state(state)
+loader.restore_states([state])
 sys.stdout.write(repr([next(loader).keys for _ in range(12)]))
 """
 
@@ -99,7 +99,7 @@ def test_restored_state_gives_the_same_batches(images: Path, num_workers: int) -
     keys(loader, 7)
     state = loader.save_state()
     expected = keys(loader, 12)
-    loader.restore_state(state)
+    loader.restore_states([state])
     assert keys(loader, 12) == expected
     loader.close()
     if num_workers:
@@ -136,8 +136,8 @@ def test_many_ranks_divide_many_shards(world_size: int) -> None:
 
 def test_state_of_another_setting_is_refused(images: Path) -> None:
     state = image_loader(config(images), 3).save_state()
-    with pytest.raises(ValueError, match="micro_batch_size=3.*micro_batch_size=4"):
-        image_loader(config(images), 4).restore_state(state)
+    with pytest.raises(ValueError, match="with seed=0, this loader has seed=4; resume with the same data"):
+        image_loader(config(images), 3, seed=4).restore_states([state])
     with pytest.raises(ValueError, match="no state"):
         image_loader(config(images), 3, split="val").save_state()
 

@@ -5,17 +5,16 @@ import json
 import pytest
 import torch
 
+from dualtoken.plain_tensors import read_tensors
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer.released import (
     WeightsError,
-    config_from_released,
-    config_to_released,
     load_released,
     load_strict,
-    read_checkpoint,
     save_released,
 )
+from dualtoken.visual_tokenizer.released_config import config_from_released, config_to_released
 from tests.support.released_reference import BACKBONE, Released, config, random_state
 
 
@@ -68,9 +67,47 @@ def test_null_means_absent(tmp_path, shortcut):
     model = load_released(*write(tmp_path, written, state))
     assert model.config.shortcut_weight == 0.6  # the released default
     check_parity(model, released, state)
-    written["rqvaesiglip"]["vq_sem"]["decay"] = None
-    with pytest.raises(ValueError, match="config.json lacks vq_sem.decay; expected"):
+    written["rqvaesiglip"]["vq_sem"]["n_embed"] = None
+    with pytest.raises(ValueError, match="config.json lacks vq_sem.n_embed; expected"):
         config_from_released(write(tmp_path, written, state)[0])
+
+
+def test_what_may_be_left_out_is_as_released(tmp_path):
+    """Keys of a branch that are left out or null, one decay for both, branches as they were called before."""
+    released = config()
+    state = random_state(released)
+    section = released["rqvaesiglip"]
+    for name, before in (("vq_sem", "vq_semantic"), ("vq_pix", "vq_pixel")):
+        branch = section.pop(name)
+        kept = {key: branch[key] for key in ("n_embed", "embed_dim", "code_shape")}
+        section[before] = {**kept, "bottleneck_type": None, "shared_codebook": None}
+    path, checkpoint = write(tmp_path, released, {older_spelling(name): t for name, t in state.items()})
+    model = load_released(path, checkpoint)
+    check_parity(model, config(), state)
+    assert model.config.codebook_decay == 0.99 and model.config.restart_unused_codes
+    section["decay"] = 0.9
+    assert config_from_released(write(tmp_path, released, {})[0]).codebook_decay == 0.9
+    section["vq_sem"] = section["vq_semantic"]
+    with pytest.raises(ValueError, match="has both vq_sem and vq_semantic; expected one of the two"):
+        config_from_released(write(tmp_path, released, {})[0])
+    lone = {"rqvaesiglip": {"n_embed": 24, "code_shape": [5, 5, 3], "bottleneck_type": "rq"}}
+    with pytest.raises(ValueError, match="is of a revision of the released code with other modules"):
+        config_from_released(write(tmp_path, lone, {})[0])
+
+
+def test_attention_behind_the_quantizers_can_be_full(tmp_path):
+    released, state = config(), random_state(config())
+    files = write(tmp_path, released, state)
+    model = load_released(*files, full_attention=True)
+    assert not model.config.causal_post_quantization
+    codes = torch.randint(24, (1, 25, 2, 3), generator=torch.Generator().manual_seed(1))
+    changed = codes.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 24
+    for tokenizer, causal in ((load_released(*files), True), (model, False)):
+        first, last = (tokenizer.postquant_pixel(tokenizer.lookup(c)[0])[:, 0] for c in (codes, changed))
+        assert torch.equal(first, last) == causal
+    with pytest.raises(ValueError, match="no place for causal_post_quantization=False"):
+        config_to_released(model.config)
 
 
 def older_spelling(name):
@@ -111,7 +148,7 @@ def test_there_and_back_again_is_bit_exact(tmp_path):
     state = random_state(released)
     model = load_released(*write(tmp_path / "a", released, state))
     save_released(model, tmp_path / "b")
-    back = read_checkpoint(tmp_path / "b" / "epoch_0.pt")["state_dict"]
+    back = read_tensors(tmp_path / "b" / "epoch_0.pt")["state_dict"]
     assert back.keys() == state.keys()
     for name, tensor in state.items():
         assert torch.equal(back[name], tensor), name
@@ -182,20 +219,23 @@ class Intruder:
 def test_pickled_code_is_refused_and_not_run(tmp_path):
     torch.save({"state_dict": {"x": Intruder(tmp_path / "intruded")}}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="evil.pt is refused: it is not a plain file of tensors"):
-        read_checkpoint(tmp_path / "evil.pt")
+        read_tensors(tmp_path / "evil.pt")
     assert not (tmp_path / "intruded").exists()
 
 
 def test_damaged_missing_and_foreign_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*none.pt"):
-        read_checkpoint(tmp_path / "none.pt")
+        read_tensors(tmp_path / "none.pt")
     _, checkpoint = write(tmp_path, config(), random_state(config()))
     half = tmp_path / "half.pt"
     half.write_bytes(checkpoint.read_bytes()[:5000])
     with pytest.raises(ValueError, match="half.pt"):
-        read_checkpoint(half)
+        read_tensors(half)
     torch.save({"weights": {}}, tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match="no 'state_dict'; found weights"):
+        load_released(tmp_path / "config.json", tmp_path / "foreign.pt")
+    torch.save({"state_dict": {"x": 1}}, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match="x in its 'state_dict' are no tensors"):
         load_released(tmp_path / "config.json", tmp_path / "foreign.pt")
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="list.pt holds a list; expected a dict with 'state_dict'"):
@@ -252,10 +292,10 @@ def test_every_missing_key_of_a_config_is_named(tmp_path):
         section["layer_recon"],
         section["vq_pix"],
         section["ddconfig"]["resolution"],
-        section["vq_sem"]["decay"],
+        section["vq_sem"]["n_embed"],
     )
     path, _ = write(tmp_path, released, {})
-    with pytest.raises(ValueError, match="lacks layer_recon, ddconfig.resolution, vq_sem.decay, vq_pix; exp"):
+    with pytest.raises(ValueError, match="lacks layer_recon, ddconfig.resolution, vq_sem.n_embed, vq_pix"):
         config_from_released(path)
     for text, message in (("[1]", "config.json holds a list; expected a"), ("{", "is not valid JSON: ")):
         path.write_text(text, encoding="utf-8")

@@ -4,9 +4,14 @@ import errno
 import json
 import os
 import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,20 +20,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.energon.flavors.webdataset.sample_loader import SliceState
 from megatron.energon.state import FlexState
+from safetensors import SafetensorError
 
 from data_pipeline.streams.plain_state import from_plain, to_plain
-from pretrain.checkpointing import (
+from pretrain.checkpoints.engines import engine_files, load_checkpoint
+from pretrain.checkpoints.finding import (
     CheckpointError,
-    _writer,
     complete_checkpoints,
     find_checkpoint,
-    load_checkpoint,
-    random_state,
     read_state,
-    restore_random_state,
-    save_checkpoint,
+    writer_of,
 )
+from pretrain.checkpoints.fragments import FragmentReader, Fragments, read_index
+from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import ConfigError, JobConfig
+from pretrain.random_state import random_state, restore_random_state
 from pretrain.runtime import Runtime
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
@@ -49,8 +55,15 @@ def runtime_at(step: int, world_size: int = 1) -> Runtime:
     return Runtime(0, 0, world_size, device, torch.float32, 0, 1, Path("unused"), step=step)
 
 
-def save(folder: Path, step: int, keep: int = 2, **state) -> Path:
-    return save_checkpoint(folder, runtime_at(step), {}, state, "toy", keep)
+def save(folder: Path, step: int, keep: int = 2, assets=None, **state) -> Path:
+    runtime = runtime_at(step)
+    files, engines = engine_files({}, state, runtime)
+    CheckpointWriter(folder, runtime, "toy", keep).save(files, {"engines": engines}, assets)
+    return folder / f"step_{step:08d}"
+
+
+def load(path: Path) -> dict:
+    return load_checkpoint(path, runtime_at(0), {}, "toy").own(0)
 
 
 def config(resume: str = "auto") -> JobConfig:
@@ -70,7 +83,7 @@ def test_newest_is_found_and_old_ones_go(tmp_path):
         assert (tmp_path / "latest").read_text(encoding="utf-8") == saved.name
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000020", "step_00000030"]
     runtime = runtime_at(0)
-    assert load_checkpoint(saved, runtime, {}, "toy") == {"loader": 30}
+    assert load_checkpoint(saved, runtime, {}, "toy").states == [{"loader": 30}]
     assert runtime.step == 30
     assert read_state(saved)["world_size"] == 1
 
@@ -80,7 +93,7 @@ def test_newest_is_the_one_written_last(tmp_path):
     again = save(tmp_path, 10)  # a run that went back to step 5, say
     assert complete_checkpoints(tmp_path)[0] == again
     assert save(tmp_path, 10, loader="second") == again
-    assert load_checkpoint(again, runtime_at(0), {}, "toy") == {"loader": "second"}
+    assert load(again) == {"loader": "second"}
 
 
 @pytest.mark.parametrize("failing_call", [1, 2])
@@ -95,7 +108,7 @@ def test_interrupted_writing_leaves_the_previous_one(tmp_path, monkeypatch, fail
         return os.rename(*paths)
 
     with monkeypatch.context() as patched:
-        patched.setattr("pretrain.checkpointing.os.replace", replace)
+        patched.setattr("pretrain.checkpoints.writer.os.replace", replace)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2)
     # Stopped before the rename there is no second one; after it the second is complete.
@@ -127,6 +140,9 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, damage, reason):
     said: list[str] = []
     assert find(tmp_path, said=said) == good
     assert len(said) == 1 and str(bad) in said[0] and reason in said[0] and "passed over" in said[0]
+    if damage != "state":
+        assert find(tmp_path) == good and not bad.exists()
+        (tmp_path / ".damaged_step_00000002").rename(bad)
     expected = "folder of a complete checkpoint" if damage == "state" else "are damaged; restore one"
     with pytest.raises((ConfigError, CheckpointError), match=expected):
         find(tmp_path, str(bad))
@@ -142,17 +158,13 @@ def test_a_full_disk_leaves_the_previous_one(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patched:
-        patched.setattr("pretrain.checkpointing._write_text", full)
-        with pytest.raises(CheckpointError, match="step 2 could not be written .*No space left.*Make room"):
-            save(tmp_path, 2)
-
-    class Broken:
-        def save_checkpoint(self, *_, **__):
-            raise RuntimeError("short write")
-
-    with pytest.raises(CheckpointError, match="step 2 could not be written .*short write"):
-        save_checkpoint(tmp_path, runtime_at(2), {"model": Broken()}, {}, "toy", 2)
+    for place in ("sync", "write_text", "shutil.rmtree"):  # in the background, at the end, before the start
+        with monkeypatch.context() as patched:
+            patched.setattr(f"pretrain.checkpoints.writer.{place}", full)
+            (tmp_path / ".writing_step_00000009").mkdir(exist_ok=True)
+            with pytest.raises(CheckpointError, match="step 2 could not be .*No space left.*Make room"):
+                save(tmp_path, 2)
+    (tmp_path / ".writing_step_00000009").rmdir()
     said: list[str] = []
     assert find(tmp_path, said=said) == previous
     assert said == [f"{tmp_path / '.writing_step_00000002'} is incomplete and passed over"]
@@ -173,7 +185,7 @@ def test_rank_state_is_plain_text_and_comes_back(tmp_path):
     }
     saved = save(tmp_path, 1, **state)
     json.loads((saved / "rank_00000.json").read_text(encoding="utf-8"))
-    back = load_checkpoint(saved, runtime_at(0), {}, "toy")
+    back = load(saved)
     assert back["loader"] == state["loader"] and type(back["loader"]["nested"][0]) is FlexState
     assert torch.equal(back["tensor"], state["tensor"]) and back["small"] == 5e-324
     assert back["random"]["python"] == state["random"]["python"]
@@ -191,19 +203,19 @@ def test_plain_state_is_exact(value):
 def test_files_of_ranks_are_told_by_their_names():
     names = {
         "rank_00003.json": 3,
-        "model/zero_pp_rank_7_mp_rank_00_model_states.pt": 7,
-        "model/bf16_zero_pp_rank_12_mp_rank_00_optim_states.pt": 12,
-        "model/mp_rank_00_model_states.pt": 0,
-        "zero_to_fp32.py": 0,
+        "rank_00004.safetensors": 4,
+        "model/rank_00012.safetensors": 12,
+        "model/shared.safetensors": 0,
+        "assets/config.json": 0,
     }
-    assert {name: _writer(name) for name in names} == names
+    assert {name: writer_of(name) for name in names} == names
 
 
 def test_format_of_another_version(tmp_path):
     saved = save(tmp_path, 1)
     state = read_state(saved)
     (saved / "state.json").write_text(json.dumps({**state, "format_version": 1}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="has format version 1, this program reads 2"):
+    with pytest.raises(ConfigError, match="has format version 1, this program reads 3"):
         load_checkpoint(saved, runtime_at(0), {}, "toy")
 
 
@@ -220,14 +232,8 @@ def test_checkpoint_of_another_run(tmp_path):
     saved = save(tmp_path, 1)
     with pytest.raises(ConfigError, match="was written by job toy .*; expected job mllm"):
         load_checkpoint(saved, runtime_at(0), {}, "mllm")
-    engine = SimpleNamespace(zero_optimization_stage=lambda: 2, bfloat16_enabled=lambda: False)
-    with pytest.raises(ConfigError, match=r"engines none; expected job toy with generator \(ZeRO-2, fp32\)"):
-        load_checkpoint(saved, runtime_at(0), {"generator": engine}, "toy")
-    state = read_state(saved)
-    (saved / "state.json").write_text(json.dumps({**state, "world_size": 2}), encoding="utf-8")
-    message = r"written by 2 rank\(s\) and this run has 1: .*ds_to_universal"
-    with pytest.raises(ConfigError, match=message):
-        load_checkpoint(saved, runtime_at(0), {}, "toy")
+    with pytest.raises(ConfigError, match="engines none; expected job toy with generator"):
+        load_checkpoint(saved, runtime_at(0), {"generator": None}, "toy")
     with pytest.raises(ConfigError, match="is not a checkpoint"):
         load_checkpoint(tmp_path, runtime_at(0), {}, "toy")
 
@@ -246,3 +252,85 @@ def test_random_state_comes_back():
 def test_writing_time_orders_checkpoints(tmp_path):
     before = time.time()
     assert before <= read_state(save(tmp_path, 1))["written"] <= time.time()
+
+
+def test_training_goes_on_while_files_are_written(tmp_path, monkeypatch):
+    previous = save(tmp_path, 1)
+    goes_on = threading.Event()
+    monkeypatch.setattr(Fragments, "write", lambda self, path: goes_on.wait(60) and path.write_bytes(b"done"))
+    writer = CheckpointWriter(tmp_path, runtime_at(2), "toy", 2)
+    assert not writer.pending and writer.finish() is None
+    files = {"rank_00000.json": "{}", "model/rank_00000.safetensors": Fragments({}, {})}
+    writer.save(files, {"engines": {}}, background=True)
+    assert writer.pending and writer.busy
+    assert complete_checkpoints(tmp_path) == [previous]
+    goes_on.set()
+    final = writer.finish()
+    assert not writer.pending and complete_checkpoints(tmp_path) == [final, previous]
+    assert (tmp_path / "latest").read_text(encoding="utf-8") == final.name == "step_00000002"
+    assert read_state(final)["files"].keys() == files.keys()
+
+
+def test_failure_in_the_background_is_told(tmp_path, monkeypatch):
+    previous = save(tmp_path, 1)
+
+    def short_write(*_):
+        raise SafetensorError("I/O error: No space left on device")
+
+    writer = CheckpointWriter(tmp_path, runtime_at(2), "toy", 2)
+    monkeypatch.setattr(Fragments, "write", short_write)
+    writer.save({"model/rank_00000.safetensors": Fragments({}, {})}, {"engines": {}}, background=True)
+    with pytest.raises(CheckpointError, match=r"step 2 could not be .*\(rank 0: I/O error: No space left"):
+        writer.finish()
+    assert complete_checkpoints(tmp_path) == [previous] and not writer.pending
+
+
+def test_really_full_disk(tmp_path):
+    """A file system of 1 MiB, in a mount namespace of its own."""
+    code = (
+        "import sys; from pathlib import Path; from tests.test_pretrain.test_checkpoints import save, find\n"
+        "folder = Path(sys.argv[1]); first = save(folder, 1)\n"
+        "try: save(folder, 2, big=bytes(2_000_000))\n"
+        "except OSError as error: print(type(error).__name__, error)\n"
+        "assert find(folder) == first and save(folder, 3) == folder / 'step_00000003'"
+    )
+    mounted = 'mount -t tmpfs -o size=1m none "$1" && exec "$2" -c "$3" "$1"'
+    words = ["sh", "-c", mounted, "sh", str(tmp_path), sys.executable, code]
+    unshare = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody make a mount namespace (unshare --mount)")
+    done = subprocess.run([*unshare, *words], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert re.match(
+        r"CheckpointError .*step 2 could not be written .*No space left on device.*Make room", done.stdout
+    )
+
+
+def test_assets_are_part_of_a_checkpoint(tmp_path):
+    saved = save(tmp_path, 1, assets=lambda folder: (folder / "config.json").write_text("{}") and None)
+    assert "assets/config.json" in read_state(saved)["files"]
+    (saved / "assets" / "config.json").write_text("{ }", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="are damaged"):
+        find(tmp_path)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
+def test_any_stretch_of_a_tensor_is_read_from_its_pieces(sizes, data):
+    whole = torch.randn(sum(sizes))
+    with tempfile.TemporaryDirectory() as place:
+        folder, start = Path(place), 0
+        for number, size in enumerate(sizes):
+            doubled = min(len(whole), start + size + data.draw(st.integers(0, 2)))  # some is there twice
+            Fragments({"weight/a": whole[start:doubled].clone()}, {"weight/a": start}).write(
+                folder / f"{number}"
+            )
+            start += size
+        reader = FragmentReader(folder, read_index(folder, [str(n) for n in range(len(sizes))]))
+        first, last = sorted(data.draw(st.tuples(*[st.integers(0, len(whole))] * 2)))
+        assert torch.equal(reader.read("weight/a", first, last), whole[first:last])
+        with pytest.raises(
+            ValueError, match=f"lacks a part of weight/a: expected 0 to {len(whole) + 1}, got"
+        ):
+            reader.read("weight/a", 0, len(whole) + 1)
+        with pytest.raises(ValueError, match="lacks a part of weight/b: expected 0 to 1, got nothing of it"):
+            reader.read("weight/b", 0, 1)
