@@ -87,7 +87,7 @@ def main() -> None:
     results = run_function(*what, world_size=options.ranks, process_group=False)
     worst = {name: max(result[name] for result in results) for name in results[0]}
     sys.stdout.write(
-        f"{options.ranks} ranks, {options.megabytes} MB of masters and moments; a step {worst['step']:.2f} s\n"
+        f"{options.ranks} ranks, {options.megabytes} MB of states; a step {worst['step']:.2f} s\n"
         f"training waits: at once {worst['at once']:.2f} s; in the background "
         f"{worst['in the background']:.2f} s, of which {worst['copy']:.2f} s for the copy to host memory "
         f"(the rest: {worst['steps in the background']:.0f} steps beside the writing); "

@@ -237,12 +237,15 @@ def load_recipe(path: Path, _seen: tuple[Path, ...] = ()) -> DictConfig:
     return OmegaConf.merge(load_recipe(base, (*_seen, path)), loaded)
 
 
-def load_job_config(argv: Sequence[str], world_size: int | None = None) -> JobConfig:
+def load_job_config(
+    argv: Sequence[str], world_size: int | None = None, in_place_of_missing: str | None = None
+) -> JobConfig:
     """Build and check the settings of a job from `recipe=NAME key=value ...`.
 
     Args:
         argv: Words of the command line; launchers' `--local_rank` is ignored.
         world_size: Ranks the batch is split over; default from WORLD_SIZE, else 1.
+        in_place_of_missing: What keys without a value are given, to plan a run; None makes them an error.
 
     Raises:
         ConfigError: anything a user can mend, in one line that names the key.
@@ -251,6 +254,9 @@ def load_job_config(argv: Sequence[str], world_size: int | None = None) -> JobCo
     if "job" not in merged:
         raise ConfigError(f"no job given: start with recipe=NAME, one of {', '.join(available_recipes())}")
     config_class, _ = job_classes(str(merged.job))
+    if in_place_of_missing is not None:
+        for key in missing_keys(merged):
+            OmegaConf.update(merged, key, in_place_of_missing)
     config = _build(config_class, merged)
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
     config.micro_batch_size = config.micro_batch_size or max(1, config.global_batch_size // ranks)

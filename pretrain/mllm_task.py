@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from data_pipeline.shards.code_shards import CodeGeometry, require_same_codes
 from data_pipeline.streams import DocumentLoader, DocumentStreamConfig, document_loader
 from dualtoken.processing import DualTokenProcessor
-from dualtoken.unified_model.config import DualTokenConfig
+from dualtoken.unified_model.config import DualTokenConfig, head_settings
 from dualtoken.unified_model.model import DualTokenForCausalLM, DualTokenOutput
 from dualtoken.unified_model.sequence import PackedBatch, SpecialTokens, add_special_tokens
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
@@ -44,7 +44,7 @@ class MllmModelConfig:
     text_tokenizer: str = MISSING  # folder of a Hugging Face tokenizer; the image tokens are added to it
     llm: str | None = None  # folder or hub name of a base language model; else `llm_config`
     llm_config: dict[str, Any] = field(default_factory=dict)  # with `model_type`
-    heads: dict[str, Any] = field(default_factory=dict)  # fields of DualTokenConfig
+    heads: dict[str, Any] = field(default_factory=dict)  # fields of DualTokenConfig, or a `preset` of them
     # An exported unified model to go on from (the previous phase), with its language model and its heads.
     init_from: str | None = None
 
@@ -132,7 +132,7 @@ class MllmTask:
                 model = DualTokenForCausalLM.from_pretrained(parts.init_from, dtype=torch.float32)
             expected = model.config.tokenizer_fingerprint
             require_same_codes(parts.visual_tokenizer, fingerprint, expected, parts.init_from)
-            for name, value in parts.heads.items():
+            for name, value in head_settings(parts.heads).items():
                 if (found := getattr(model.config, name, None)) != value:
                     raise ConfigError(
                         f"model.heads.{name}={value}, but {parts.init_from} has {name}={found}: "

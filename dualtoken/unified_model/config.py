@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 
 
+HEAD_PRESETS: dict[str, dict[str, Any]] = {
+    # Of the settings whose heads have the 258 M parameters of arXiv 2503.14324, which gives no width, those
+    # with the rounder one: 258,011,136 with 8 depths of 16384 codes of 32 dimensions (docs/planner.md).
+    "paper_258m": {
+        "head_hidden_size": 1536,
+        "head_num_layers": 3,
+        "head_num_attention_heads": 12,
+        "head_intermediate_size": 3072,
+    },
+}
+"""Sizes of the visual heads by name, for `preset` among a recipe's `model.heads`."""
+
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Fields by which transformers' decoders cap or scale their logits."""
 
@@ -141,6 +153,33 @@ class DualTokenConfig(PretrainedConfig):
         Raises:
             ValueError: an override is no field of this class, or has a value that does not fit.
         """
+        fields = {
+            "special_tokens": vars(SpecialTokens.from_tokenizer(text_tokenizer)),
+            "tokenizer_fingerprint": visual_tokenizer.fingerprint(),
+        }
+        config = cls.for_visual_tokenizer(text_config, visual_tokenizer, **{**fields, **overrides})
+        decoder: Any = config.text_config
+        decoder.vocab_size = padded_vocabulary(decoder.vocab_size, len(text_tokenizer))
+        return config
+
+    @classmethod
+    def for_visual_tokenizer(
+        cls,
+        text_config: dict[str, Any] | PretrainedConfig,
+        visual_tokenizer: DualTokenVisualTokenizer,
+        **overrides: Any,
+    ) -> DualTokenConfig:
+        """Build the config of a model around a visual tokenizer, which may lie on the meta device.
+
+        Args:
+            text_config: of the decoder.
+            visual_tokenizer: only shapes are read.
+            overrides: fields of this class, and `preset`, one of `HEAD_PRESETS`.
+
+        Raises:
+            ValueError: an override is no field of this class, or has a value that does not fit.
+        """
+        overrides = head_settings(overrides)
         for name in overrides:
             if name not in cls.__annotations__:
                 near = difflib.get_close_matches(name, cls.__annotations__, n=1, cutoff=0.0)
@@ -159,13 +198,22 @@ class DualTokenConfig(PretrainedConfig):
             "positions_per_image": visual.positions,
             "image_size": visual.image_size,
             "post_quantization_dim": visual.vision.hidden_size if reads_features else None,
-            "special_tokens": vars(SpecialTokens.from_tokenizer(text_tokenizer)),
-            "tokenizer_fingerprint": visual_tokenizer.fingerprint(),
         }
-        config = cls(**{**fields, **overrides})
-        decoder: Any = config.text_config
-        decoder.vocab_size = padded_vocabulary(decoder.vocab_size, len(text_tokenizer))
-        return config
+        return cls(**{**fields, **overrides})
+
+
+def head_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Replace `preset` among fields of `DualTokenConfig` by what `HEAD_PRESETS` has under that name.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if "preset" not in settings:
+        return settings
+    name = settings["preset"]
+    if name not in HEAD_PRESETS:
+        raise ValueError(f"heads have the preset {name!r}; expected one of {', '.join(HEAD_PRESETS)}")
+    return {**HEAD_PRESETS[name], **{key: value for key, value in settings.items() if key != "preset"}}
 
 
 def require_plain_logits(text_config: Any) -> None:

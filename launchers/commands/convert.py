@@ -166,3 +166,28 @@ def convert_llava(
         raise UserError("expected either --visual-tokenizer FOLDER to export or --projector FILE to import")
     for line in lines:
         say(line)
+
+
+@convert.command("checkpoint")
+def convert_checkpoint(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a step, or of a run: its newest complete checkpoint is taken.")
+    ],
+    output: NewFolderOption,
+    frozen_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Model folder to take frozen weights from, which a bf16 run holds rounded.",
+            show_default=False,
+        ),
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Compare the hashes of all files first.")] = True,
+) -> None:
+    """Write the model of a training checkpoint as the run itself would export it, without starting it.
+
+    Example: [bold]dualtoken convert checkpoint runs/mine --out model[/]
+    """
+    from launchers.conversions.checkpoint import export_checkpoint
+
+    for line in export_checkpoint(checkpoint, output, frozen_from, verify):
+        say(line)

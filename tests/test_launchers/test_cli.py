@@ -16,8 +16,8 @@ from tests.support.command import call
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    "quickstart", "sample-data", "train", "pretokenize", "overfit", "reconstruct", "generate", "caption",
-    "chat", "evaluate", "report",
+    "quickstart", "sample-data", "train", "plan", "pretokenize", "overfit", "reconstruct", "generate",
+    "caption", "chat", "evaluate", "report",
 )  # fmt: skip
 
 

@@ -307,7 +307,10 @@ def test_really_full_disk(tmp_path):
 
 
 def test_assets_are_part_of_a_checkpoint(tmp_path):
-    saved = save(tmp_path, 1, assets=lambda folder: (folder / "config.json").write_text("{}") and None)
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+
+    saved = save(tmp_path, 1, assets=write)
     assert "assets/config.json" in read_state(saved)["files"]
     (saved / "assets" / "config.json").write_text("{ }", encoding="utf-8")
     with pytest.raises(CheckpointError, match="are damaged"):

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped and robbed of its newest checkpoint, again and again, ends as if undisturbed."""
+"""A run that is killed, stopped and robbed of its newest checkpoint, again and again, ends as undisturbed."""
 
 import json
 import random
@@ -80,6 +80,13 @@ def damage_newest(run: Path, draw: random.Random) -> Path:
     return newest
 
 
+def rejected_keys(run: Path) -> set[str]:
+    """Keys of the pictures that could not be read."""
+    path = run / "rejected.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {json.loads(line)["key"] for line in lines}
+
+
 def figures(run: Path) -> list[dict]:
     """All lines of metrics.jsonl, without times."""
     times = ("time", "seconds", "per_second", "data_wait")
@@ -108,13 +115,7 @@ def soak(whole: Path, disturbed: Path, words, seed: int) -> None:
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
     assert [path.name for path in complete_checkpoints(disturbed / "checkpoints")][0] == "step_00000075"
-    rejected = [
-        {json.loads(line)["key"] for line in (run / "rejected.jsonl").read_text(encoding="utf-8").splitlines()}
-        if (run / "rejected.jsonl").exists()
-        else set()
-        for run in (disturbed, whole)
-    ]
-    assert rejected[0] == rejected[1]
+    assert rejected_keys(disturbed) == rejected_keys(whole)
 
 
 def test_the_tokenizer_survives(folder):  # noqa: F811

@@ -1,0 +1,153 @@
+"""`dualtoken plan`: figures without files, one line for what cannot be planned."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from launchers.gpus import GPUS
+from launchers.plan import Cluster, make_plan, shard_bytes
+from pretrain.planned_models import ModelOptions
+from tests.support.command import call
+from tests.support.tiny_run import make_tiny_run, write_codes
+
+
+def planned(recipe, *settings, options=None, **cluster):
+    cluster = Cluster(**{"nodes": 1, "gpus": 8, "gpu": "h100", **cluster})
+    return make_plan(recipe, settings, cluster, options or ModelOptions())
+
+
+def test_the_command_prints_tables_of_a_hundred_columns(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["plan", "mllm_joint", "--nodes", "8", "--json", "plan.json", "--samples", "1000000"]
+    code, out, err = call(words, capsys)
+    assert code == 0 and err == ""
+    assert max(map(len, out.splitlines())) <= 100
+    for line in (
+        "mllm_joint on 64 x h100, bf16",
+        "Assumed: visual tokenizer: so400m_384",
+        "3,085,938,688  3,085,938,688",
+        "23,328 bytes a picture",
+        "at 400 GB/s",
+    ):
+        assert line in out, line
+    plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert plan["steps"] == -(-1_000_000 // plan["samples_per_step"])
+    assert plan["seconds_per_step"] == pytest.approx(plan["flops"] / (64 * 989.5e12 * 0.4))
+    assert plan["gpu_hours"] == pytest.approx(plan["steps"] * plan["seconds_per_step"] * 64 / 3600)
+    assert [level["is_recipes"] for level in plan["levels"]] == [False, False, True]
+
+
+def test_a_frozen_language_model_costs_no_gradients_of_its_own():
+    align = planned("mllm_align", "global_batch_size=16")
+    parts = {part.name: part for part in align.parts}
+    assert parts["llm"].parameters.trained == 0 and parts["visual_embedder"].parameters.trained == 8_916_992
+    # Gradients pass the language model; its weights take none.
+    assert 0.9 < parts["llm"].flops.backward / parts["llm"].flops.forward < 1.1
+    generate = planned("mllm_generate")
+    parts = {part.name: part for part in generate.parts}
+    assert parts["llm"].flops.backward == 0 < parts["pixel_head"].flops.backward
+    assert generate.levels[2].held.activations < align.levels[2].held.activations
+
+
+def test_checkpointing_trades_memory_for_flops():
+    checkpointed = planned("mllm_joint")
+    whole = planned("mllm_joint", "gradient_checkpointing=false")
+    assert whole.recomputed == 0 < checkpointed.recomputed
+    assert whole.flops == checkpointed.flops
+    for a, b in zip(checkpointed.levels, whole.levels, strict=True):
+        assert a.total == b.total_other < a.total_other == b.total
+
+
+def test_phases_take_models_from_the_recipes_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ModelOptions(llm="qwen2.5-7b")
+    plan = planned("mllm_joint", "model.heads.preset=paper_258m", options=options)
+    parts = {part.name: part.parameters.total for part in plan.parts}
+    assert parts["llm"] == 7_615_616_512 and parts["pixel_head"] == 258_011_136
+    assert parts["post_quantization"] == 18_904_576  # asked for by mllm_align, three phases before
+    assert any("mllm_understand on that of mllm_align" in line for line in plan.assumed)
+    quickstart = planned("quickstart_mllm", gpus=2)
+    assert quickstart.code_bytes == 64 * 2 * 4 * 2
+    assert any("as recipe quickstart_tokenizer makes it" in line for line in quickstart.assumed)
+
+
+def test_a_phase_before_that_is_there_keeps_what_it_has(tmp_path):
+    run = make_tiny_run(tmp_path / "run")
+    model, tokenizer = run / "mllm" / "export", run / "tokenizer" / "export"
+    words = [
+        f"model.init_from={model}",
+        f"model.visual_tokenizer={tokenizer}",
+        f"model.text_tokenizer={model}",
+    ]
+    plan = planned("mllm_joint", *words)
+    saved = AutoModelForCausalLM.from_pretrained(model)
+    assert sum(part.parameters.total for part in plan.parts) == sum(p.numel() for p in saved.parameters())
+    assert not any("before" in line for line in plan.assumed)
+    with pytest.raises(ValueError, match="has a language model; leave it out"):
+        planned("mllm_joint", *words, options=ModelOptions(llm="qwen2.5-3b"))
+    with pytest.raises(ValueError, match="model.heads.head_hidden_size=64, but .* has head_hidden_size=32"):
+        planned("mllm_joint", *words, "model.heads.head_hidden_size=64")
+
+
+@pytest.mark.parametrize("recipe", ["tokenizer_semantic", "quickstart_tokenizer", "quickstart_siglip"])
+def test_the_other_jobs(recipe):
+    plan = planned(recipe, gpus=2)
+    parts = {part.name: part for part in plan.parts}
+    assert plan.tokens_per_second == 0 < plan.images_per_second
+    assert parts["vision_tower"].parameters.total > 0 and parts["vision_tower"].flops.backward > 0
+    if recipe == "tokenizer_semantic":  # the decoder has no part in it
+        assert parts["pixel_decoder"].flops.total == parts["pixel_decoder"].parameters.trained == 0
+    if recipe == "quickstart_tokenizer":
+        assert parts["discriminator"].parameters.trained == parts["discriminator"].parameters.total > 0
+        assert parts["perceptual"].flops.total > 0
+
+
+def test_links():
+    assert Cluster(1, 8, "h100").link == GPUS["h100"].nvlink
+    assert Cluster(2, 8, "h100").link == 8 * GPUS["h100"].adapter
+    assert Cluster(2, 8, "h100", inter=45e9).link == 45e9
+    assert Cluster(2, 8, "h100", intra=20e9).link == 20e9
+
+
+def test_shards_are_as_large_as_said(tmp_path):
+    from dualtoken.visual_tokenizer.config import preset_config
+    from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+
+    tokenizer = DualTokenVisualTokenizer(preset_config("tiny"))
+    write_codes(tmp_path / "codes", tokenizer, 0, 12)
+    written = (tmp_path / "codes" / "shard-000000.tar").stat().st_size
+    config = tokenizer.config
+    expected = 12 * shard_bytes(config.positions * 2 * config.num_quantizers * 2, 2)
+    assert expected <= written <= expected + 2 * 10240  # tar fills up to blocks of its own
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["mllm_joint", "--gpu", "h999"], "--gpu h999: no figures of it; expected one of a100-40, a100-80,"),
+        (["mllm_joint", "--mfu", "40"], "--mfu 40.0: expected a share of the peak"),
+        (["mllm_align", "--nodes", "8"], "global_batch_size=16 cannot be split: expected a multiple of"),
+        (["mllm_joynt"], "did you mean 'mllm_joint'?"),
+        (["mllm_joint", "--llm", "gpt-7"], "no language model in gpt-7; give --llm and one of qwen2.5-0.5b"),
+        (
+            ["mllm_joint", "--visual-tokenizer", "nowhere"],
+            "no visual tokenizer in nowhere, and no recipe makes it; give --visual-tokenizer and one of",
+        ),
+        (
+            ["tokenizer_joint", "--llm", "qwen2.5-7b"],
+            "are for unified models, tokenizer_joint is a tokenizer job",
+        ),
+        (["mllm_joint", "model.init_from=gone"], "model.init_from=gone is not there, and no recipe makes it"),
+        (
+            ["quickstart_mllm", "--gpus", "2", "--visual-tokenizer", "so400m_384"],
+            "a document of a picture of 729 positions and 64 tokens is longer than data.context_length=640",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(["plan", *words], capsys)
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert message in err
