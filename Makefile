@@ -10,12 +10,13 @@ export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(BIN):$(PATH)
 
-.PHONY: help install quickstart test test-gpu lint docs clean
+.PHONY: help install quickstart test test-gpu soak lint docs clean
 
 help:
 	@echo "make quickstart   install into $(VENV) if needed, run the whole chain on sample data, write runs/quickstart/report.html"
 	@echo "make test         install into $(VENV) if needed, then lint, types and tests"
 	@echo "make test-gpu     the tests that need a CUDA device, some minutes"
+	@echo "make soak         kills, stops and damaged checkpoints over real runs, about a quarter of an hour"
 	@echo "make lint         lint and types only"
 	@echo "make docs         the documents as a site, in site/"
 	@echo "make install      install into $(VENV) and stop (PYTHON=... chooses the interpreter, 3.11 or newer)"
@@ -39,12 +40,16 @@ quickstart: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --shell bash .ci/run launchers/*/*.sh launchers/*/*.sbatch
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
 test-gpu: $(INSTALLED)
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu -s -rs
+
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow tests/test_pretrain/test_soak.py
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

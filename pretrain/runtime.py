@@ -99,7 +99,7 @@ class Runtime:
 def start_runtime(config: JobConfig) -> Runtime:
     """Join the processes of this run, choose device and precision, set the seeds.
 
-    Started by `deepspeed`, `torchrun` or Slurm the environment names the ranks; alone it is one rank.
+    The environment names the ranks, as `deepspeed`, `torchrun` or `name_ranks` set it; alone it is one rank.
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")

@@ -1,7 +1,7 @@
 """Entry point of every training job: `deepspeed --module pretrain.train recipe=NAME run_dir=... key=value`.
 
-Runs alone (one rank), under `deepspeed`, `torchrun` or Slurm. Mistakes of the user are one line on stderr and
-exit code 2; set DUALTOKEN_TRACEBACK=1 to see where they arise.
+Runs alone (one rank), under `deepspeed`, `torchrun`, `srun` or `mpirun`. Mistakes of the user are one line on
+stderr and exit code 2; set DUALTOKEN_TRACEBACK=1 to see where they arise.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from typing import NoReturn
 
 from pretrain.config import JOBS, ConfigError, available_recipes, job_classes, load_job_config
+from pretrain.ranks import name_ranks
 
 HELP = """usage: python -m pretrain.train recipe=NAME run_dir=FOLDER [key=value ...]
 
@@ -30,13 +31,15 @@ def main(argv: list[str] | None = None) -> None:
     if {"-h", "--help"} & set(argv):
         sys.stdout.write(HELP.format(recipes=", ".join(available_recipes()), jobs=", ".join(JOBS)))
         return
-    # Before torch is imported: ranks of one machine share its cores.
+    # Before torch is imported: ranks of one machine share its cores, unless Slurm has dealt them out.
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_ranks)))
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_ranks)))
     # transformers warns of its own default configs and draws bars that a log file does not need.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
+        name_ranks(os.environ)
         config = load_job_config(argv)
         import torch
 

@@ -5,9 +5,11 @@ import runpy
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.support.pretend_slurm import options_of_job
 from tests.test_house import MAY_IMPORT, ROOMS, ROOT, described, module_path, modules_of
 
 DOCUMENTS = [
@@ -96,6 +98,18 @@ def test_commands_in_the_documents_parse():
                 check_module(module, arguments)
             case ["deepspeed", *arguments]:
                 check_deepspeed(arguments)
+            case ["torchrun", *arguments]:
+                check_torchrun(arguments)
+            case ["sbatch", *arguments]:
+                check_sbatch(arguments)
+            case ["srun", "--nodes", nodes, "--ntasks-per-node", tasks, "python", "-m", module, *arguments]:
+                check_module(module, arguments, int(nodes) * int(tasks))
+            case ["bash", "launchers/shell/on_hosts.sh", "hosts", command]:
+                launcher, *arguments = shlex.split(command.replace("$NODE_RANK", "1"))
+                assert launcher == "deepspeed"
+                check_deepspeed(arguments)
+            case ["export", *assignments]:
+                assert all(re.fullmatch(r"[A-Z_]+=[\w.-]+", word) for word in assignments), words
             case ["pip", "install", *_]:
                 assert set(re.findall(r"\w+", words[-1])) <= set(described()["extras_require"]), words
             case _:
@@ -117,14 +131,30 @@ def check_dualtoken(arguments: list[str]) -> None:
 
 
 def check_deepspeed(arguments: list[str]) -> None:
-    ranks = 2
-    if arguments[0] == "--num_gpus":
-        ranks, arguments = int(arguments[1]), arguments[2:]
-    elif arguments[0] == "--hostfile":
-        ranks, arguments = 8, arguments[2:]
-    option, module, *rest = arguments
-    assert option == "--module"
-    check_module(module, rest, ranks)
+    from deepspeed.launcher.runner import parse_args
+
+    options = parse_args(arguments)
+    assert options.module and options.no_ssh == (options.node_rank >= 0)
+    ranks = options.num_gpus if options.num_gpus > 0 else 8 if options.hostfile == "hosts" else 2
+    check_module(options.user_script, options.user_args, ranks)
+
+
+def check_torchrun(arguments: list[str]) -> None:
+    from torch.distributed.run import parse_args, parse_min_max_nnodes
+
+    options = parse_args(arguments)
+    ranks = parse_min_max_nnodes(options.nnodes)[0] * int(options.nproc_per_node)
+    assert options.module
+    check_module(options.training_script, options.training_script_args, ranks)
+
+
+def check_sbatch(words: list[str]) -> None:
+    options, script, arguments = options_of_job(words)
+    if script == Path("launchers/slurm/train.sbatch"):
+        check_module("pretrain.train", arguments, options.nodes * options.ntasks_per_node)
+    else:
+        assert script == Path("launchers/slurm/pretokenize.sbatch") and options.array
+        check_module("data_pipeline.pretokenize", arguments)
 
 
 def check_module(module: str, arguments: list[str], ranks: int = 1) -> None:

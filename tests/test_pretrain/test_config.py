@@ -209,3 +209,8 @@ def test_help():
     result = run_train("--help")
     assert result.returncode == 0
     assert "quickstart_siglip" in result.stdout and "contrastive, tokenizer, mllm" in result.stdout
+
+
+def test_run_folders_behind_addresses_are_refused():
+    with pytest.raises(ConfigError, match="run_dir=s3://bucket/run: expected a folder of a file system"):
+        load_job_config([*NEEDED, "run_dir=s3://bucket/run"])

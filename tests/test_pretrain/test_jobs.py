@@ -1,6 +1,7 @@
 """Both training jobs on real files: ranks make no difference, and a killed run goes on exactly."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.streams.plain_state import from_plain
+from launchers.conversions.checkpoint import export_checkpoint
+from launchers.conversions.weight_files import WeightFiles
+from launchers.errors import UserError
 from tests.support.distributed import Ranks, run_module
+from tests.support.same_folder import assert_same_folder
 from tests.support.unified_support import byte_tokenizer
 from tests.test_pretrain.test_contrastive import write_pictures, write_text_tokenizer
 
@@ -170,6 +175,46 @@ def test_two_ranks_train_the_unified_model_like_one(folder, mllm_run):
     run_module("pretrain.train", mllm_words(folder, "mllm_alone", 1), 1).check()
     assert_same_losses(mllm_run, folder / "mllm_alone", tolerance=1e-3)
     assert_same_weights(mllm_run / "export", folder / "mllm_alone" / "export", tolerance=1e-5)
+
+
+def test_the_model_of_a_checkpoint_is_what_the_run_exports(folder, tokenizer_run, mllm_run):
+    """Put together from the pieces of two ranks under ZeRO-2 and ZeRO-3, without starting the run."""
+    for run, shard in ((tokenizer_run, 2 << 30), (mllm_run, 2 << 30)):
+        out = folder / f"{run.name}_of_checkpoint"
+        lines = list(export_checkpoint(run, out, shard_bytes=shard))
+        assert lines[0].startswith(f"step {STEPS} of job {run.name}, 2 rank(s), ZeRO-")
+        assert_same_folder(out, run / "export")
+    # In files of 20 kB with an index: the same tensors.
+    list(export_checkpoint(mllm_run, folder / "in_parts", shard_bytes=20_000))
+    assert len(list((folder / "in_parts").glob("model-*.safetensors"))) > 3
+    whole = load_file(mllm_run / "export" / "model.safetensors")
+    parts = WeightFiles(folder / "in_parts")
+    assert parts.keys() == whole.keys() and all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_checkpoints_that_are_no_model_are_refused(folder, mllm_run):
+    copy = shutil.copytree(mllm_run / "checkpoints", folder / "copied" / "checkpoints")
+    out = folder / "refused_model"
+    step = copy / f"step_{STEPS:08d}"
+    file = step / "model" / "rank_00001.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-4] + b"abcd")
+    with pytest.raises(UserError, match=r"rank_00001.safetensors is not what was written: take an earlier"):
+        list(export_checkpoint(folder / "copied", out))
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"has llm\.model\.norm\.weight None, the checkpoint \(32,\): another"):
+        contents = json.loads((step / "model" / "contents.json").read_text(encoding="utf-8"))
+        contents["parameters"]["llm.model.norm.weight"]["trained"] = False
+        (step / "model" / "contents.json").write_text(json.dumps(contents), encoding="utf-8")
+        list(export_checkpoint(step, out, frozen_from=folder / "tokenizer" / "export", verify=False))
+    state = json.loads((step / "state.json").read_text(encoding="utf-8"))
+    state["files"]["../outside"] = {"bytes": 0, "sha256": ""}
+    (step / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(UserError, match=r"names the file \.\./outside, outside its folder"):
+        list(export_checkpoint(step, out))
+    with pytest.raises(UserError, match="has no complete checkpoint: expected a step's folder or a run's"):
+        list(export_checkpoint(folder / "images", out))
+    assert not out.exists()
 
 
 def kill_and_go_on(run: Path, words: list[str], after_step: int) -> None:
