@@ -107,7 +107,8 @@ class Trainer:
             self.health.enter("failed")
             if worker := lost_worker(error):
                 last = f"; the last sample was {self.health.last_sample}" if self.health.last_sample else ""
-                raise TrainingError(f"after step {self.runtime.step}: {worker}{last}") from error
+                where = f"rank {self.runtime.rank}, after step {self.runtime.step}"
+                raise TrainingError(f"{where}: {worker}{last}") from error
             raise
         self.health.enter("finished" if finished else "stopped")
         return finished

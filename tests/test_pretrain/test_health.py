@@ -133,7 +133,7 @@ def test_a_data_worker_that_stops_is_told_and_one_that_dies_ends_the_job(tmp_pat
         output = ranks.output_of(0)
         assert ranks.processes[0].returncode == 1
     error = output.splitlines()[-1]
-    assert error.startswith("error: after step ")
+    assert error.startswith("error: rank 0, after step ")
     # Either torch's signal handler or its look at the processes comes first.
     assert re.search(
         rf"DataLoader worker \(pid(\(s\))? {worker.pid}\) (is killed by|exited unexpectedly)", error
