@@ -10,7 +10,7 @@ from setuptools import find_namespace_packages, setup
 PACKAGES = ("dualtoken", "data_pipeline", "pretrain", "eval", "launchers", "ds_configs")
 
 CORE = [
-    "torch>=2.9",
+    "torch>=2.14",  # dist.set_timeout
     "torchvision",
     "transformers>=5.0",
     "deepspeed>=0.19",

@@ -29,8 +29,10 @@ def measure(megabytes: int, steps: int) -> dict[str, float]:
     from pretrain.checkpoints.engines import engine_files
     from pretrain.checkpoints.writer import CheckpointWriter
     from pretrain.config import JobConfig
-    from pretrain.engine import backward_and_step, build_engine
+    from pretrain.engine import build_engine
+    from pretrain.metrics import Averages
     from pretrain.runtime import start_runtime
+    from pretrain.stepping import backward, take_step
 
     os.environ["DUALTOKEN_NATIVE_BF16"] = "0"
     with tempfile.TemporaryDirectory() as place:
@@ -43,7 +45,8 @@ def measure(megabytes: int, steps: int) -> dict[str, float]:
 
         def step() -> float:
             begin = time.perf_counter()
-            backward_and_step(engine, engine(torch.randn(64, 1024)).square().mean())
+            backward(engine, engine(torch.randn(64, 1024)).square().mean())
+            take_step({"model": engine}, Averages(runtime.device))
             runtime.barrier()
             return time.perf_counter() - begin
 

@@ -93,6 +93,35 @@ class WandbConfig:
 
 
 @dataclass
+class HealthConfig:
+    """When a run that does not go on is told of or ended, and what is worth a warning; 0 turns one off."""
+
+    collective_timeout_seconds: float = 900.0  # a rank that waits longer for another one ends the job
+    startup_timeout_seconds: float = (
+        3600.0  # the same until the first step is done, while saving and exporting
+    )
+    data_warning_seconds: float = 60.0  # of waiting for a micro-batch; told again after twice that, and so on
+    data_limit_seconds: float = 600.0  # of waiting for a micro-batch; then the job ends
+    spike: float = 10.0  # robust deviations of a loss or a gradient norm above the median of the last 100
+    dead_codebook_usage: float = 0.005  # share of the codes of a depth in use, in five logs
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if getattr(self, item.name) < 0:
+                raise ConfigError(f"health.{item.name}={getattr(self, item.name)}: expected 0 or more")
+        if min(self.collective_timeout_seconds, self.startup_timeout_seconds) <= 0:
+            raise ConfigError(
+                f"health.collective_timeout_seconds={self.collective_timeout_seconds} and "
+                f"startup_timeout_seconds={self.startup_timeout_seconds}: expected more than 0 seconds"
+            )
+        if self.data_limit_seconds >= self.collective_timeout_seconds:
+            raise ConfigError(
+                f"health.data_limit_seconds={self.data_limit_seconds}: expected less than "
+                f"collective_timeout_seconds={self.collective_timeout_seconds}, when the other ranks give up"
+            )
+
+
+@dataclass
 class JobConfig:
     """What every job has; a job's own config class derives from this one and stands beside its task."""
 
@@ -115,6 +144,7 @@ class JobConfig:
     async_checkpoints: bool = True  # files are written while training goes on, from a copy in host memory
     resume: str = "auto"  # auto | never | path of a step folder
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "log_every", "keep_checkpoints"):

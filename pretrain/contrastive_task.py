@@ -20,11 +20,12 @@ from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loade
 from dualtoken.visual_tokenizer.backbone import load_backbone, pool
 from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig
-from pretrain.engine import backward_and_step, build_engine, count_parameters
+from pretrain.engine import build_engine, count_parameters
 from pretrain.export import full_state_dict, save_config, save_in_fp32
 from pretrain.image_input import ImageInput, ImageInputConfig
 from pretrain.metrics import Averages
 from pretrain.runtime import Runtime
+from pretrain.stepping import backward, take_step
 
 
 @dataclass
@@ -163,10 +164,11 @@ class ContrastiveTask:
         masked = self.runtime.step < self.config.steps - self.config.unmasked_steps
         dropout = self.config.patch_dropout if masked else 0.0
         loss = self.engines["siglip"](self.augment(images).to(self.runtime.dtype), input_ids, dropout)
-        backward_and_step(self.engines["siglip"], loss)
+        backward(self.engines["siglip"], loss)
         averages = Averages(self.runtime.device)
         averages.add("loss/contrastive", loss)
-        return {**averages.reduce(), "count/images": self.config.global_batch_size}
+        figures = take_step(self.engines, averages)
+        return {**figures, "count/images": self.config.global_batch_size}
 
     def pairs(self, batch: ImageTextBatch) -> tuple[Tensor, list[list[str]]]:
         """Pictures [B, 3, H, W] in [-1, 1] and, `captions_per_picture` times, a caption for each.

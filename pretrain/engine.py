@@ -1,21 +1,21 @@
-"""From recipe and DeepSpeed JSON to running engines, and their backward passes."""
+"""From recipe and DeepSpeed JSON to running engines."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from torch import Tensor, nn
+from torch import nn
 
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.optim import LearningRateSchedule, build_optimizer, parameter_groups
 from pretrain.runtime import Runtime, read_deepspeed_file
+from pretrain.stepping import GradientMarks
 
 
 def deepspeed_settings(
@@ -146,6 +146,7 @@ def build_engine(
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{deepspeed_file or config.deepspeed}: {key}: {first['msg']}") from error
     _keep_muon_in_fp32(engine)
+    engine.marks = GradientMarks(model, runtime.micro_steps, runtime.device)
     engine.train()
     return engine
 
@@ -172,31 +173,6 @@ def _keep_muon_in_fp32(engine: DeepSpeedEngine) -> None:
         return
     gradients = zero.get_all_grad_tensors
     zero.get_all_grad_tensors = lambda tensors, dtype: [g.to(dtype) for g in gradients(tensors, dtype)]
-
-
-def backward_and_step(
-    engine: DeepSpeedEngine, loss: Tensor, reduction: Literal["mean", "sum"] = "mean"
-) -> bool:
-    """Backward of one micro-batch's loss, and the optimizer step after the last micro-batch.
-
-    DeepSpeed averages gradients over ranks and, unless told otherwise, over micro-batches.
-
-    Args:
-        engine: The engine whose forward made the loss; called once for each of the step's micro-batches.
-        loss: Scalar.
-        reduction: What is minimised over all ranks and micro-batches of the step: the `mean` of their losses,
-            or the `sum`, for losses that the task has already divided by a global count.
-
-    Returns:
-        True if the optimizer moved; False before the last micro-batch, or if the gradients were not finite on
-        some rank (then no rank moves).
-    """
-    if reduction == "sum":
-        engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
-    else:
-        engine.backward(loss)
-    engine.step()
-    return engine.was_step_applied()
 
 
 def count_parameters(module: nn.Module, trainable_only: bool = False) -> int:

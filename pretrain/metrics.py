@@ -28,6 +28,7 @@ class Averages:
         self.device = device
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
+        self.not_finite: list[str] = []  # after `reduce`: whose sums over all ranks are NaN or infinite
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
         """Add a sum over `count` items; tensors keep no graph and need no synchronisation with the device."""
@@ -36,8 +37,8 @@ class Averages:
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts[name] + count if name in self.counts else count
 
-    def reduce(self) -> dict[str, Tensor]:
-        """Averages over everything that all ranks added, in one collective.
+    def reduce(self) -> dict[str, float]:
+        """Averages over everything that all ranks added, in one collective and one wait for the device.
 
         A figure nobody counted (count 0) is NaN.
 
@@ -53,10 +54,13 @@ class Averages:
         packed = torch.cat([packed, mark])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(packed)
-            if packed[-2] != checksum * packed[-1]:
-                raise RuntimeError(f"ranks report different figures; this one has {', '.join(names)}")
-        sums, counts = packed[: len(names)], packed[len(names) : 2 * len(names)]
-        return dict(zip(names, (sums / counts).unbind(), strict=True))
+        *values, of_names, ranks = packed.tolist()
+        if of_names != checksum * ranks:
+            raise RuntimeError(f"ranks report different figures; this one has {', '.join(names)}")
+        totals = dict(zip(names, values[: len(names)], strict=True))
+        counts = dict(zip(names, values[len(names) :], strict=True))
+        self.not_finite = [name for name in names if not math.isfinite(totals[name])]
+        return {name: totals[name] / counts[name] if counts[name] else math.nan for name in names}
 
 
 class MetricsLog:

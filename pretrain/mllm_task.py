@@ -22,7 +22,6 @@ from dualtoken.unified_model.sequence import PackedBatch, SpecialTokens, add_spe
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from pretrain.config import ConfigError, JobConfig
 from pretrain.engine import (
-    backward_and_step,
     build_engine,
     count_parameters,
     gathered_for_writing,
@@ -32,6 +31,7 @@ from pretrain.export import full_state_dict, save_config, save_in_fp32, saved_we
 from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
 from pretrain.runtime import Runtime
+from pretrain.stepping import backward, take_step
 
 BRANCHES = ("pixel", "semantic")
 
@@ -196,7 +196,7 @@ class MllmTask:
             output = self.engines["model"](**batch.model_inputs(), z_loss=self.config.losses.z_loss)
             # Summed over tokens and depths, divided by the positions of the whole step: every supervised
             # position weighs the same, whichever rank and micro-batch it fell into.
-            backward_and_step(self.engines["model"], self.weighted_sum(output) / positions, reduction="sum")
+            backward(self.engines["model"], self.weighted_sum(output) / positions, reduction="sum")
             add_figures(averages, output)
             averages.add("padding_share", batch.padding, batch.input_ids.numel())
             tokens += batch.input_ids.numel() - batch.padding
@@ -206,7 +206,7 @@ class MllmTask:
         averages.add("documents", documents, 1 / self.runtime.world_size)
         for name, total in self.train_loader.statistics.figures().items():
             averages.add(name, total, 1 / self.runtime.world_size)
-        return averages.reduce()
+        return take_step(self.engines, averages)
 
     def supervised_positions(self, micro_batches: list[PackedBatch]) -> Tensor:
         """Count the supervised text and visual positions of this step over all ranks, at least 1."""
@@ -226,7 +226,7 @@ class MllmTask:
         pixel, semantic = visual.sum(dim=1)  # [Q, D] -> [Q]
         return weights.text * text + weights.pixel * pixel + weights.semantic * semantic
 
-    def validate(self) -> dict[str, Tensor]:
+    def validate(self) -> dict[str, float]:
         """Return the negative log-likelihoods per token and depth (nats) on the validation documents."""
         if self.config.validation_data is None:
             return {}

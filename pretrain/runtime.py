@@ -84,6 +84,12 @@ class Runtime:
         dist.gather_object(value, values, dst=0)
         return values or []
 
+    def limit_waits(self, seconds: float) -> None:
+        """Let every collective from here on fail that takes longer; under NCCL it ends the process."""
+        # DeepSpeed's groups too, which have torch's default whatever the first one was given.
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.set_timeout(timedelta(seconds=seconds), group)
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
@@ -115,7 +121,7 @@ def start_runtime(config: JobConfig) -> Runtime:
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
-        timeout=timedelta(minutes=30),
+        timeout=timedelta(seconds=config.health.startup_timeout_seconds),
     )
     rank, world_size = dist.get_rank(), dist.get_world_size()
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from dualtoken.visual_tokenizer.quantizer import QuantizerStats
 from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.discriminator import DiscriminatorConfig, PatchDiscriminator
-from pretrain.engine import backward_and_step, build_engine, count_parameters
+from pretrain.engine import build_engine, count_parameters
 from pretrain.export import full_state_dict, rounded_by_engine, save_config, save_in_fp32
 from pretrain.image_input import ImageInput, ImageInputConfig
 from pretrain.losses import (
@@ -36,6 +36,7 @@ from pretrain.losses import (
 from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
 from pretrain.runtime import Runtime
+from pretrain.stepping import NotFiniteError, backward, take_step
 from pretrain.tokenizer_model import (
     TokenizerModelConfig,
     build_visual_tokenizer,
@@ -138,7 +139,7 @@ class TokenizerTask:
         """Take one optimizer step of the tokenizer and, once it has started, of the discriminator.
 
         Codebooks move once per step, after the last micro-batch, from the statistics of all micro-batches and
-        ranks; where the optimizer skips the step, they stay too.
+        ranks; where the optimizers do not move, they stay too.
         """
         averages = Averages(self.runtime.device)
         pictures = torch.zeros((), device=self.runtime.device)
@@ -166,11 +167,13 @@ class TokenizerTask:
             for name, value in metrics.items():
                 averages.add(name, value)
         averages.add("count/images", pictures, 1 / self.runtime.world_size)
-        figures: dict[str, Any] = dict(averages.reduce())
-        if not self.engines["tokenizer"].was_step_applied():  # gradients that are not finite on some rank
+        engines = self.engines if self.gan_is_active else {"tokenizer": self.engines["tokenizer"]}
+        try:
+            figures = take_step(engines, averages)
+        except NotFiniteError:
             for quantizer in self.tokenizer.quantizers().values():
                 quantizer.reset_window()
-            return figures
+            raise
         for branch, stats in self.tokenizer.update_codebooks().items():
             figures |= codebook_figures(branch, stats)
         return figures
@@ -220,7 +223,7 @@ class TokenizerTask:
             loss = feature_loss + (output.reconstruction.float() * image_gradient).sum()
             total = image_metrics["loss/total"] + feature_loss
             metrics |= image_metrics
-        backward_and_step(self.engines["tokenizer"], loss)
+        backward(self.engines["tokenizer"], loss)
         metrics |= {
             "loss/semantic": semantic,
             "loss/pooled": pooled,
@@ -292,11 +295,11 @@ class TokenizerTask:
         logits = engine(torch.cat([images, reconstruction.to(images.dtype)]))
         real, fake = logits.chunk(2)
         loss = hinge_discriminator_loss(real, fake)
-        backward_and_step(engine, loss)
+        backward(engine, loss)
         return loss.detach()
 
     @torch.no_grad()
-    def validate(self) -> dict[str, Tensor]:
+    def validate(self) -> dict[str, float]:
         """Return PSNR (dB) and the cosine of quantized and teacher features on held-out pictures."""
         if self.config.validation_data is None:
             return {}

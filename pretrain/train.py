@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find that out with a warning
         from pretrain.checkpoints.finding import CheckpointError
+        from pretrain.lost_ranks import end_by
         from pretrain.trainer import Trainer, TrainingError, finished_before
 
         if (line := finished_before(config)) is not None:
@@ -60,6 +61,10 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         # What a task's constructor raises about its inputs, a missing file or package for example.
         _fail(error, code=2)
+    except Exception as error:
+        from pretrain.lost_ranks import end_by
+
+        end_by(error, int(os.environ.get("RANK", "0")), 0, [])
     try:
         trainer.run()
     except ConfigError as error:
@@ -68,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         _fail(error, code=1)
     except KeyboardInterrupt:
         os._exit(130)
+    except Exception as error:
+        end_by(error, runtime.rank, runtime.step, trainer.health.peers)
     leave(runtime)
 
 

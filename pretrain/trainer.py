@@ -21,9 +21,13 @@ from pretrain.checkpoints.finding import find_checkpoint
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import ConfigError, JobConfig, changed_keys, config_as_yaml
 from pretrain.engine import gradient_norm
+from pretrain.health import Health
+from pretrain.lost_ranks import lost_worker
 from pretrain.metrics import MetricsLog, peak_memory_bytes
+from pretrain.nonfinite import broken_ranks, in_words, record_skipped
 from pretrain.random_state import random_state, restore_random_state
 from pretrain.runtime import Runtime, seed_everything
+from pretrain.stepping import NotFiniteError
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -37,7 +41,8 @@ class Task(Protocol):
 
     `train_step` makes one whole optimizer step out of all micro-batches of this rank and returns figures that
     are already averaged over ranks (floats or scalar tensors). Names that start with `count/` are this step's
-    amounts over all ranks, such as `count/images`; the log turns them into rates.
+    amounts over all ranks, such as `count/images`; the log turns them into rates. It takes its step by
+    `take_step` and lets a NotFiniteError pass, with everything that it owns as it was before.
     """
 
     engines: Mapping[str, DeepSpeedEngine]
@@ -81,6 +86,7 @@ class Trainer:
         self.stop_signal: str | None = None
         self.wall_seconds = 0.0  # of all earlier starts of this run
         self.skipped_in_a_row = 0
+        self.health = Health(config, runtime, self.log.say)
 
     def run(self) -> bool:
         """Train, then export.
@@ -90,19 +96,34 @@ class Trainer:
 
         Raises:
             ConfigError: the run folder's checkpoint does not fit this run.
-            TrainingError: gradients were not finite, or the data ended.
+            TrainingError: a loss or a gradient was not finite, or the data ended.
         """
         self._started = time.perf_counter()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
+        try:
+            finished = self._run()
+        except Exception as error:
+            self.health.enter("failed")
+            if worker := lost_worker(error):
+                last = f"; the last sample was {self.health.last_sample}" if self.health.last_sample else ""
+                where = f"rank {self.runtime.rank}, after step {self.runtime.step}"
+                raise TrainingError(f"{where}: {worker}{last}") from error
+            raise
+        self.health.enter("finished" if finished else "stopped")
+        return finished
+
+    def _run(self) -> bool:
         self._prepare_run_folder()
         self._start_or_resume()
         first = self.runtime.step
         finished = self._loop()
         if first < self.runtime.step or not finished:
-            self._save(background=False)
+            with self.health.phase("saving"):
+                self._save(background=False)
         if finished:
-            self._finish()
+            with self.health.phase("exporting"):
+                self._finish()
         else:
             self.log.say(f"stopped by {self.stop_signal} after step {self.runtime.step}; checkpoint written")
             self.log.close()
@@ -156,11 +177,16 @@ class Trainer:
             begin = time.perf_counter()
             micro_batches = self._next_micro_batches()
             waited = time.perf_counter() - begin
-            rates, skipped_before = self._learning_rates(), self._skipped_steps()
-            figures = self.task.train_step(micro_batches)
-            runtime.step += 1
-            self._check_finite(figures, skipped_before)
-            stop, writing, waited = self._over_ranks(waited)
+            rates = self._learning_rates()
+            with self.health.stepping():
+                try:
+                    figures = self.task.train_step(micro_batches)
+                    self.skipped_in_a_row = 0
+                except NotFiniteError as error:
+                    figures = self._skip_step(error, micro_batches)
+                runtime.step += 1
+                stop, writing, waited = self._over_ranks(waited)
+            self.health.step_done(figures)
             if self.checkpoints.pending and not writing:
                 self.checkpoints.finish()
             window.add(time.perf_counter() - begin, waited, figures)
@@ -168,13 +194,15 @@ class Trainer:
             last = runtime.step == config.steps
             if runtime.step % config.log_every == 0 or last:
                 figures = {**window.pop(figures), **rates, **self._engine_figures()}
-                self.log.write(runtime.step, "train", figures)
+                self.log.write(runtime.step, "train", {**figures, **self.health.look_at_log(figures)})
             if last or (config.validate_every and runtime.step % config.validate_every == 0):
-                self._validate()
+                with self.health.phase("validating"):
+                    self._validate()
             if stop and not last:
                 return False
             if config.checkpoint_every and runtime.step % config.checkpoint_every == 0 and not last:
-                self._save(config.async_checkpoints)
+                with self.health.phase("saving"):
+                    self._save(config.async_checkpoints)
         return True
 
     def _next_micro_batches(self) -> list[Any]:
@@ -186,8 +214,14 @@ class Trainer:
             micro_batches = self._next_micro_batches()
             restore_random_state(before)
             return micro_batches
+        micro_batches = []
         try:
-            return [next(self.batches) for _ in range(self.runtime.micro_steps)]
+            for number in range(self.runtime.micro_steps):
+                with self.health.waiting_for_data(number):
+                    micro_batches.append(next(self.batches))
+                keys = getattr(micro_batches[-1], "keys", None)
+                self.health.last_sample = keys[-1] if isinstance(keys, list) and keys else ""
+            return micro_batches
         except StopIteration:
             raise TrainingError(
                 f"the training data ended after step {self.runtime.step} of {self.config.steps}: "
@@ -207,23 +241,19 @@ class Trainer:
             self.stop_signal = "a signal to another rank"
         return bool(stop), bool(writing), waited
 
-    def _skipped_steps(self) -> int:
-        return sum(engine.skipped_steps for engine in self.task.engines.values())
-
-    def _check_finite(self, figures: dict[str, Any], skipped_before: int) -> None:
-        # DeepSpeed drops a step whose gradients are not finite on some rank, on all ranks alike.
-        if self._skipped_steps() == skipped_before:
-            self.skipped_in_a_row = 0
-            return
+    def _skip_step(self, error: NotFiniteError, micro_batches: list[Any]) -> dict[str, Any]:
+        """Record a step that was not taken and return its figures, or end the run."""
+        step, mode = self.runtime.step + 1, self.config.on_nonfinite
         self.skipped_in_a_row += 1
-        if self.config.on_nonfinite == "skip" and self.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
-            return
+        broken = broken_ranks(error, micro_batches, self.runtime)
+        if mode == "skip" and self.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
+            if self.runtime.is_main:
+                record_skipped(self.runtime.run_dir, step, broken)
+            return error.figures
         self.checkpoints.finish()  # every rank is here
-        shown = ", ".join(f"{key} {float(value):.4g}" for key, value in figures.items() if "loss" in key)
         raise TrainingError(
-            f"step {self.runtime.step}: gradients are not finite ({shown}), the parameters were not changed; "
-            f"{self.skipped_in_a_row} such step(s) in a row with on_nonfinite={self.config.on_nonfinite}. "
-            "Lower optimizer.lr, or look at the data of this step"
+            f"step {step}: {in_words(broken, error)}; {self.skipped_in_a_row} such step(s) in a row with "
+            f"on_nonfinite={mode}. Lower optimizer.lr, or look at these samples"
         )
 
     def _per_engine(self, name: str, figure: Callable[[DeepSpeedEngine], Any]) -> dict[str, Any]:
@@ -237,8 +267,8 @@ class Trainer:
     def _engine_figures(self) -> dict[str, float]:
         figures = self._per_engine("gradient_norm", gradient_norm)
         figures = {key: norm for key, norm in figures.items() if norm is not None}
-        if self._skipped_steps():
-            figures["skipped_steps"] = self._skipped_steps()
+        if skipped := max(engine.skipped_steps for engine in self.task.engines.values()):
+            figures["skipped_steps"] = skipped
         return figures
 
     def _validate(self) -> None:

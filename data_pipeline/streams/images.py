@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron.energon import (
     DefaultTaskEncoder,
@@ -50,6 +50,8 @@ class ImageTextBatch:
     image_bytes: list[bytes]
     captions: list[dict[str, str]]
     """Language -> caption; empty where there is none."""
+    shards: list[str] = field(default_factory=list)
+    """Where each was read, for messages; empty in a batch that was not read."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -61,6 +63,7 @@ class ImageTextBatch:
             keys=[key for batch, part in parts for key in batch.keys[part]],
             image_bytes=[data for batch, part in parts for data in batch.image_bytes[part]],
             captions=[captions for batch, part in parts for captions in batch.captions[part]],
+            shards=[shard for batch, part in parts for shard in batch.shards[part]],
         )
 
 
@@ -70,6 +73,7 @@ class _ImageTextSample(Sample):
 
     image: bytes
     captions: dict[str, str]
+    shard: str
 
 
 class _ImageTaskEncoder(DefaultTaskEncoder):
@@ -92,6 +96,7 @@ class _ImageTaskEncoder(DefaultTaskEncoder):
                 __restore_key__=sample.__restore_key__,
                 image=sample.parts[name],
                 captions=captions,
+                shard=sample.shard,
             )
 
     @stateless
@@ -100,6 +105,7 @@ class _ImageTaskEncoder(DefaultTaskEncoder):
             keys=[sample.__key__ for sample in samples],
             image_bytes=[sample.image for sample in samples],
             captions=[sample.captions for sample in samples],
+            shards=[sample.shard for sample in samples],
         )
 
 

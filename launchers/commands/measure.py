@@ -94,6 +94,20 @@ def evaluate(
 
 
 @commands.command(rich_help_panel="Measure")
+def status(run_dir: Annotated[Path, typer.Argument(help="Folder of a training, its run_dir.")]) -> None:
+    """Say whether a training lives, where it is and when it may end; exit code 1 if it does not go on.
+
+    Example: [bold]dualtoken status runs/quickstart/tokenizer[/]
+    """
+    from launchers.status import status as look
+
+    line, is_well = look(run_dir)
+    say(line)
+    if not is_well:
+        raise typer.Exit(1)
+
+
+@commands.command(rich_help_panel="Measure")
 def report(run: RunOption = RUN) -> None:
     """Write report.html and report.json of a run from what has been trained and measured so far.
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data_pipeline.streams import ImageStreamConfig, image_loader
 from pretrain.config import JobConfig, OptimizerConfig
-from pretrain.engine import backward_and_step, build_engine, count_parameters
+from pretrain.engine import build_engine, count_parameters
 from pretrain.export import full_state_dict
 from pretrain.metrics import Averages
 from pretrain.runtime import Runtime
+from pretrain.stepping import backward, take_step
 
 
 @dataclass
@@ -23,10 +25,21 @@ class ToyJobConfig(JobConfig):
     width: int = 16
     two_engines: bool = False
     noise: bool = False
-    nan_at_step: int = -1  # a loss that is not finite on the last rank
+    nan_at_step: int = -1  # something that is not finite on the last rank, in the last micro-batch
+    nan_in: str = "loss"  # of the engines; `gradient`: of the last one alone; `figure`: a loss only logged
     sleep_per_step: float = 0.0
+    raise_at_step: int = -1  # on the last rank, an error that nobody expects
+    hang_at_step: int = -1  # the last rank goes on after an hour
+    data_path: str = ""  # pictures whose keys are the numbers of samples, read by a process of its own
     signal_at_step: int = -1  # the last rank sends itself SIGTERM
     second_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-2))
+
+
+@dataclass
+class ToyBatch:
+    """Samples by their keys, which end in their numbers."""
+
+    keys: list[str]
 
 
 class ToyLoader:
@@ -41,7 +54,7 @@ class ToyLoader:
         while True:
             first = self.dealt + self.rank * self.micro_batch_size
             self.dealt += self.world_size * self.micro_batch_size
-            yield torch.stack([self.sample(first + i) for i in range(self.micro_batch_size)])
+            yield ToyBatch([f"sample{first + i}" for i in range(self.micro_batch_size)])
 
     @staticmethod
     def sample(number: int) -> torch.Tensor:
@@ -87,6 +100,11 @@ class ToyTask:
             second = build_engine(models[1], config, runtime, config.second_optimizer, "zero1.json")
             self.engines["second"] = second
         self.train_loader = ToyLoader(config.micro_batch_size, runtime.rank, runtime.world_size)
+        if config.data_path:
+            pictures = ImageStreamConfig(path=config.data_path, num_workers=1, shuffle_buffer_size=0)
+            self.train_loader = image_loader(
+                pictures, config.micro_batch_size, runtime.rank, runtime.world_size
+            )
         self.steps_counted = 0
 
     def describe(self) -> list[str]:
@@ -96,25 +114,38 @@ class ToyTask:
         target = batch.square().sum(1).sin()
         return (engine(batch.to(self.runtime.dtype), self.config.noise).float() - target).square()
 
-    def train_step(self, micro_batches: list[torch.Tensor]) -> dict:
+    def train_step(self, micro_batches: list[ToyBatch]) -> dict:
         time.sleep(self.config.sleep_per_step)
         is_last_rank = self.runtime.rank == self.runtime.world_size - 1
         if self.runtime.step == self.config.signal_at_step and is_last_rank:
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.runtime.step == self.config.raise_at_step and is_last_rank:
+            raise KeyError("nobody expects this")
+        if self.runtime.step == self.config.hang_at_step and is_last_rank:
+            time.sleep(3600)
         averages = Averages(self.runtime.device)
         total = self.config.global_batch_size
         for batch in micro_batches:
+            breaks = (
+                self.runtime.step == self.config.nan_at_step and is_last_rank and batch is micro_batches[-1]
+            )
+            where = self.config.nan_in if breaks else ""
+            numbers = [int(key.removeprefix("sample")) for key in batch.keys]
             for name, engine in self.engines.items():
-                losses = self.loss(engine, batch)
-                if self.runtime.step == self.config.nan_at_step and is_last_rank:
+                losses = self.loss(engine, torch.stack([ToyLoader.sample(n) for n in numbers]))
+                if where == "loss":
                     losses = losses * torch.nan
+                if where == "gradient" and engine is list(self.engines.values())[-1]:
+                    losses = losses + (0 * losses).sqrt()  # 0, with a derivative of 0 x infinity
                 if name == "second":  # the same gradient, put in another way
-                    backward_and_step(engine, losses.sum() / total, "sum")
+                    backward(engine, losses.sum() / total, "sum")
                 else:
-                    backward_and_step(engine, losses.mean())
+                    backward(engine, losses.mean())
+                losses = losses * torch.nan if where == "figure" else losses
                 averages.add(f"loss/{name}", losses.sum(), len(losses))
+        figures = take_step(self.engines, averages)
         self.steps_counted += 1
-        return {**averages.reduce(), "count/samples": total}
+        return {**figures, "count/samples": total}
 
     def validate(self) -> dict:
         torch.rand(3)  # validation may draw random numbers

@@ -78,8 +78,10 @@ def engines_of_all_levels(folder) -> dict:
     import os
 
     from pretrain.checkpoints.engines import engine_files
-    from pretrain.engine import backward_and_step, build_engine
+    from pretrain.engine import build_engine
+    from pretrain.metrics import Averages
     from pretrain.runtime import start_runtime
+    from pretrain.stepping import backward, take_step
 
     found: dict = {}
     runtime: Runtime | None = None
@@ -100,9 +102,11 @@ def engines_of_all_levels(folder) -> dict:
             runtime = runtime or start_runtime(config)
             runtime.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
             engine = build_engine(Stack(), config, runtime)
-            for _ in range(3):  # optimizer states come with the step after the second
+            for micro_step in range(3):  # optimizer states come with the step after the second
                 loss = engine(torch.randn(2, WIDTH, dtype=runtime.dtype)).float().square().mean()
-                backward_and_step(engine, loss)
+                backward(engine, loss)
+                if micro_step == 1:
+                    take_step({"model": engine}, Averages(runtime.device))
             found[name, dtype, level] = held(engine)
             if name == "adamw":
                 files, _ = engine_files({"model": engine}, {}, runtime)

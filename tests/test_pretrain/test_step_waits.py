@@ -24,8 +24,8 @@ ALLOWED = {
     "DualTokenForCausalLM.forward": (2, "transformers looks whether positions restart"),
     "_ForwardGradients.backward": (12, "whether gradients made in the forward pass serve"),
     "loop_over_documents": (4, "on the CPU only: CUDA has one kernel for a pack"),
-    "backward_and_step": (99, "DeepSpeed: overflow, norms, skipped steps"),
-    "Averages.reduce": (1, "that ranks report the same figures, with more than one"),
+    "take_step": (99, "DeepSpeed: overflow, norms, skipped steps"),
+    "Averages.reduce": (1, "a step's figures, and whether all of it is finite"),
     "Runtime.smallest": (1, "how many pairs every rank has, in the contrastive phase"),
 }
 

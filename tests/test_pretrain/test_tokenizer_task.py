@@ -110,34 +110,45 @@ def break_teacher(task, rank, micro_step):
 
 
 def state_of(task):
+    """Weights and buffers of both engines, those of the tokenizer under their own names."""
     from pretrain.export import full_state_dict
 
-    return {name: value.clone() for name, value in full_state_dict(task.engines["tokenizer"]).items()}
+    state = {name: value.clone() for name, value in full_state_dict(task.engines["tokenizer"]).items()}
+    discriminator = full_state_dict(task.engines["discriminator"]) if task.gan_is_active else {}
+    return state | {f"discriminator.{name}": value.clone() for name, value in discriminator.items()}
 
 
 def skipped_step(arguments):
     """Weights and codebooks before and after a broken step, and after a sound one."""
+    from pretrain.stepping import NotFiniteError
+
     task, micro_batches = build_task(arguments)
     task.train_step(micro_batches)
     states = [state_of(task)]
     break_teacher(task, rank=1, micro_step=0)
-    for _ in range(2):
-        figures = task.train_step(micro_batches)
-        states.append(state_of(task))
+    with pytest.raises(NotFiniteError) as raised:
+        task.train_step(micro_batches)
+    states.append(state_of(task))
+    figures = task.train_step(micro_batches)
+    states.append(state_of(task))
     books = [quantizer.codebook.clone() for quantizer in task.tokenizer.quantizers().values()]
-    return states, books, sorted(figures), task.engines["tokenizer"].skipped_steps
+    what = (sorted(raised.value.losses), raised.value.micro_batches)
+    return states, books, sorted(figures), [engine.skipped_steps for engine in task.engines.values()], what
 
 
 def test_a_skipped_step_moves_neither_weights_nor_codebooks(folder):  # noqa: F811
-    words = [*tokenizer_words(folder, "skipped", 2), "micro_batch_size=2", "on_nonfinite=skip"]
+    words = [*tokenizer_words(folder, "skipped", 2), "micro_batch_size=2", "losses.gan_start_step=0"]
     found = run_function(skipped_step, words, process_group=False)
     before, broken, sound = found[0][0]
-    assert found[0][3] == 1 and "codebook_pixel/usage" in found[0][2]
+    assert found[0][3] == [1, 1] and "codebook_pixel/usage" in found[0][2]
+    assert [rank[4] for rank in found] == [([], []), (["loss/pooled", "loss/total"], [0])]
     for name, value in before.items():
         assert torch.equal(broken[name], value), name
     for name in ("quantizer_pixel.codebook", "quantizer_semantic.codebook", "decoder.conv_out.weight"):
         assert not torch.equal(sound[name], broken[name]), name
     assert sound["quantizer_pixel.num_updates"] == 2
+    of_discriminator = [name for name in before if name.startswith("discriminator.")]
+    assert any(not torch.equal(sound[name], broken[name]) for name in of_discriminator)
     for one, other in zip(found[0][1], found[1][1], strict=True):
         assert torch.equal(one, other)
 
@@ -158,7 +169,7 @@ def first_gan_weight(arguments):
         norms = [torch.autograd.grad(loss, kernel, retain_graph=True)[0].norm() for loss in losses]
     task.tokenizer.train()
     expected = (norms[0] / (norms[1] + 1e-4)).item()
-    return task.train_step([batch])["gan_weight"].item(), expected
+    return task.train_step([batch])["gan_weight"], expected
 
 
 def test_the_adaptive_gan_weight_is_that_of_the_whole_batch(folder):  # noqa: F811

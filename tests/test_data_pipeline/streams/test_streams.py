@@ -60,8 +60,10 @@ def keys(loader, count: int) -> list[list[str]]:
 def test_batches_hold_bytes_and_captions_of_their_keys(images: Path) -> None:
     batch = next(image_loader(config(images), micro_batch_size=4))
     assert len(batch) == 4
-    for key, data, text in zip(batch.keys, batch.image_bytes, batch.captions, strict=True):
+    rows = zip(batch.keys, batch.image_bytes, batch.captions, batch.shards, strict=True)
+    for key, data, text, shard in rows:
         index = int(key[1:])
+        assert Path(shard).name == f"shard-{index // 20:06d}.tar"
         assert data == b"picture %d" % index
         assert text == {"en": f"thing {index}", "de": f"Ding {index}"}
 
