@@ -105,8 +105,11 @@ class MetricsLog:
         if self._progress is not None:
             self._progress.console.print(line, markup=False, highlight=False)
         else:
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
+            try:
+                sys.stdout.write(line + "\n")
+                sys.stdout.flush()
+            except BrokenPipeError:  # who read it is gone: no reason to end without a checkpoint
+                sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""

@@ -76,7 +76,7 @@ def _copied(pieces: list[Piece]) -> Fragments:
     tensors = {}
     for piece in pieces:
         flat = piece.tensor.detach().reshape(-1)
-        host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda)
+        host = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=flat.is_cuda)
         tensors[piece.key] = host.copy_(flat, non_blocking=True)
     return Fragments(tensors, {piece.key: piece.start for piece in pieces})
 

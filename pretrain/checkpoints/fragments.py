@@ -82,7 +82,7 @@ class FragmentReader:
         if at < stop:
             found = "nothing of it" if not parts else f"elements up to {at}"
             raise ValueError(f"{self.folder} lacks a part of {key}: expected {start} to {stop}, got {found}")
-        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, device="cpu")
 
     def whole(self, key: str, shape: Sequence[int]) -> Tensor:
         """The whole tensor in its shape."""

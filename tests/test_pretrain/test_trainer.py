@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -275,6 +277,17 @@ def test_console_line_fits():
     assert wide.startswith(start) and wide.endswith("part19 0.5  gradient_norm/a 78.49  lr/a 0.001")
     assert "codebook" not in wide and "waiting" not in console_line(1, 2, "val", {"data_wait": 0.01})
     assert console_line(2, 2, "val", {"loss/model": 0.5}) == "val   2/2  loss/model 0.5"
+
+
+def test_a_closed_pipe_ends_no_training(tmp_path):
+    """As where an ssh connection ends: `... | true` reads nothing."""
+    arguments = toy_arguments(tmp_path, "zero1", "steps=3")
+    command = [sys.executable, "-m", "pretrain.train", *arguments]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as training:
+        training.stdout.close()
+        assert training.wait(300) == 0
+    assert (tmp_path / "done.json").exists() and sorted(figures(tmp_path)) == [1, 2, 3]
 
 
 def test_figures_and_pictures(runs):
