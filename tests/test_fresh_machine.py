@@ -22,7 +22,7 @@ def test_make_in_a_folder_with_spaces(tmp_path, venv):
     (folder / venv / "bin").mkdir(parents=True)
     for name in ("Makefile", "setup.py", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
-    for name in ("python", "ruff", "mypy", "dualtoken", "mkdocs"):
+    for name in ("python", "ruff", "mypy", "shellcheck", "dualtoken", "mkdocs"):
         program = folder / venv / "bin" / name
         program.write_text(f'#!/bin/sh\necho "{name} $@"; command -v ruff\n', encoding="utf-8")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)

@@ -25,6 +25,7 @@ def words(folder: Path, run: str, job: str, steps: int) -> list[str]:
         "global_batch_size=4",
         "micro_batch_size=1",
         "log_every=1",
+        "optimizer.schedule=constant",  # whatever the number of steps that a part is given
         "wandb.mode=disabled",
         "precision=fp32",
         "data.shuffle_buffer_size=0",  # one pass after the other
@@ -46,6 +47,7 @@ def words(folder: Path, run: str, job: str, steps: int) -> list[str]:
             "discriminator.num_layers=2",
         ]
     sizes = "hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2"
+    codes = folder / "codes" / "train"
     return [
         f"job={MLLM}",
         *common,
@@ -57,7 +59,7 @@ def words(folder: Path, run: str, job: str, steps: int) -> list[str]:
         "frozen=['llm.model.layers.0.*']",
         "data.context_length=64",
         "data.contexts_held=2",
-        f"data.blend=[{{path: {folder / 'codes' / 'train'}, view: caption}}]",
+        f"data.blend=[{{path: {codes}, view: caption}}, {{path: {codes}, view: generate}}]",
     ]
 
 
@@ -129,4 +131,4 @@ def test_losses_of_the_unified_model_go_on(runs, way):
     whole, found = figures(runs / "whole" / "mllm"), figures(runs / way / "mllm")
     for step in range(1, STEPS + 1):
         for name in ("loss/text", "loss/pixel", "loss/semantic"):
-            assert found[step].get(name) == pytest.approx(whole[step].get(name), rel=1e-4), (step, name)
+            assert found[step][name] == pytest.approx(whole[step][name], rel=1e-4), (step, name)
