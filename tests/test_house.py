@@ -35,8 +35,9 @@ ROOMS = {
     "data_pipeline.pretokenize": {"data_pipeline.images", "data_pipeline.shards"},
     "data_pipeline.streams": {"data_pipeline.shards"},
     "data_pipeline.sources": {"data_pipeline.shards"},
+    "pretrain.checkpoints": set(),
 }
-ABOVE_THE_ROOMS = {"dualtoken.processing"}
+ABOVE_THE_ROOMS = {"dualtoken.processing", "pretrain.trainer", "pretrain.train"}
 
 # Distribution -> the name it is imported by, for every distribution of an extra that the code may import.
 OPTIONAL_IMPORTS = {
@@ -160,7 +161,7 @@ def room_of(name: str) -> str:
     return next((room for room in ROOMS if name == room or name.startswith(f"{room}.")), name.split(".")[0])
 
 
-@pytest.mark.parametrize("room", ["dualtoken", "data_pipeline", *ROOMS])
+@pytest.mark.parametrize("room", ["dualtoken", "data_pipeline", "pretrain", *ROOMS])
 def test_rooms_import_what_they_may(room):
     package = room.split(".")[0]
     allowed = ROOMS.get(room, set()) | {room, package}

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from launchers.commands.options import SettingsArgument, say
+from launchers.errors import UserError
 
 commands = typer.Typer()
 
@@ -56,18 +57,42 @@ def plan(
 ) -> None:
     """Tell what a training takes: parameters, memory, FLOPs, communication, time. Runs and needs nothing.
 
+    The cluster may also be words among the settings: recipe=mllm_joint nodes=8 gpus=8 gpu=h100.
+
     Example: [bold]dualtoken plan mllm_joint --nodes 8 --gpus 8 --gpu h100[/]
     """
     from launchers.plan import Cluster, make_plan
     from launchers.plan_tables import show_plan, write_json
     from pretrain.planned_models import ModelOptions
 
+    recipe = recipe.removeprefix("recipe=")
+    words, settings = split_cluster(settings or [])
+    nodes, gpus, gpu = int(words.get("nodes", nodes)), int(words.get("gpus", gpus)), words.get("gpu", gpu)
     cluster = Cluster(
         nodes, gpus, gpu, mfu, None if intra is None else intra * 1e9, None if inter is None else inter * 1e9
     )
     options = ModelOptions(visual_tokenizer, llm)
-    made = make_plan(recipe, settings or [], cluster, options, samples, text_tokens, plain_tokens)
+    made = make_plan(recipe, settings, cluster, options, samples, text_tokens, plain_tokens)
     show_plan(made)
     if json_file is not None:
         write_json(made, json_file)
         say(f"written: {json_file}")
+
+
+def split_cluster(settings: list[str]) -> tuple[dict[str, str], list[str]]:
+    """What words such as nodes=8 say of the cluster, and the other words, which are the recipe's.
+
+    Raises:
+        UserError: nodes or gpus are not a number of at least 1.
+    """
+    words = {}
+    rest = []
+    for word in settings:
+        name, equals, value = word.partition("=")
+        if not equals or name not in ("nodes", "gpus", "gpu"):
+            rest.append(word)
+            continue
+        if name != "gpu" and not (value.isdecimal() and int(value) > 0):
+            raise UserError(f"{word}: expected a number of at least 1, for example {name}=8")
+        words[name] = value
+    return words, rest

@@ -19,7 +19,8 @@ def planned(recipe, *settings, options=None, **cluster):
 
 def test_the_command_prints_tables_of_a_hundred_columns(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["plan", "mllm_joint", "--nodes", "8", "--json", "plan.json", "--samples", "1000000"]
+    words = ["plan", "recipe=mllm_joint", "nodes=8", "gpu=h100", "--json", "plan.json"]
+    words += ["--gpus", "8", "--samples", "1000000"]
     code, out, err = call(words, capsys)
     assert code == 0 and err == ""
     assert max(map(len, out.splitlines())) <= 100
@@ -128,6 +129,7 @@ def test_shards_are_as_large_as_said(tmp_path):
         (["mllm_joint", "--gpu", "h999"], "--gpu h999: no figures of it; expected one of a100-40, a100-80,"),
         (["mllm_joint", "--mfu", "40"], "--mfu 40.0: expected a share of the peak"),
         (["mllm_align", "--nodes", "8"], "global_batch_size=16 cannot be split: expected a multiple of"),
+        (["mllm_joint", "nodes=many"], "nodes=many: expected a number of at least 1, for example nodes=8"),
         (["mllm_joynt"], "did you mean 'mllm_joint'?"),
         (["mllm_joint", "--llm", "gpt-7"], "no language model in gpt-7; give --llm and one of qwen2.5-0.5b"),
         (
