@@ -49,7 +49,7 @@ def test_the_map_has_every_room():
     (rows,) = re.findall(r"^## Map\n\n((?:\|.*\n)+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     listed = set(re.findall(r"^\| `([\w/]+)/` \|", rows, re.M))
     inner = {room.replace(".", "/") for room in ROOMS}
-    outer = {package for package in MAY_IMPORT if not any(room.startswith(package) for room in inner)}
+    outer = set(MAY_IMPORT) - {"dualtoken", "data_pipeline"}  # these two are rooms and little else
     assert listed == inner | outer | {"ds_configs", "docs", "benchmarks", "tests"}
 
 
