@@ -7,12 +7,14 @@ stderr and exit code 2; set DUALTOKEN_TRACEBACK=1 to see where they arise.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from typing import NoReturn
 
 from pretrain.config import JOBS, ConfigError, available_recipes, job_classes, load_job_config
 from pretrain.ranks import name_ranks
+from pretrain.stop_signal import StopSignal
 
 HELP = """usage: python -m pretrain.train recipe=NAME run_dir=FOLDER [key=value ...]
 
@@ -39,6 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
+        # A job that is asked to stop while it starts stops after its first step: only then does Slurm's script
+        # queue it again. SIGTERM still ends a rank that waits for others which failed to start.
+        stop = StopSignal().listen(signal.SIGUSR1)
         name_ranks(os.environ)
         config = load_job_config(argv)
         import torch
@@ -57,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
         runtime = start_runtime(config)
         _, task_class = job_classes(config.job)
-        trainer = Trainer(config, runtime, task_class(config, runtime))
+        trainer = Trainer(config, runtime, task_class(config, runtime), stop)
     except (ValueError, OSError, ImportError) as error:
         # What a task's constructor raises about its inputs, a missing file or package for example.
         _fail(error, code=2)

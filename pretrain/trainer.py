@@ -28,6 +28,7 @@ from pretrain.nonfinite import broken_ranks, in_words, record_skipped
 from pretrain.random_state import random_state, restore_random_state
 from pretrain.runtime import Runtime, seed_everything
 from pretrain.stepping import NotFiniteError
+from pretrain.stop_signal import StopSignal
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -74,7 +75,9 @@ class Task(Protocol):
 class Trainer:
     """Runs a task from wherever its run folder stands to the last step."""
 
-    def __init__(self, config: JobConfig, runtime: Runtime, task: Task) -> None:
+    def __init__(
+        self, config: JobConfig, runtime: Runtime, task: Task, stop: StopSignal | None = None
+    ) -> None:
         self.config = config
         self.runtime = runtime
         self.task = task
@@ -83,7 +86,7 @@ class Trainer:
         )
         self.log = MetricsLog(config, runtime.run_dir, runtime.is_main)
         self.batches: Iterator[Any] | None = None
-        self.stop_signal: str | None = None
+        self.stop = stop or StopSignal()
         self.wall_seconds = 0.0  # of all earlier starts of this run
         self.skipped_in_a_row = 0
         self.health = Health(config, runtime, self.log.say)
@@ -99,8 +102,7 @@ class Trainer:
             TrainingError: a loss or a gradient was not finite, or the data ended.
         """
         self._started = time.perf_counter()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
+        self.stop.listen(signal.SIGTERM, signal.SIGUSR1)
         try:
             finished = self._run()
         except Exception as error:
@@ -125,12 +127,9 @@ class Trainer:
             with self.health.phase("exporting"):
                 self._finish()
         else:
-            self.log.say(f"stopped by {self.stop_signal} after step {self.runtime.step}; checkpoint written")
+            self.log.say(f"stopped by {self.stop.name} after step {self.runtime.step}; checkpoint written")
             self.log.close()
         return finished
-
-    def _on_signal(self, number: int, _frame: Any) -> None:
-        self.stop_signal = signal.Signals(number).name
 
     def _prepare_run_folder(self) -> None:
         if not self.runtime.is_main:
@@ -232,13 +231,13 @@ class Trainer:
 
     def _over_ranks(self, waited: float) -> tuple[bool, bool, float]:
         """Whether any rank was asked to stop or still writes a checkpoint; the longest wait for data."""
-        flags = [float(self.stop_signal is not None), float(self.checkpoints.busy), waited]
+        flags = [float(self.stop.name is not None), float(self.checkpoints.busy), waited]
         values = torch.tensor(flags, device=self.runtime.device)
         if self.runtime.world_size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         stop, writing, waited = values.tolist()
-        if stop and self.stop_signal is None:
-            self.stop_signal = "a signal to another rank"
+        if stop and self.stop.name is None:
+            self.stop.name = "a signal to another rank"
         return bool(stop), bool(writing), waited
 
     def _skip_step(self, error: NotFiniteError, micro_batches: list[Any]) -> dict[str, Any]:

@@ -88,8 +88,8 @@ def rejected_keys(run: Path) -> set[str]:
 
 
 def figures(run: Path) -> list[dict]:
-    """All lines of metrics.jsonl, without times."""
-    times = ("time", "seconds", "per_second", "data_wait")
+    """All lines of metrics.jsonl, without what another start changes."""
+    times = ("time", "seconds", "per_second", "data_wait", "warnings")  # which are counted since the start
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if not any(t in k for t in times)} for line in lines]
 

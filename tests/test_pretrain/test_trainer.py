@@ -290,6 +290,25 @@ def test_a_closed_pipe_ends_no_training(tmp_path):
     assert (tmp_path / "done.json").exists() and sorted(figures(tmp_path)) == [1, 2, 3]
 
 
+def test_a_signal_during_the_start_stops_after_the_first_step(tmp_path):
+    with Ranks("pretrain.train", toy_arguments(tmp_path, "zero1"), world_size=1) as ranks:
+        (process,) = ranks.processes
+        status = Path(f"/proc/{process.pid}/status")
+        while not caught(status) & 1 << (signal.SIGUSR1 - 1):  # Python itself is still starting
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGUSR1)
+        finished = ranks.wait().check()
+    assert "stopped by SIGUSR1 after step 1; checkpoint written" in finished.output
+    assert (tmp_path / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_00000001"
+
+
+def caught(status: Path) -> int:
+    """Bit mask of the signals that a process has handlers for."""
+    lines = status.read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith("SigCgt")).split()[1], 16)
+
+
 def test_figures_and_pictures(runs):
     folder = runs[0] / "wandb"
     records = [
