@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        # A job that is asked to stop while it starts stops after its first step: only then does Slurm's script
-        # queue it again. SIGTERM still ends a rank that waits for others which failed to start.
+        # A job that is asked to stop while it starts stops after its first step: only then is it queued again
+        # (launchers/slurm). SIGTERM still ends a rank that waits for others which failed to start.
         stop = StopSignal().listen(signal.SIGUSR1)
         name_ranks(os.environ)
         config = load_job_config(argv)
