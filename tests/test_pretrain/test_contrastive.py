@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from launchers.conversions.checkpoint import export_checkpoint
 from tests.support.distributed import run_function
+from tests.support.same_folder import assert_same_folder
 
 WORDS = "red green blue dot rot gruen blau punkt".split()
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -207,6 +209,12 @@ def test_broken_picture_is_recorded_once(runs):
     rejected = [json.loads(line) for line in lines]
     assert {record["key"] for record in rejected} == {"0030"}
     assert len(rejected) <= 2  # once for every rank that meets it
+
+
+def test_the_model_of_a_checkpoint_is_what_the_run_exports(runs, tmp_path):
+    """Of its engine a part is exported, under shorter names."""
+    list(export_checkpoint(runs[0] / "whole", tmp_path / "model"))
+    assert_same_folder(tmp_path / "model", runs[0] / "whole" / "export")
 
 
 def test_export_loads(runs):
