@@ -55,7 +55,11 @@ def test_host_that_fails_ends_the_others(here):
 def test_script_that_is_ended_ends_the_hosts(here, tmp_path, number, code):
     marks = f'"{tmp_path}"/$NODE_RANK'
     command = f"trap 'touch {marks}.ended; exit' TERM; touch {marks}.started; sleep 100 & wait"
-    with here.start(command, start_new_session=True) as script:
+
+    def as_from_a_terminal() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background has it ignored
+
+    with here.start(command, start_new_session=True, preexec_fn=as_from_a_terminal) as script:
         wait_for(lambda: len(list(tmp_path.glob("*.started"))) == 2)
         if number == "SIGINT":  # from a keyboard it goes to every process
             os.killpg(script.pid, signal.SIGINT)
