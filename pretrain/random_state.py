@@ -1,4 +1,4 @@
-"""The state of every random generator a step may draw from."""
+"""Seeds and state of every random generator a step may draw from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed Python, numpy and torch; models are built with rank 0's seed, steps run with each rank's own."""
+    value = (seed * 1_000_003 + rank) % 2**32
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
 
 
 def random_state() -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import socket
 import sys
 import warnings
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from pretrain.config import ConfigError, JobConfig
+from pretrain.random_state import seed_everything
 
 T = TypeVar("T")
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
@@ -155,14 +154,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed Python, numpy and torch; models are built with rank 0's seed, steps run with each rank's own."""
-    value = (seed * 1_000_003 + rank) % 2**32
-    random.seed(value)
-    np.random.seed(value)
-    torch.manual_seed(value)
 
 
 def choose_precision(config: JobConfig, device: torch.device) -> torch.dtype:

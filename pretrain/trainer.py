@@ -25,8 +25,8 @@ from pretrain.health import Health
 from pretrain.lost_ranks import lost_worker
 from pretrain.metrics import MetricsLog, peak_memory_bytes
 from pretrain.nonfinite import broken_ranks, in_words, record_skipped
-from pretrain.random_state import random_state, restore_random_state
-from pretrain.runtime import Runtime, seed_everything
+from pretrain.random_state import random_state, restore_random_state, seed_everything
+from pretrain.runtime import Runtime
 from pretrain.stepping import NotFiniteError
 from pretrain.stop_signal import StopSignal
 

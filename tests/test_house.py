@@ -176,6 +176,13 @@ def test_rooms_import_what_they_may(room):
         assert not wrong, f"{name} imports {sorted(wrong)}"
 
 
+def test_converting_needs_no_deepspeed():
+    """A checkpoint is turned into a model on any machine, without what trained it."""
+    modules = [name for name in modules_of("launchers") if name.startswith("launchers.conversions.")]
+    finished = import_in_subprocess(["deepspeed"], modules)
+    assert modules and finished.returncode == 0, finished.stderr
+
+
 def test_no_module_imports_itself_in_a_circle():
     graph = {
         name: imports_at_load(module_path(name)) for package in MAY_IMPORT for name in modules_of(package)

@@ -18,7 +18,7 @@ from launchers.conversions.decoders import base_config, decoder_to_extend
 from launchers.conversions.report import Report, by_part, new_folder, require_new, written
 from launchers.conversions.weight_files import SHARD_BYTES, own_tensors, write_weights
 from launchers.use import with_progress
-from pretrain.runtime import seed_everything
+from pretrain.random_state import seed_everything
 
 LLM = "llm."
 _OF_THE_TOKENIZER = ("codebooks.", "post_quantization.")

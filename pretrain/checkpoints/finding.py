@@ -14,10 +14,12 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.config import ConfigError, JobConfig
-from pretrain.runtime import Runtime
+
+if TYPE_CHECKING:  # who converts a checkpoint needs no DeepSpeed
+    from pretrain.runtime import Runtime
 
 FORMAT_VERSION = 3
 STATE_FILE = "state.json"

@@ -16,7 +16,8 @@ from launchers.conversions.weight_files import WeightFiles
 from pretrain.config import load_job_config
 from pretrain.export import save_in_fp32
 from pretrain.mllm_task import MllmTask
-from pretrain.runtime import Runtime, seed_everything
+from pretrain.random_state import seed_everything
+from pretrain.runtime import Runtime
 from tests.support.convert_support import HEADS, run, unified, write_base, write_visual_tokenizer
 
 

@@ -112,7 +112,7 @@ def losses_of_plain_torch(folder: Path) -> tuple[list[float], dict]:
     """The same in one process, without DeepSpeed and without exchange between ranks."""
     from pretrain.contrastive_task import ContrastiveModel, build_siglip
     from pretrain.optim import build_optimizer, learning_rate_factor
-    from pretrain.runtime import seed_everything
+    from pretrain.random_state import seed_everything
 
     # Of the task only what reads a batch is used.
     config, runtime, task = build(words(folder, "plain"))

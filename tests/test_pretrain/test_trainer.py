@@ -108,7 +108,7 @@ def plain_torch() -> list[tuple[float, float]]:
     """Loss and gradient norm of every step, on the whole batch in one process, without DeepSpeed."""
     from pretrain.config import load_job_config
     from pretrain.optim import build_optimizer, learning_rate_factor
-    from pretrain.runtime import seed_everything
+    from pretrain.random_state import seed_everything
     from tests.support.toy_task import ToyLoader, ToyModel
 
     config = load_job_config([*TOY, "run_dir=unused"], world_size=1)
