@@ -25,20 +25,18 @@ CASES = {  # the settings, and what is not finite; optimizers of DeepSpeed diffe
 STEPS = [(case, nan_in) for case, (_, kinds) in CASES.items() for nan_in in kinds]
 
 
-def tensors(value, name=""):
-    """Every tensor in nested states, copied, by its path."""
-    if isinstance(value, torch.Tensor):
-        return {name: value.detach().clone()}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return {key: tensor for part, inner in items for key, tensor in tensors(inner, f"{name}/{part}").items()}
-
-
 def state_of(task):
-    """Parameters as the model uses them and as they are kept in fp32, and the optimizers' states."""
+    """Parameters as the model uses them and as they are kept in fp32, and the optimizers' states, copied.
+
+    Without what ZeRO-3 fills partitions up with: DeepSpeed leaves that memory as it found it, NaN at times.
+    """
+    from pretrain.checkpoints.pieces import own_pieces
+
     state = {}
     for name, engine in task.engines.items():
-        state |= tensors(dict(engine.module.named_parameters()), f"{name}/parameters")
-        state |= tensors(engine.optimizer.state_dict(), f"{name}/optimizer")
+        for key, parameter in engine.module.named_parameters():
+            state[f"{name}/parameters/{key}"] = parameter.detach().clone()
+        state |= {f"{name}/{piece.key}": piece.tensor.clone() for piece in own_pieces(engine)}
     return state
 
 
@@ -62,6 +60,8 @@ def broken_step(arguments: list[str]):
             assert step == 2
             raised = (error.losses, error.parameters, error.micro_batches, error.moved)
     before, after, last = states[2], states[3], state_of(task)
+    kinds = {key.split("/")[1] for key in before}
+    assert {"parameters", "weight", "exp_avg", "exp_avg_sq"} <= kinds, kinds
     changed = [key for key, value in before.items() if not torch.equal(value, after[key])]
     moved_later = sum(not torch.equal(value, last[key]) for key, value in after.items())
     finite = all(value.isfinite().all() for value in last.values() if value.is_floating_point())
