@@ -34,7 +34,6 @@ def measure(megabytes: int, steps: int) -> dict[str, float]:
     from pretrain.runtime import start_runtime
     from pretrain.stepping import backward, take_step
 
-    os.environ["DUALTOKEN_NATIVE_BF16"] = "0"
     with tempfile.TemporaryDirectory() as place:
         ranks = int(os.environ["WORLD_SIZE"])
         config = JobConfig("toy", place, steps, 64 * ranks, 64, deepspeed="zero3.json", precision="fp32")

@@ -21,7 +21,7 @@ from dualtoken.visual_tokenizer.backbone import load_backbone, pool
 from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig
 from pretrain.engine import build_engine, count_parameters
-from pretrain.export import full_state_dict, save_config, save_in_fp32
+from pretrain.export import full_state_dict, save_config
 from pretrain.image_input import ImageInput, ImageInputConfig
 from pretrain.metrics import Averages
 from pretrain.runtime import Runtime
@@ -258,7 +258,7 @@ class ContrastiveTask:
             return
         prefix = "siglip."
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        save_in_fp32(self.siglip, directory, state)
+        self.siglip.save_pretrained(directory, state_dict=state)
         self.export_assets(directory)
 
     def export_assets(self, directory: Path) -> None:

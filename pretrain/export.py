@@ -77,12 +77,6 @@ def saved_weights(folder: str | Path, names: Mapping[str, str]) -> dict[str, Ten
     return found
 
 
-def save_in_fp32(model: PreTrainedModel, directory: Path, state: dict[str, Tensor]) -> None:
-    """Save a model by its fp32 `state`, and say fp32 in its config."""
-    model.save_pretrained(directory, state_dict=state)
-    save_config(model, directory)
-
-
 def save_config(model: PreTrainedModel, directory: Path) -> None:
     """Write what `save_pretrained` writes besides weights, and say fp32 in it.
 

@@ -46,7 +46,7 @@ class Peer:
 
 def find_peers(runtime: Runtime) -> list[Peer]:
     """All processes of the job; every rank has to call."""
-    return runtime.from_main(runtime.to_main(Peer(runtime.rank, socket.gethostname(), os.getpid())))
+    return runtime.from_all(Peer(runtime.rank, socket.gethostname(), os.getpid()))
 
 
 def lost_worker(error: BaseException) -> str:

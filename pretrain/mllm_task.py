@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from pretrain.engine import (
     gathered_for_writing,
     sharded_construction,
 )
-from pretrain.export import full_state_dict, save_config, save_in_fp32, saved_weights
+from pretrain.export import full_state_dict, save_config, saved_weights
 from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
 from pretrain.runtime import Runtime
@@ -132,12 +133,7 @@ class MllmTask:
                 model = DualTokenForCausalLM.from_pretrained(parts.init_from, dtype=torch.float32)
             expected = model.config.tokenizer_fingerprint
             require_same_codes(parts.visual_tokenizer, fingerprint, expected, parts.init_from)
-            for name, value in head_settings(parts.heads).items():
-                if (found := getattr(model.config, name, None)) != value:
-                    raise ConfigError(
-                        f"model.heads.{name}={value}, but {parts.init_from} has {name}={found}: "
-                        "leave it out, a model keeps its heads from phase to phase"
-                    )
+            require_heads(model.config, head_settings(parts.heads), parts.init_from)
             if model.config.special != self.special:
                 raise ValueError(
                     f"{parts.init_from} has {model.config.special}, the text tokenizer "
@@ -271,7 +267,7 @@ class MllmTask:
         """Write the model in fp32 with its processor and text tokenizer, as the Auto classes load them."""
         state = full_state_dict(self.engines["model"], self.frozen_weights())
         if self.runtime.is_main:
-            save_in_fp32(self.model, directory, state)
+            self.model.save_pretrained(directory, state_dict=state)
             self.export_assets(directory)
 
     def export_assets(self, directory: Path) -> None:
@@ -279,6 +275,16 @@ class MllmTask:
         save_config(self.model, directory)
         processor = DualTokenProcessor.for_config(self.model.config, self.text_tokenizer)
         processor.save_pretrained(directory)
+
+
+def require_heads(config: DualTokenConfig, heads: Mapping[str, Any], folder: str) -> None:
+    """Raise ConfigError unless the model in a folder has the fields that a recipe asks of its heads."""
+    for name, value in heads.items():
+        if (found := getattr(config, name, None)) != value:
+            raise ConfigError(
+                f"model.heads.{name}={value}, but {folder} has {name}={found}: leave it out, a model keeps "
+                "its heads from phase to phase"
+            )
 
 
 def add_figures(averages: Averages, output: DualTokenOutput) -> None:

@@ -31,7 +31,7 @@ def broken_ranks(error: NotFiniteError, micro_batches: Sequence[Any], runtime: R
     mine = BrokenRank(
         runtime.rank, error.losses, error.parameters, _all(chosen, "keys"), sorted({*_all(chosen, "shards")})
     )
-    ranks = runtime.from_main(runtime.to_main(mine))
+    ranks = runtime.from_all(mine)
     return [rank for rank in ranks if rank.losses or rank.parameters]
 
 

@@ -29,7 +29,7 @@ from pretrain.config import (
     load_recipe,
 )
 from pretrain.contrastive_task import ContrastiveJobConfig, build_siglip
-from pretrain.mllm_task import MllmJobConfig
+from pretrain.mllm_task import MllmJobConfig, require_heads
 from pretrain.optim import freeze_parameters, parameter_groups
 from pretrain.tokenizer_model import TokenizerModelConfig, expand_frozen
 from pretrain.tokenizer_task import TokenizerJobConfig
@@ -211,9 +211,7 @@ def _config_there(folder: str, heads: dict[str, Any], options: ModelOptions) -> 
     config = DualTokenConfig.from_pretrained(folder)
     if options.llm is not None:
         raise ConfigError(f"--llm {options.llm}: {folder} is there and has a language model; leave it out")
-    for name, value in heads.items():
-        if (found := getattr(config, name, None)) != value:
-            raise ConfigError(f"model.heads.{name}={value}, but {folder} has {name}={found}: leave it out")
+    require_heads(config, heads, folder)
     return config
 
 

@@ -89,6 +89,14 @@ class Runtime:
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.set_timeout(timedelta(seconds=seconds), group)
 
+    def from_all(self, value: T) -> list[T]:
+        """The values of all ranks, on every rank; every rank has to call."""
+        return self.from_main(self.to_main(value))
+
+    def first_of_all(self, text: str) -> str:
+        """The first text of all ranks that is not empty, or nothing; every rank has to call."""
+        return self.from_main(next(filter(None, self.to_main(text)), ""))
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:

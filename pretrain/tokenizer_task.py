@@ -22,7 +22,7 @@ from pretrain.caption_input import CaptionInput, load_text_tokenizer
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.discriminator import DiscriminatorConfig, PatchDiscriminator
 from pretrain.engine import build_engine, count_parameters
-from pretrain.export import full_state_dict, rounded_by_engine, save_config, save_in_fp32
+from pretrain.export import full_state_dict, rounded_by_engine, save_config
 from pretrain.image_input import ImageInput, ImageInputConfig
 from pretrain.losses import (
     PerceptualConfig,
@@ -343,7 +343,7 @@ class TokenizerTask:
         """Write the tokenizer in fp32 and the backbone's text tokenizer, for `from_pretrained`."""
         state = full_state_dict(self.engines["tokenizer"], self.frozen_weights)
         if self.runtime.is_main:
-            save_in_fp32(self.tokenizer, directory, state)
+            self.tokenizer.save_pretrained(directory, state_dict=state)
             self.export_assets(directory)
 
     def export_assets(self, directory: Path) -> None:

@@ -121,8 +121,7 @@ class Trainer:
         first = self.runtime.step
         finished = self._loop()
         if first < self.runtime.step or not finished:
-            with self.health.phase("saving"):
-                self._save(background=False)
+            self._save(background=False)
         if finished:
             with self.health.phase("exporting"):
                 self._finish()
@@ -200,8 +199,7 @@ class Trainer:
             if stop and not last:
                 return False
             if config.checkpoint_every and runtime.step % config.checkpoint_every == 0 and not last:
-                with self.health.phase("saving"):
-                    self._save(config.async_checkpoints)
+                self._save(config.async_checkpoints)
         return True
 
     def _next_micro_batches(self) -> list[Any]:
@@ -284,15 +282,16 @@ class Trainer:
             self.log.write(self.runtime.step, "val", {**figures, "seconds": seconds})
 
     def _save(self, background: bool) -> None:
-        state = {
-            "loader": self.task.train_loader.save_state(),
-            "task": self.task.state_dict(),
-            "random": random_state(),
-            "wall_seconds": self._elapsed(),
-        }
-        files, engines = engine_files(self.task.engines, state, self.runtime)
-        about = {"engines": engines, "exported": self.task.exported}
-        self.checkpoints.save(files, about, self.task.export_assets, background)
+        with self.health.phase("saving"):
+            state = {
+                "loader": self.task.train_loader.save_state(),
+                "task": self.task.state_dict(),
+                "random": random_state(),
+                "wall_seconds": self._elapsed(),
+            }
+            files, engines = engine_files(self.task.engines, state, self.runtime)
+            about = {"engines": engines, "exported": self.task.exported}
+            self.checkpoints.save(files, about, self.task.export_assets, background)
 
     def _elapsed(self) -> float:
         return self.wall_seconds + time.perf_counter() - self._started

@@ -19,6 +19,9 @@ RanksOption = Annotated[
         show_default=False,
     ),
 ]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="Recipe by name (a wrong one lists them) or path of a YAML file.")
+]
 SettingsArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the recipe to change, such as steps=200."),

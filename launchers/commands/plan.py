@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launchers.commands.options import SettingsArgument, say
+from launchers.commands.options import RecipeArgument, SettingsArgument, say
 from launchers.errors import UserError
 
 commands = typer.Typer()
@@ -13,9 +13,7 @@ commands = typer.Typer()
 
 @commands.command(rich_help_panel="Train")
 def plan(
-    recipe: Annotated[
-        str, typer.Argument(help="Recipe by name (a wrong one lists them) or path of a YAML file.")
-    ],
+    recipe: RecipeArgument,
     settings: SettingsArgument = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of each.")] = 8,

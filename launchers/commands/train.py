@@ -10,6 +10,7 @@ from launchers.commands.options import (
     RUN,
     TOKENIZER,
     RanksOption,
+    RecipeArgument,
     RunOption,
     SettingsArgument,
     TokenizerOption,
@@ -87,9 +88,7 @@ def sample_data(
 
 @commands.command(rich_help_panel="Train")
 def train(
-    recipe: Annotated[
-        str, typer.Argument(help="Recipe by name (a wrong one lists them) or path of a YAML file.")
-    ],
+    recipe: RecipeArgument,
     settings: SettingsArgument = None,
     ranks: RanksOption = None,
 ) -> None:

@@ -8,11 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
+from data_pipeline.names import is_below
 from launchers.conversions.report import Report, new_folder, require_new, written
 from launchers.conversions.weight_files import SHARD_BYTES, WeightFiles, write_weights
 from launchers.errors import UserError
 from launchers.use import with_progress
-from pretrain.checkpoints.finding import FORMAT_VERSION, complete_checkpoints, content_of, read_state
+from pretrain.checkpoints.finding import (
+    ASSETS,
+    CONTENTS,
+    FORMAT_VERSION,
+    SHARED,
+    STATE_FILE,
+    complete_checkpoints,
+    damage_of,
+    read_state,
+)
 from pretrain.checkpoints.fragments import FragmentReader, read_index
 
 
@@ -43,19 +53,19 @@ def export_checkpoint(
     folder, state = _find(checkpoint)
     if verify:
         for name, expected in with_progress(list(state["files"].items()), "comparing hashes"):
-            if not (folder / name).is_file() or content_of(folder / name) != expected:
+            if damage_of(folder, name, expected):
                 raise UserError(
                     f"{folder / name} is not what was written: take an earlier step's folder, or copy it "
                     "again"
                 )
     engine, prefix = state["exported"]
-    contents = json.loads((folder / engine / "contents.json").read_text(encoding="utf-8"))
+    contents = json.loads((folder / engine / CONTENTS).read_text(encoding="utf-8"))
     index = read_index(folder, [name for name in state["files"] if name.startswith(f"{engine}/rank_")])
-    index |= read_index(folder, [f"{engine}/shared.safetensors"])
+    index |= read_index(folder, [f"{engine}/{SHARED}"])
     reader = FragmentReader(folder, index)
     given = WeightFiles(frozen_from) if frozen_from else None
     report = Report("checkpoint", {"checkpoint": str(folder)})
-    tensors = _Tensors(contents, prefix, reader, given, frozen_from, report)
+    tensors = _Tensors(contents, prefix, reader, given, report)
 
     def in_order() -> Iterator[tuple[str, Tensor]]:
         for name in with_progress(tensors.names, "writing weights"):
@@ -63,7 +73,7 @@ def export_checkpoint(
 
     with new_folder(output, report) as made:
         write_weights(made, in_order(), shard_bytes)
-        for path in (folder / "assets").iterdir():
+        for path in (folder / ASSETS).iterdir():
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, made / path.name)
     saved = state["engines"][engine]
     yield f"step {state['step']} of job {state['job']}, {state['world_size']} rank(s), ZeRO-{saved['zero']}"
@@ -80,7 +90,6 @@ class _Tensors:
         prefix: str,
         reader: FragmentReader,
         given: WeightFiles | None,
-        frozen_from: Path | None,
         report: Report,
     ) -> None:
         self.reader = reader
@@ -99,8 +108,10 @@ class _Tensors:
             for name in frozen:
                 here, there = tuple(self.parameters[name]["shape"]), shapes.get(name.removeprefix(prefix))
                 if here != there:
-                    raise UserError(f"{frozen_from} has {name} {there}, the checkpoint {here}: another model")
-            report.notes.append(f"frozen: {len(frozen)} weights from {frozen_from}")
+                    raise UserError(
+                        f"{given.folder} has {name} {there}, the checkpoint {here}: another model"
+                    )
+            report.notes.append(f"frozen: {len(frozen)} weights from {given.folder}")
         elif rounded:
             kept = self.parameters[rounded[0]]["dtype"]
             report.notes.append(
@@ -122,7 +133,7 @@ class _Tensors:
 def _find(place: Path) -> tuple[Path, dict[str, Any]]:
     """The step folder that is meant and what it says."""
     folder = place
-    if not (place / "state.json").exists():
+    if not (place / STATE_FILE).exists():
         found = complete_checkpoints(place / "checkpoints") or complete_checkpoints(place)
         if not found:
             raise UserError(f"{place} has no complete checkpoint: expected a step's folder or a run's")
@@ -131,6 +142,6 @@ def _find(place: Path) -> tuple[Path, dict[str, Any]]:
     if state is None or state["format_version"] != FORMAT_VERSION:
         raise UserError(f"{folder} is not a checkpoint of format version {FORMAT_VERSION}")
     for name in state["files"]:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{folder / 'state.json'} names the file {name}, outside its folder")
+        if not is_below(name):
+            raise UserError(f"{folder / STATE_FILE} names the file {name}, outside its folder")
     return folder, state

@@ -12,7 +12,15 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from data_pipeline.streams.plain_state import from_plain, to_plain
-from pretrain.checkpoints.finding import FORMAT_VERSION, STATE_FILE, CheckpointError, file_of_rank, read_state
+from pretrain.checkpoints.finding import (
+    CONTENTS,
+    FORMAT_VERSION,
+    SHARED,
+    STATE_FILE,
+    CheckpointError,
+    file_of_rank,
+    read_state,
+)
 from pretrain.checkpoints.fragments import FragmentReader, Fragments, Index, read_index
 from pretrain.checkpoints.pieces import (
     Piece,
@@ -27,15 +35,12 @@ from pretrain.checkpoints.writer import Files
 from pretrain.config import ConfigError
 from pretrain.runtime import Runtime
 
-SHARED = "shared.safetensors"  # what all ranks keep whole, written by the main one
-
 
 @dataclass(frozen=True)
 class RankStates:
     """What ranks kept besides their engines."""
 
     states: list[dict[str, Any]]  # this rank's alone, or those of all old ranks if there were more or fewer
-    world_size: int  # when they were saved
     same_ranks: bool
 
     def own(self, rank: int) -> dict[str, Any] | None:
@@ -64,7 +69,7 @@ def engine_files(
         files[file_of_rank(runtime.rank, name)] = _copied(own_pieces(engine))
         if runtime.is_main:
             files[f"{name}/{SHARED}"] = _copied(shared_pieces(engine))
-            files[f"{name}/contents.json"] = json.dumps(contents(engine), indent=1)
+            files[f"{name}/{CONTENTS}"] = json.dumps(contents(engine), indent=1)
         about[name] = {"zero": engine.zero_optimization_stage(), **counters(engine)}
     if runtime.device.type == "cuda":
         torch.cuda.current_stream().synchronize()
@@ -120,7 +125,7 @@ def _require_same_parts(folder: Path, engine: DeepSpeedEngine, runtime: Runtime)
     """Raise ConfigError unless parameters and buffers have the names and shapes of the checkpoint's."""
     saved = None
     if runtime.is_main:
-        saved = json.loads((folder / "contents.json").read_text(encoding="utf-8"))
+        saved = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
     saved, here = runtime.from_main(saved), contents(engine)
     for part in ("parameters", "buffers"):
         before, now = saved[part], here[part]
@@ -181,4 +186,4 @@ def _rank_states(path: Path, old_ranks: int, runtime: Runtime) -> RankStates:
         plain = [read(runtime.rank)]
     else:
         plain = runtime.from_main([read(rank) for rank in range(old_ranks)] if runtime.is_main else [])
-    return RankStates([from_plain(state) for state in plain], old_ranks, same)
+    return RankStates([from_plain(state) for state in plain], same)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # who converts a checkpoint needs no DeepSpeed
 
 FORMAT_VERSION = 3
 STATE_FILE = "state.json"
+ASSETS = "assets"  # folder of what an export has besides weights
+CONTENTS = "contents.json"  # of an engine: names, shapes and types of what it holds
+SHARED = "shared.safetensors"  # of an engine: what all ranks keep whole, written by the main one
 _OF_RANK = re.compile(r"(?:^|_|/)rank_(\d+)[_.]")  # in the names of files that one rank wrote
 
 
@@ -120,16 +123,19 @@ def _damage(path: Path, runtime: Runtime) -> str:
         parts = [{} for _ in range(runtime.world_size)]
         for name, content in (read_state(path) or {"files": {}})["files"].items():
             parts[writer_of(name) % runtime.world_size][name] = content
-    found = ""
-    for name, expected in runtime.share_out(parts).items():
-        try:
-            if content_of(path / name) != expected:
-                found = f"{name} has other contents than when it was written"
-        except OSError as error:
-            found = f"{name} cannot be read ({error.strerror})"
-        if found:
-            break
-    return runtime.from_main(next(filter(None, runtime.to_main(found)), ""))
+    own = runtime.share_out(parts).items()
+    found = next(filter(None, (damage_of(path, name, expected) for name, expected in own)), "")
+    return runtime.first_of_all(found)
+
+
+def damage_of(folder: Path, name: str, expected: dict[str, Any]) -> str:
+    """What is wrong with a file that was written with this size and hash, or nothing."""
+    try:
+        if content_of(folder / name) == expected:
+            return ""
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return f"{name} has other contents than when it was written"
 
 
 def file_of_rank(rank: int, engine: str | None = None) -> str:

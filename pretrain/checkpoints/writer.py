@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pretrain.checkpoints.finding import (
+    ASSETS,
     FORMAT_VERSION,
     STATE_FILE,
     CheckpointError,
@@ -105,8 +106,8 @@ class CheckpointWriter:
                 for name in {Path(name).parent for name in files}:
                     (temporary / name).mkdir(exist_ok=True)
                 if assets is not None:
-                    (temporary / "assets").mkdir()
-                    assets(temporary / "assets")
+                    (temporary / ASSETS).mkdir()
+                    assets(temporary / ASSETS)
             except OSError as error:
                 problem = str(error)
         self._raise_together(step, problem)
@@ -152,7 +153,7 @@ class CheckpointWriter:
                     path.write_text(content, encoding="utf-8")
             made = [writing.temporary / name for name in files]
             if self.runtime.is_main:
-                made += [path for path in (writing.temporary / "assets").rglob("*") if path.is_file()]
+                made += [path for path in (writing.temporary / ASSETS).rglob("*") if path.is_file()]
             for path in made:
                 sync(path)
                 writing.written[path.relative_to(writing.temporary).as_posix()] = content_of(path)
@@ -178,9 +179,7 @@ class CheckpointWriter:
 
     def _raise_together(self, step: int, problem: str) -> None:
         """Raise on every rank what went wrong on one: the others would wait for it."""
-        found = [f"rank {rank}: {text}" for rank, text in enumerate(self.runtime.to_main(problem)) if text]
-        first = self.runtime.from_main(found[0] if found else "")
-        if first:
+        if first := self.runtime.first_of_all(problem and f"rank {self.runtime.rank}: {problem}"):
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder} ({first}); earlier "
                 "ones are untouched. Make room, and start the same command again: it goes on from the newest"

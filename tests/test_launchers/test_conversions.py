@@ -14,7 +14,7 @@ from launchers.conversions.llm import extract_llm
 from launchers.conversions.unified import build_unified
 from launchers.conversions.weight_files import WeightFiles
 from pretrain.config import load_job_config
-from pretrain.export import save_in_fp32
+from pretrain.export import save_config
 from pretrain.mllm_task import MllmTask
 from pretrain.random_state import seed_everything
 from pretrain.runtime import Runtime
@@ -80,7 +80,8 @@ def build_as_in_training(base, eyes, seed, more, init_from=None):
 def test_unified_is_what_training_builds(folders, tmp_path, capsys, kind, more):
     lines = unified(capsys, folders / kind, folders / "eyes", tmp_path / "unified", *more, "--seed", 3)
     built = build_as_in_training(folders / kind, folders / "eyes", 3, more)
-    save_in_fp32(built, tmp_path / "expected", built.state_dict())
+    built.save_pretrained(tmp_path / "expected", state_dict=built.state_dict())
+    save_config(built, tmp_path / "expected")
     assert same_files(tmp_path / "unified", tmp_path / "expected")
     configs = [
         json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))

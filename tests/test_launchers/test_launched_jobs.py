@@ -11,18 +11,10 @@ import pytest
 
 from tests.support.pretend_slurm import ROOT, events, install
 from tests.support.tiny_run import make_tiny_run
+from tests.support.toy_words import TOY_WORDS
 from tests.support.two_nodes import NoNamespacesError, own_networks
 
-TOY = [
-    "job=tests.support.toy_task:ToyJobConfig:ToyTask",
-    "steps=6",
-    "global_batch_size=16",
-    "micro_batch_size=4",
-    "log_every=1",
-    "wandb.mode=disabled",
-    "precision=fp32",  # figures are compared exactly
-    "deepspeed=zero3.json",
-]
+TOY = [*TOY_WORDS, "deepspeed=zero3.json"]
 
 
 def figures(folder: Path) -> dict[int, tuple[float, float]]:

@@ -15,15 +15,10 @@ from PIL import Image
 
 from pretrain.metrics import console_line
 from tests.support.distributed import Ranks, run_function
+from tests.support.toy_words import TOY_WORDS
 
 TOY = [
-    "job=tests.support.toy_task:ToyJobConfig:ToyTask",
-    "steps=6",
-    "global_batch_size=16",
-    "micro_batch_size=4",
-    "log_every=1",
-    "wandb.mode=disabled",
-    "precision=fp32",  # figures are compared exactly
+    *TOY_WORDS,
     "optimizer.lr=0.01",
     "optimizer.warmup_steps=2",
     "optimizer.weight_decay=0.1",
