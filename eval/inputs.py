@@ -17,7 +17,7 @@ from data_pipeline.shards.code_shards import CodeSample, DatasetManifest, iterat
 from data_pipeline.streams import ImageStreamConfig, image_loader
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
-from eval.metrics import to_unit_range
+from eval.metrics.images import to_unit_range
 
 T = TypeVar("T")
 READ_BATCH = 64

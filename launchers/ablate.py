@@ -71,9 +71,9 @@ def measure(export: Path, siglip: Path, images: dict[str, Path]) -> dict[str, fl
 
     from dualtoken.visual_tokenizer.backbone import FrozenTeacher
     from eval.inputs import load_pictures, load_visual_tokenizer
-    from eval.metrics import codebook_statistics
-    from eval.reconstruction import reconstruct
-    from eval.retrieval import compare
+    from eval.metrics.codebooks import codebook_statistics
+    from eval.visual_tokenizer.reconstruction import reconstruct
+    from eval.visual_tokenizer.retrieval import compare
 
     tokenizer = load_visual_tokenizer(export)
     config = tokenizer.config

@@ -12,14 +12,20 @@ from eval.results import write_json
 from launchers.processes import available_cores
 
 # The longest first, so that the last ones fill the gaps.
-MEASURES = ("generation", "likelihood", "reconstruction", "retrieval", "layers")
+MEASURES = {
+    "generation": "eval.generation.samples",
+    "likelihood": "eval.likelihood",
+    "reconstruction": "eval.visual_tokenizer.reconstruction",
+    "retrieval": "eval.visual_tokenizer.retrieval",
+    "layers": "eval.visual_tokenizer.layers",
+}
 MOST_WORKERS = 2  # each holds the models once
 
 
 def measure(name: str, paths: EvaluationPaths, count: int | None, seed: int) -> float:
     """Take one measure; returns the seconds it took."""
     started = time.monotonic()
-    importlib.import_module(f"eval.{name}").run(paths, count, seed)
+    importlib.import_module(MEASURES[name]).run(paths, count, seed)
     return time.monotonic() - started
 
 

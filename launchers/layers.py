@@ -39,7 +39,7 @@ def analyze_layers(backbone: Path, images: Sequence[Path], count: int, output: P
     """
     from dualtoken.visual_tokenizer.backbone import load_backbone
     from eval.inputs import default_device
-    from eval.layers import compare_layers
+    from eval.visual_tokenizer.layers import compare_layers
 
     files = find_pictures(images, count)
     transformers_logging.disable_progress_bar()

@@ -54,7 +54,7 @@ def read_pictures(paths: Sequence[Path], image_size: int) -> torch.Tensor:
 
 def reconstruct_files(images: Sequence[Path], visual_tokenizer: Path, output: Path) -> Iterator[str]:
     """Write each picture beside its reconstruction; yields a line for each."""
-    from eval.reconstruction import reconstruct, side_by_side
+    from eval.visual_tokenizer.reconstruction import reconstruct, side_by_side
 
     tokenizer = load_visual_tokenizer(visual_tokenizer)
     pictures = read_pictures(images, tokenizer.config.image_size)
@@ -107,7 +107,7 @@ def caption_files(
     images: Sequence[Path], model: Path, visual_tokenizer: Path, language: str, max_new_tokens: int
 ) -> Iterator[str]:
     """Yield a line with a caption for each picture."""
-    from eval.generation import write_captions
+    from eval.generation.samples import write_captions
 
     unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
     pictures = read_pictures(images, tokenizer.config.image_size)

@@ -36,6 +36,10 @@ ROOMS = {
     "data_pipeline.streams": {"data_pipeline.shards"},
     "data_pipeline.sources": {"data_pipeline.shards"},
     "pretrain.checkpoints": set(),
+    "eval.metrics": set(),
+    "eval.understanding": set(),
+    "eval.visual_tokenizer": {"eval.metrics"},
+    "eval.generation": {"eval.metrics", "eval.visual_tokenizer"},
 }
 ABOVE_THE_ROOMS = {"dualtoken.processing", "pretrain.trainer", "pretrain.train"}
 

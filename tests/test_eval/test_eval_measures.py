@@ -12,8 +12,10 @@ from transformers import SiglipModel
 from data_pipeline.shards.code_shards import CodeSample
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
-from eval import generation, inputs, layers, likelihood, reconstruction, retrieval
+from eval import inputs, likelihood
+from eval.generation import samples
 from eval.inputs import EvaluationPaths
+from eval.visual_tokenizer import layers, reconstruction, retrieval
 from tests.support.tiny_run import captions_of, make_tiny_run, text_tokenizer, write_codes
 
 
@@ -156,7 +158,7 @@ def test_unigram_by_hand():
 
 
 def test_generation(paths):
-    result = generation.run(paths, count=3, guidance_scales=(1.0, 2.5))
+    result = samples.run(paths, count=3, guidance_scales=(1.0, 2.5))
     assert json.loads((paths.output / "generation.json").read_text(encoding="utf-8")) == json.loads(
         json.dumps(result)
     )
@@ -189,16 +191,16 @@ def test_generated_pictures_are_scored_by_what_they_show(paths, monkeypatch):
     tokenizer = inputs.load_visual_tokenizer(paths.visual_tokenizer)
     pictures = inputs.load_pictures(paths.held_out_images, 16)
     codes = tokenizer.encode(pictures.images)
-    monkeypatch.setattr(generation, "generate_images", lambda *_, **__: codes)
+    monkeypatch.setattr(samples, "generate_images", lambda *_, **__: codes)
     shown = inputs.Pictures(
-        pictures.keys, pictures.captions, generation.decode_codes(tokenizer, codes).clamp(-1, 1)
+        pictures.keys, pictures.captions, samples.decode_codes(tokenizer, codes).clamp(-1, 1)
     )
 
     def load(folder, size):
         return shown if folder == paths.held_out_images else inputs.load_pictures(folder, size)
 
-    monkeypatch.setattr(generation, "load_pictures", load)
-    result = generation.run(paths, count=5, guidance_scales=(3.0,))
+    monkeypatch.setattr(samples, "load_pictures", load)
+    result = samples.run(paths, count=5, guidance_scales=(3.0,))
     assert result["pictures"]["held_out"]["recall"]["3.0"]["recall"] == 1.0
 
 
@@ -210,9 +212,9 @@ def test_captions_answer_in_the_language_asked(paths, monkeypatch):
         assert settings == {"max_new_tokens": 5, "temperature": 0.0}
         return [" rot "] * len(prefixes)
 
-    monkeypatch.setattr(generation, "generate_text", answer)
+    monkeypatch.setattr(samples, "generate_text", answer)
     codes = torch.zeros(16, 2, 2, dtype=torch.long)
-    assert generation.write_captions(None, None, [codes, codes], "de", 5) == ["rot", "rot"]
+    assert samples.write_captions(None, None, [codes, codes], "de", 5) == ["rot", "rot"]
     assert asked == [("German:", False)] * 2
 
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from eval.metrics import codebook_statistics, psnr, recall_at_1, ssim, to_unit_range
+from eval.metrics.codebooks import codebook_statistics
+from eval.metrics.images import psnr, ssim, to_unit_range
+from eval.metrics.recall import recall_at_1
 
 DATA = Path(__file__).parents[1] / "data" / "eval_metrics"
 

@@ -22,10 +22,10 @@ from eval.inputs import (
     stack_codes,
     to_picture,
 )
-from eval.metrics import recall_at_1
-from eval.reconstruction import BATCH
+from eval.metrics.recall import recall_at_1
 from eval.results import write_json
-from eval.retrieval import image_features
+from eval.visual_tokenizer.reconstruction import BATCH
+from eval.visual_tokenizer.retrieval import image_features
 
 GUIDANCE_SCALES = (1.0, 1.5, 3.0)
 PROMPTS = 32  # of each split

@@ -15,7 +15,7 @@ from eval.inputs import (
     load_visual_tokenizer,
     require_export,
 )
-from eval.metrics import recall_at_1
+from eval.metrics.recall import recall_at_1
 from eval.results import write_json
 
 BATCH = 64

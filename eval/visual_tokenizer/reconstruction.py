@@ -15,7 +15,8 @@ from eval.inputs import (
     load_visual_tokenizer,
     to_picture,
 )
-from eval.metrics import codebook_statistics, psnr, ssim, to_unit_range
+from eval.metrics.codebooks import codebook_statistics
+from eval.metrics.images import psnr, ssim, to_unit_range
 from eval.results import write_json
 
 BATCH = 32

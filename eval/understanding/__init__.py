@@ -1,0 +1,1 @@
+"""Benchmarks of questions about pictures: reading, asking, scoring."""
