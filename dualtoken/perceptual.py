@@ -1,4 +1,4 @@
-"""LPIPS by the package `lpips`, its weights from a named place; a loss in training, a figure in evaluation."""
+"""LPIPS by the package `lpips`, its weights from a named place: training's loss and evaluation's figure."""
 
 from __future__ import annotations
 
