@@ -4,7 +4,7 @@ import csv
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import lpips
 import numpy as np
@@ -14,6 +14,7 @@ from PIL import Image
 
 from dualtoken.perceptual import PerceptualConfig, load_perceptual_weights, perceptual_weights_path
 from eval import inputs
+from eval.metrics.codebooks import codebook_statistics
 from eval.metrics.frechet import FeatureStatistics, frechet_distance
 from eval.metrics.siglip_features import load_siglip_features
 from eval.visual_tokenizer import reconstruction, reconstruction_task
@@ -33,6 +34,7 @@ def expected(job):
     return images, reconstruction.reconstruct(inputs.load_visual_tokenizer(job.visual_tokenizer), images)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight:UserWarning")
 def test_figures_are_the_libraries(job, run, expected):
     extractor = load_siglip_features(run / "siglip" / "export")
     result = reconstruction_task.measure(job, STLPIPS, extractor)
@@ -122,3 +124,13 @@ def test_saved_pictures_are_rounded_or_cut_off():
     noise = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert as_png(noise).shape == as_reference(noise).shape == (1, 16, 16, 3)
     assert (as_reference(noise) != as_png(noise)).mean() > 0.9  # which noise does not
+
+
+def test_counts_by_depth_give_the_statistics_of_the_codes():
+    codes = torch.randint(0, 32, (5, 16, 2, 3), generator=torch.Generator().manual_seed(0))
+    rows = {(row.pop("codebook"), row.pop("depth")): row for row in codebook_table(codes, 32)}
+    assert len(rows) == 8
+    for (book, depth), row in rows.items():
+        part = codes[:, :, ("pixel", "semantic").index(book)]
+        part = part if depth is None else part[..., depth - 1]
+        assert row == pytest.approx(asdict(codebook_statistics(part, 32)))
