@@ -1,10 +1,25 @@
 """What a task of `dualtoken evaluate` found, as JSON files; light to import: the report comes at once."""
 
 import json
-from collections.abc import Mapping, Sequence
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+FORMAT_VERSION = 1
+RESULTS_FILE = "results.json"
+PACKAGES = (
+    "dualtoken",
+    "torch",
+    "torchvision",
+    "transformers",
+    "nvidia-dali-cuda130",
+    "lpips",
+    "open_clip_torch",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,42 @@ class TaskResult:
     def as_json(self) -> dict:
         """The result for results.json."""
         return asdict(self)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # DALI for another CUDA has another name
+            continue
+    return found
+
+
+def record(output: Path, results: Iterable[TaskResult], provenance: Mapping[str, Any]) -> dict:
+    """Add results to the folder's `results.json`, in place of earlier ones of the same tasks; returns it.
+
+    Args:
+        output: the evaluation's folder.
+        results: what was found now.
+        provenance: what every one of them was measured with: paths and fingerprints of the models, device.
+
+    Raises:
+        ValueError: the file there is of another format.
+    """
+    path = output / RESULTS_FILE
+    content = read_json(path) or {"format_version": FORMAT_VERSION, "tasks": {}}
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format {content.get('format_version')!r}, expected {FORMAT_VERSION}; "
+            "choose another --out"
+        )
+    stamp = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions(), **provenance}
+    for result in results:
+        content["tasks"][result.task] = {**result.as_json(), **stamp}
+    write_json(path, content)
+    return content
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -28,6 +28,7 @@ class Question:
     category: str = "default"
     options: tuple[str, ...] = ()  # possible answers as they would be written: letters; Yes, No
     truth: Any = None  # what the benchmark's scoring needs; None where the split has no public answers
+    group: str | None = None  # of those scored together: MME's two of a picture, MMBench's rotations
     recorded_prompt: str | None = None  # `prompt` of LLaVA's answer files, where it differs
     extra: Mapping[str, Any] = field(default_factory=dict)  # further fields of LLaVA's answer row
 

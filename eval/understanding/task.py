@@ -1,0 +1,105 @@
+"""A benchmark as a task of `dualtoken evaluate`: answers in, scores, submission and cases out."""
+
+import io
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from eval.results import Case, TaskResult
+from eval.understanding.benchmark import Benchmark, Question, Scores
+
+CASES = 6  # worst and best ones shown
+CASE_PIXELS = 256
+LONGEST_LINE = 300
+
+
+def draw_questions(questions: Sequence[Question], count: int | None, seed: int) -> list[Question]:
+    """`count` questions drawn at random, a few more where some are scored together; all by default."""
+    if count is None or count >= len(questions):
+        return list(questions)
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.group or question.key, []).append(question)
+    order = list(groups)
+    random.Random(seed).shuffle(order)
+    chosen: set[str] = set()
+    for group in order:
+        if len(chosen) >= count:
+            break
+        chosen |= {question.key for question in groups[group]}
+    return [question for question in questions if question.key in chosen]
+
+
+def result_of(
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    answers: Mapping[str, str],
+    output: Path,
+    settings: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> TaskResult:
+    """Score answers by the benchmark's rule; write its submission and the pictures of the cases.
+
+    Args:
+        benchmark: whose questions they are.
+        questions: those measured.
+        answers: text by question key.
+        output: folder of the whole evaluation; files go to a folder of the benchmark's name in it.
+        settings: what made the answers.
+        notes: what a reader has to know of them.
+    """
+    scores = benchmark.score(questions, answers)
+    folder = output / benchmark.name
+    files = [] if benchmark.submit is None else benchmark.submit(questions, answers, folder)
+    by_score = sorted(
+        (question for question in questions if question.key in scores.per_question),
+        key=lambda question: scores.per_question[question.key],
+    )
+    half = len(by_score) // 2
+    worst = [q for q in by_score[: min(CASES, len(by_score) - half)] if scores.per_question[q.key] < 1]
+    best = [q for q in by_score[::-1][: min(CASES, half)] if scores.per_question[q.key] > 0]
+    return TaskResult(
+        task=benchmark.name,
+        headline=benchmark.headline,
+        value=scores.value,
+        unit=benchmark.unit,
+        count=len(questions),
+        chance=benchmark.chance(questions) if benchmark.chance else None,
+        figures=scores.figures,
+        tables=scores.tables,
+        worst=_cases(worst, answers, scores, output, folder / "worst"),
+        best=_cases(best, answers, scores, output, folder / "best"),
+        files=[str(path.relative_to(output)) for path in files],
+        notes=[*notes, *scores.notes],
+        settings=settings,
+    )
+
+
+def _cases(
+    questions: Sequence[Question], answers: Mapping[str, str], scores: Scores, output: Path, folder: Path
+) -> list[Case]:
+    cases = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, question in enumerate(questions):
+        source = question.image if isinstance(question.image, Path) else io.BytesIO(question.image)
+        with Image.open(source) as image:
+            shown = image.convert("RGB")
+        shown.thumbnail((CASE_PIXELS, CASE_PIXELS))
+        path = folder / f"{index:02d}.png"
+        shown.save(path)
+        lines = [
+            f"question: {question.prompt}",
+            f"answer: {answers.get(question.key, '(none)')}",
+            f"truth: {question.truth}",
+        ]
+        cases.append(
+            Case(
+                picture=str(path.relative_to(output)),
+                lines=[line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in lines],
+                score=scores.per_question[question.key],
+            )
+        )
+    return cases
