@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.shards.conversations import IMAGE_TAG, TEMPLATES, ChatTemplate
+from data_pipeline.shards.conversations import IMAGE_TAG, ChatTemplate
 from dualtoken.generation.sampling import Sampling
 from dualtoken.unified_model.sequence import ImagePart
 from eval.inputs import load_models, to_picture
-from launchers.conversation import NO_TEMPLATE, Chat
+from eval.templates import default_template, template_named, views_learned
+from launchers.conversation import Chat
 from launchers.errors import UserError
 from launchers.use import drawing_progress, free_names
 
@@ -22,36 +23,18 @@ HELP = """\
 /quit          end (Ctrl-D too); Ctrl-C stops an answer, which is then forgotten"""
 
 
-def views_learned(model: Path) -> set[str] | None:
-    """Views of the documents that an exported model learned from nothing; None where that is not known.
-
-    Known is what the run folder around the export says, unless the training began with another model.
-    """
-    import yaml
-
-    config = model.resolve().parent / "config.yaml"
-    if not config.is_file():
-        return None
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    if settings.get("job") != "mllm" or settings["model"].get("llm") or settings["model"].get("init_from"):
-        return None
-    return {entry["view"] for entry in settings["data"]["blend"] if entry["weight"] > 0}
-
-
 def choose_template(wanted: str | None, model: Path) -> tuple[ChatTemplate, list[str]]:
     """The chat template to use, and what to say about it."""
     views = views_learned(model)
-    unschooled = views is not None and "document" not in views
-    name = wanted or ("none" if unschooled else "qwen")
     notes = []
-    if unschooled:
+    if views is not None and "document" not in views:
         notes.append(
-            f"note: this model was never trained on conversations, but on {', '.join(sorted(views or ()))}: "
+            f"note: this model was never trained on conversations, but on {', '.join(sorted(views))}: "
             "expect it to name a picture after `/image PATH` and `English:`, and to /draw; /reset in between"
         )
-    if name == "plain":
+    if wanted == "plain":
         notes.append("note: by the template plain the model sees your pictures, not your words")
-    return NO_TEMPLATE if name == "none" else TEMPLATES[name], notes
+    return template_named(wanted or default_template(model)), notes
 
 
 def chat(

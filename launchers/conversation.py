@@ -15,11 +15,10 @@ from dualtoken.generation.sampling import Sampling
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.unified_model.sequence import Document, ImagePart, tokenize_document
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from eval.templates import with_images_first
 from launchers.errors import UserError
 from launchers.use import read_pictures
 
-NO_TEMPLATE = ChatTemplate(system="", default_system="", user=("", ""), assistant=("", ""))
-"""Messages as they stand, for a model that learned captions and prompts."""
 MOST_IMAGES = 4  # in one answer
 
 
@@ -122,8 +121,7 @@ class Chat:
     def _message(self, text: str) -> dict[str, str]:
         tags, count = text.count(IMAGE_TAG), len(self.attached)
         if not tags and count:
-            line = IMAGE_TAG if self.template is NO_TEMPLATE else f"{IMAGE_TAG}\n"
-            text = line * count + text
+            text = with_images_first(text, count, self.template)
         elif tags != count:
             raise ValueError(
                 f"the text has {tags} {IMAGE_TAG} tags but {count} images; attach one for each by /image"

@@ -14,8 +14,9 @@ from dualtoken.generation.generators import generate, generate_images
 from dualtoken.generation.sampling import Sampling
 from dualtoken.unified_model.sequence import Document, ImagePart, TextPart, tokenize_document
 from eval.inputs import load_unified_model, load_visual_tokenizer
-from launchers.chat import choose_template, views_learned
-from launchers.conversation import NO_TEMPLATE, Chat
+from eval.templates import NO_TEMPLATE, views_learned
+from launchers.chat import choose_template
+from launchers.conversation import Chat
 from launchers.errors import UserError
 from tests.support.command import call
 from tests.support.tiny_run import make_tiny_run, picture

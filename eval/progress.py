@@ -1,0 +1,53 @@
+"""How far a long measure is: a bar on a terminal, a line now and then elsewhere, and a line at the end."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+LINE_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def counted(
+    total: int, what: str, say: Callable[[str], None], bar: bool | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Give a function that takes how many more of `total` are done; says the rate at the end.
+
+    Args:
+        total: how many there are to do; nothing is said of 0.
+        what: they are, such as "answers".
+        say: takes a line.
+        bar: whether to draw a bar on standard error in place of lines; by default where that is a terminal.
+    """
+    started = said = time.monotonic()
+    done = 0
+
+    def rate() -> str:
+        return f"{done / max(time.monotonic() - started, 1e-9):.1f} {what}/s"
+
+    with contextlib.ExitStack() as stack:
+        draw = _bar(total, what, stack) if (sys.stderr.isatty() if bar is None else bar) else None
+
+        def advance(count: int) -> None:
+            nonlocal done, said
+            done += count
+            if draw is not None:
+                draw(done, rate())
+            elif time.monotonic() - said > LINE_SECONDS and done < total:
+                said = time.monotonic()
+                say(f"{done} of {total} {what}, {rate()}")
+
+        yield advance
+    if done:
+        say(f"{done} {what} in {time.monotonic() - started:.1f} s, {rate()}")
+
+
+def _bar(total: int, what: str, stack: contextlib.ExitStack) -> Callable[[int, str], None]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+    task = shown.add_task(what, total=total)
+    return lambda done, rate: shown.update(task, completed=done, description=rate)

@@ -1,0 +1,187 @@
+"""Asking a model the questions of a benchmark, on any number of ranks, so that a killed run goes on.
+
+In the output folder lie `answers/settings.json`, what decides the answers; `answers/part-*.jsonl`, a rank's
+answers as they come; and, once all are there, `answers.jsonl` in the order of the questions. Ranks need no
+connection, only the folder: each asks what is missing of its own slice, and who finds all answers there at
+its end writes the whole.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.pretokenize.claims import link_once
+from data_pipeline.shards.code_shards import temporary_name, write_atomically
+from eval.progress import counted
+from eval.understanding.answer_parts import Answer, PartWriter, read_parts
+from eval.understanding.answers import answer_row
+from eval.understanding.benchmark import Benchmark, BenchmarkError, Question
+from eval.understanding.models import Answerer
+
+By = Literal["text", "likelihood"]
+ANSWERS, PARTS, SETTINGS = "answers.jsonl", "answers", "settings.json"
+NOT_DECIDING = ("model", "versions")  # the name, and what only rounds differently
+
+
+def answer_questions(
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    answerer: Answerer,
+    output: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 16,
+    by: By = "text",
+    max_new_tokens: int | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Path | None:
+    """Ask what is missing of this rank's slice of the questions; the whole is written by who is last.
+
+    A slice is ceil(N / world_size) questions in their order. Neither ranks nor batches decide an answer.
+
+    Args:
+        benchmark: whose questions they are.
+        questions: all of them, whatever the rank.
+        answerer: the model.
+        output: folder, the same for all ranks.
+        rank: of this process.
+        world_size: number of processes.
+        batch_size: questions asked at a time.
+        by: `text` takes what the model writes; `likelihood` the likeliest of the question's options.
+        max_new_tokens: of an answer; the benchmark's by default.
+        progress: takes a line now and then; on a terminal a bar is drawn as well.
+
+    Returns:
+        The file of all answers; None while other ranks have some to give.
+
+    Raises:
+        BenchmarkError: the folder holds answers by other settings, another process writes this rank's part,
+            a question has no options to compare, or a picture cannot be read.
+    """
+    if not 0 <= rank < world_size or batch_size < 1:
+        raise BenchmarkError(
+            f"rank {rank} of {world_size}, batch size {batch_size}; expected a rank from 0 and at least 1 "
+            "question at a time"
+        )
+    limit = benchmark.max_new_tokens if max_new_tokens is None else max_new_tokens
+    _require_options(benchmark, questions, by)
+    folder = output / PARTS
+    _agree(folder, settings_of(benchmark, questions, answerer, by, limit))
+    length = -(-len(questions) // world_size)
+    with PartWriter(folder, rank) as part:
+        known = read_parts(folder)
+        missing = [
+            question
+            for question in questions[rank * length : (rank + 1) * length]
+            if question.key not in known
+        ]
+        if known:
+            progress(f"{len(known)} of {len(questions)} answers are there, {len(missing)} to ask here")
+        bar = None if world_size == 1 else False  # one bar a rank would be drawn over another
+        with counted(len(missing), "answers", progress, bar) as advance:
+            # In their order: questions of one picture are neighbours, and most of a prompt is the picture,
+            # so sorting by length would save little padding.
+            for start in range(0, len(missing), batch_size):
+                batch = missing[start : start + batch_size]
+                for question, answer in zip(batch, _ask(answerer, batch, by, limit), strict=True):
+                    part.write(question.key, answer)
+                part.flush()
+                advance(len(batch))
+    return _collect_if_complete(questions, output)
+
+
+def collect_answers(questions: Sequence[Question], output: Path) -> Path:
+    """Write the answers of all ranks into one file, in the order of the questions, and return it.
+
+    Raises:
+        BenchmarkError: some are missing.
+    """
+    path = _collect_if_complete(questions, output)
+    if path is None:
+        known = read_parts(output / PARTS)
+        missing = [str(question.question_id) for question in questions if question.key not in known]
+        raise BenchmarkError(
+            f"{output} lacks {len(missing)} of {len(questions)} answers (question {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}); start the same command again to ask them"
+        )
+    return path
+
+
+def settings_of(
+    benchmark: Benchmark, questions: Sequence[Question], answerer: Answerer, by: By, max_new_tokens: int
+) -> dict[str, Any]:
+    """What decides the answers, as `settings.json` keeps it; of pictures only their number and order."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(json.dumps([question.key, question.prompt, *question.options]).encode())
+    return {
+        "benchmark": benchmark.name,
+        "questions": f"{len(questions)} ({digest.hexdigest()[:12]})",
+        "model": answerer.name,
+        "fingerprint": answerer.fingerprint,
+        "by": by,
+        "max_new_tokens": max_new_tokens if by == "text" else None,
+        **answerer.settings,
+    }
+
+
+def _agree(folder: Path, settings: dict[str, Any]) -> None:
+    """Write down the settings, or check that the answers in the folder come by the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS
+    own = temporary_name(path)
+    write_atomically(own, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    try:
+        link_once(own, path)  # the first rank's stand
+    finally:
+        own.unlink()
+    found = _settings(folder)
+    for name in [*settings, *(name for name in found if name not in settings)]:
+        if name not in NOT_DECIDING and found.get(name) != settings.get(name):
+            raise BenchmarkError(
+                f"{folder} holds answers with {name} {found.get(name)}, not {settings.get(name)}; "
+                "name another output folder, or remove this one to ask anew"
+            )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+
+
+def _require_options(benchmark: Benchmark, questions: Sequence[Question], by: By) -> None:
+    without = [question for question in questions if len(question.options) < 2]
+    if by == "likelihood" and without:
+        raise BenchmarkError(
+            f"{benchmark.name}: question {without[0].question_id} has {len(without[0].options)} options, so "
+            "there are no likelihoods to compare; ask by text"
+        )
+
+
+def _ask(answerer: Answerer, batch: Sequence[Question], by: By, max_new_tokens: int) -> list[Answer]:
+    if by == "text":
+        return [Answer(text) for text in answerer.answer(batch, max_new_tokens)]
+    answers = []
+    for question, found in zip(batch, answerer.choose(batch), strict=True):
+        best = max(range(len(found)), key=found.__getitem__)
+        # Rounded: the last digits depend on the batch.
+        likelihoods = {option: round(value, 4) for option, value in zip(question.options, found)}
+        answers.append(Answer(question.options[best], {"log_likelihoods": likelihoods}))
+    return answers
+
+
+def _collect_if_complete(questions: Sequence[Question], output: Path) -> Path | None:
+    known = read_parts(output / PARTS)
+    if any(question.key not in known for question in questions):
+        return None
+    model = _settings(output / PARTS)["model"]
+    rows = [_row(question, known[question.key], model) for question in questions]
+    path = output / ANSWERS
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(path, "".join(lines))  # two ranks that end together write the same
+    return path
+
+
+def _row(question: Question, answer: Answer, model: str) -> Mapping[str, Any]:
+    return {**answer_row(question, answer.text, model), "metadata": dict(answer.metadata)}

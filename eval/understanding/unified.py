@@ -1,0 +1,107 @@
+"""Answers of an exported unified model, asked as it was trained on conversations."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.images.decoding import build_image_decoder
+from data_pipeline.shards.code_shards import CodeSample
+from data_pipeline.shards.conversations import IMAGE_TAG, conversation_parts
+from data_pipeline.streams.views import parts_document
+from dualtoken.generation.generators import generate_text
+from dualtoken.generation.likelihood import option_log_likelihoods
+from dualtoken.unified_model.sequence import Document, TextPart
+from eval.inputs import load_models
+from eval.model_files import fingerprint_of_files
+from eval.templates import NO_TEMPLATE, default_template, template_named, with_images_first
+from eval.understanding.benchmark import Question
+from eval.understanding.pictures import for_each_picture, picture_bytes, undecodable
+from eval.understanding.precision import PRECISIONS, versions
+
+TEMPLATES_TO_ASK = ("qwen", "vicuna", "none")  # by `plain` a model would not see the question
+DECODING_THREADS = 4
+
+
+class UnifiedAnswerer:
+    """An exported unified model with the visual tokenizer whose codes it speaks.
+
+    A question is the user's turn of a conversation, the picture before it, laid out as in training.
+
+    Raises:
+        FileNotFoundError, DatasetError: as `load_models`.
+        ValueError: the template or the precision is unknown.
+    """
+
+    def __init__(
+        self, model: Path, visual_tokenizer: Path, template: str | None = None, precision: str = "fp32"
+    ) -> None:
+        template = template or default_template(model)
+        if template not in TEMPLATES_TO_ASK:
+            raise ValueError(f"template is {template!r}, expected one of {', '.join(TEMPLATES_TO_ASK)}")
+        self.name = str(model)
+        self.template = template_named(template)
+        loaded, self.text_tokenizer, self.visual_tokenizer = load_models(model, visual_tokenizer)
+        self.model = loaded.to(PRECISIONS[precision])  # its codebooks and the visual tokenizer stay fp32
+        # On the CPU wherever the model is: the same pixels on every machine.
+        self._decode = build_image_decoder(
+            self.visual_tokenizer.config.image_size, num_threads=DECODING_THREADS
+        )
+        self.fingerprint = fingerprint_of_files(model)
+        self.settings: dict[str, Any] = {
+            "precision": precision,
+            "template": template,
+            "visual_tokenizer": self.visual_tokenizer.fingerprint(),
+            "versions": versions(),
+        }
+
+    def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
+        """What the model writes up to the mark that ends a turn, without white space around."""
+        prompts, stop = self.prompts(questions), self.template.assistant[1]
+        texts = generate_text(
+            self.model, self.text_tokenizer, prompts, max_new_tokens, temperature=0.0, stop=stop
+        )
+        return [text.strip() for text in texts]
+
+    def choose(self, questions: Sequence[Question]) -> list[list[float]]:
+        """The log-likelihood (nats) of each option of each question, where the answer begins."""
+        # Without a template an answer goes on in the line of the question, as captions do.
+        space = " " if self.template is NO_TEMPLATE else ""
+        options = [[space + option for option in question.options] for question in questions]
+        return option_log_likelihoods(self.model, self.text_tokenizer, self.prompts(questions), options)
+
+    def prompts(self, questions: Sequence[Question]) -> list[Document]:
+        """Documents that end where the answer begins.
+
+        Raises:
+            BenchmarkError: a picture cannot be decoded; the message names question and file.
+            ConversationError: a question holds an image tag; the message names it.
+        """
+        codes = for_each_picture(questions, self._encode)
+        return [self._prompt(question, own) for question, own in zip(questions, codes, strict=True)]
+
+    def _prompt(self, question: Question, codes: np.ndarray) -> Document:
+        turn = {"from": "human", "value": with_images_first(question.prompt, 1, self.template)}
+        name = f"question {question.question_id}"
+        parts = conversation_parts([turn], 1, self.template, name=name, answered=False)
+        return parts_document(CodeSample(question.key, codes[None], parts))
+
+    def _encode(self, questions: Sequence[Question]) -> list[np.ndarray]:
+        """Codes [P, Q, D] of the pictures of questions."""
+        decoded = self._decode([picture_bytes(question) for question in questions])
+        if decoded.rejected:
+            bad = decoded.rejected[0]
+            raise undecodable(questions[bad.index], bad.reason)
+        codes = self.visual_tokenizer.encode(decoded.images.to(self.visual_tokenizer.device))
+        return list(codes.cpu().numpy())
+
+
+def written_out(prompt: Document) -> str:
+    """A prompt as LLaVA's scripts write it, with an image tag for the picture.
+
+    The space that ends vicuna's `ASSISTANT: ` is left out: LLaVA counts it to the answer. The models here
+    have read it before each answer in training, so it is part of what they are asked.
+    """
+    parts = (part.text if isinstance(part, TextPart) else IMAGE_TAG for part in prompt.parts)
+    return "".join(parts).removesuffix(" ")
