@@ -1,9 +1,9 @@
 """The tasks that begin with a file of prompts: which file, where its pictures lie, what scores them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from eval.benchmark_files import BenchmarkError, find_file
+from eval.benchmark_files import find_file
 from eval.generation.prompts import GENAI_BENCH, GENEVAL, MJHQ, PLAIN, Layout, PromptSet, read_prompts
 
 SKILLS, MJHQ_PICTURES = "genai_skills.json", "mjhq30k_imgs"
@@ -15,7 +15,6 @@ class PromptTask:
 
     layout: Layout
     files: tuple[str, ...]  # names of the file of prompts
-    needs: str  # for help and errors
     headline: str
     by: str  # which of the scorers gives it: judge, references, clip
     advice: str  # where that one is not given
@@ -25,7 +24,6 @@ PROMPT_TASKS = {
     "geneval": PromptTask(
         GENEVAL,
         ("evaluation_metadata.jsonl",),
-        "GenEval's evaluation_metadata.jsonl",
         "overall",
         "judge",
         "not judged: run GenEval's evaluation/evaluate_images.py on the pictures and give its results",
@@ -33,7 +31,6 @@ PROMPT_TASKS = {
     "genai_bench": PromptTask(
         GENAI_BENCH,
         ("genai_image.json",),
-        f"GenAI-Bench's genai_image.json and {SKILLS}",
         "VQAScore, advanced",
         "judge",
         "not judged: run VQAScore (t2v_metrics) on the pictures and give its scores",
@@ -41,7 +38,6 @@ PROMPT_TASKS = {
     "mjhq": PromptTask(
         MJHQ,
         ("meta_data.json",),
-        f"MJHQ-30K's meta_data.json and {MJHQ_PICTURES}/",
         "FID",
         "references",
         f"not compared: give {MJHQ_PICTURES}/, and Inception's weights or a SigLIP",
@@ -49,7 +45,6 @@ PROMPT_TASKS = {
     "drawing": PromptTask(
         PLAIN,
         ("prompts.txt", "*.txt", "*.jsonl"),
-        "a text file with a prompt a line",
         "CLIP score",
         "clip",
         "not scored: give a CLIP or a SigLIP",
@@ -64,11 +59,5 @@ def read_task(task: str, data: Path) -> PromptSet:
         BenchmarkError: there is none, or it is another benchmark's.
     """
     wanted = PROMPT_TASKS[task]
-    prompts = read_prompts(data if data.is_file() else find_file(data, *wanted.files, what=wanted.needs))
-    if wanted.layout is PLAIN:
-        return replace(prompts, layout=PLAIN)  # anybody's prompts can be drawn
-    if prompts.layout is not wanted.layout:
-        raise BenchmarkError(
-            f"{prompts.source} has prompts of the task {prompts.layout.name}; expected {wanted.needs}"
-        )
-    return prompts
+    path = data if data.is_file() else find_file(data, *wanted.files, what=wanted.layout.needs)
+    return read_prompts(path, wanted.layout)

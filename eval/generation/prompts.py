@@ -11,11 +11,6 @@ from data_pipeline.names import is_below
 from eval.benchmark_files import BenchmarkError, field_of, read_json_file, read_json_lines
 from eval.inputs import choose
 
-EXPECTED = (
-    "a text file with a prompt a line, JSONL with `prompt`, GenEval's evaluation_metadata.jsonl, "
-    "GenAI-Bench's genai_image.json or MJHQ-30K's meta_data.json"
-)
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -24,7 +19,9 @@ class Layout:
     name: str  # of the task it belongs to
     place: Callable[["Prompt", int], str]  # prompt and number of the picture -> path below the folder
     per_prompt: int  # as published
+    needs: str  # the file of prompts, for help and errors
     most: int | None = None  # pictures of a prompt that the layout has places for
+    suffix: str | None = None  # of the file of prompts; None for any
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,30 @@ def _plain(prompt: Prompt, sample: int) -> str:
     return f"{prompt.key}.png" if sample == 0 else f"{prompt.key}-{sample}.png"
 
 
-PLAIN = Layout("drawing", _plain, 1)
-GENEVAL = Layout("geneval", lambda prompt, sample: f"{prompt.key}/samples/{sample:04d}.png", 4)
-GENAI_BENCH = Layout("genai_bench", lambda prompt, _: f"{prompt.key}.jpg", 1, most=1)
-MJHQ = Layout("mjhq", lambda prompt, _: f"{prompt.category}/{prompt.key}.jpg", 1, most=1)
+PLAIN = Layout("drawing", _plain, 1, "a text file with a prompt a line, or JSONL with `prompt`")
+GENEVAL = Layout(
+    "geneval",
+    lambda prompt, sample: f"{prompt.key}/samples/{sample:04d}.png",
+    4,
+    "GenEval's evaluation_metadata.jsonl",
+    suffix=".jsonl",
+)
+GENAI_BENCH = Layout(
+    "genai_bench",
+    lambda prompt, _: f"{prompt.key}.jpg",
+    1,
+    "GenAI-Bench's genai_image.json, with genai_skills.json beside it",
+    most=1,
+    suffix=".json",
+)
+MJHQ = Layout(
+    "mjhq",
+    lambda prompt, _: f"{prompt.category}/{prompt.key}.jpg",
+    1,
+    "MJHQ-30K's meta_data.json, with mjhq30k_imgs/ beside it",
+    most=1,
+    suffix=".json",
+)
 
 
 @dataclass(frozen=True)
@@ -61,62 +78,56 @@ class PromptSet:
         return replace(self, prompts=choose(self.prompts, count, seed))
 
 
-def read_prompts(path: Path) -> PromptSet:
-    """Read a file of prompts; its fields tell whose it is.
+def read_prompts(path: Path, layout: Layout) -> PromptSet:
+    """Read a file of prompts, of the benchmark that a layout belongs to; for `PLAIN` anybody's.
 
     Raises:
         BenchmarkError: it is missing, of another form, or has no prompts; the message names file and line.
     """
-    if path.suffix == ".jsonl":
-        layout, prompts = _read_jsonl(path)
-    elif path.suffix == ".json":
-        layout, prompts = _read_json(path)
-    else:
-        layout, prompts = PLAIN, _read_text(path)
+    if layout.suffix not in (None, path.suffix):
+        raise BenchmarkError(f"{path} is no {layout.suffix} file; {layout.name} needs {layout.needs}")
+    readers = {".jsonl": _read_jsonl, ".json": _read_json}
+    prompts = readers.get(path.suffix, _read_text)(path, layout)
     if not prompts:
-        raise BenchmarkError(f"{path} has no prompts; expected {EXPECTED}")
+        raise BenchmarkError(f"{path} has no prompts; {layout.name} needs {layout.needs}")
     texts = [[prompt.key, prompt.text] for prompt in prompts]
-    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    return PromptSet(path, layout, prompts, digest)
+    return PromptSet(path, layout, prompts, hashlib.sha256(json.dumps(texts).encode()).hexdigest())
 
 
-def _read_text(path: Path) -> list[Prompt]:
+def _read_text(path: Path, layout: Layout) -> list[Prompt]:
     if not path.is_file():
-        raise BenchmarkError(f"no file {path}; expected {EXPECTED}")
+        raise BenchmarkError(f"no file {path}; {layout.name} needs {layout.needs}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
-        raise BenchmarkError(f"{path} is no text file (UTF-8); expected {EXPECTED}") from None
+        raise BenchmarkError(f"{path} is no text file (UTF-8); {layout.name} needs {layout.needs}") from None
     texts = [line.strip() for line in lines if line.strip()]
     return [Prompt(f"{index:05d}", text) for index, text in enumerate(texts)]
 
 
-def _read_jsonl(path: Path) -> tuple[Layout, list[Prompt]]:
-    """GenEval's rows have tags; its folders are numbered by line, from 0."""
-    rows = list(read_json_lines(path))
-    geneval = bool(rows) and "tag" in rows[0][1]
+def _read_jsonl(path: Path, layout: Layout) -> list[Prompt]:
+    """Numbered by line from 0, as GenEval's folders are."""
     prompts = []
-    for index, (number, row) in enumerate(rows):
+    for number, row in read_json_lines(path):
         where = f"{path}, line {number}"
-        tag = field_of(row, "tag", str, where) if geneval else None
-        prompts.append(Prompt(f"{index:05d}", field_of(row, "prompt", str, where), tag, row))
-    return (GENEVAL if geneval else PLAIN), prompts
+        tag = field_of(row, "tag", str, where) if layout is GENEVAL else None
+        prompts.append(Prompt(f"{len(prompts):05d}", field_of(row, "prompt", str, where), tag, row))
+    return prompts
 
 
-def _read_json(path: Path) -> tuple[Layout, list[Prompt]]:
+def _read_json(path: Path, layout: Layout) -> list[Prompt]:
     content = read_json_file(path)
     if not isinstance(content, dict):
-        raise BenchmarkError(f"{path} holds a {type(content).__name__}; expected {EXPECTED}")
-    mjhq = any(isinstance(row, dict) and "category" in row for row in content.values())
+        raise BenchmarkError(
+            f"{path} holds a {type(content).__name__}, no object; {layout.name} needs {layout.needs}"
+        )
     prompts = []
-    for key, row in content.items():
+    for key in content:
         where = f"{path}, entry {key!r}"
-        if not isinstance(row, dict):
-            raise BenchmarkError(f"{where}: got {row!r:.40}; expected an object with `prompt`")
-        text = field_of(row, "prompt", str, where)
-        category = field_of(row, "category", str, where) if mjhq else None
+        row = field_of(content, key, dict, where)
+        category = field_of(row, "category", str, where) if layout is MJHQ else None
         for name in (key, category or "-"):
-            if len(Path(name).parts) != 1 or not is_below(name):
+            if len(Path(name).parts) != 1 or not is_below(name) or "\0" in name:
                 raise BenchmarkError(f"{where}: {name!r} cannot name a file; expected a plain name")
-        prompts.append(Prompt(key, text, category, row))
-    return (MJHQ if mjhq else GENAI_BENCH), prompts
+        prompts.append(Prompt(key, field_of(row, "prompt", str, where), category, row))
+    return prompts
