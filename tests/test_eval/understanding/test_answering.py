@@ -1,0 +1,187 @@
+"""Asking a little POPE: ranks, batches and kills do not change a byte; other settings are refused."""
+
+import dataclasses
+import json
+import signal
+import time
+
+import pytest
+
+from eval.understanding.answer_parts import Answer, PartWriter, read_parts
+from eval.understanding.answering import answer_questions, collect_answers
+from eval.understanding.answers import read_answers
+from eval.understanding.benchmark import BenchmarkError
+from eval.understanding.command import main, place_among_ranks
+from eval.understanding.models import load_answerer
+from eval.understanding.registry import BENCHMARKS
+from tests.support.distributed import Ranks, run_module
+from tests.support.tiny_pope import sharpen, write_pope
+from tests.support.tiny_run import make_tiny_run
+
+POPE = BENCHMARKS["pope"]
+TOKENS = 10
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = make_tiny_run(tmp_path_factory.mktemp("run"))
+    sharpen(run / "mllm" / "export")
+    write_pope(run / "pope")
+    return run
+
+
+@pytest.fixture(scope="module")
+def answerer(run):
+    return load_answerer(run / "mllm" / "export", run / "tokenizer" / "export")
+
+
+@pytest.fixture(scope="module")
+def questions(run):
+    return POPE.read(run / "pope")
+
+
+@pytest.fixture(scope="module")
+def expected(answerer, questions, tmp_path_factory):
+    """The answers of one rank in batches of four."""
+    output = tmp_path_factory.mktemp("one")
+    path = answer_questions(POPE, questions, answerer, output, batch_size=4, max_new_tokens=TOKENS)
+    assert path == output / "answers.jsonl"
+    answers = read_answers(path, POPE, questions)
+    assert len(set(answers.values())) > 6 and len({len(text.split()) for text in answers.values()}) > 2
+    return path.read_bytes()
+
+
+class Counting:
+    """An answerer that notes what it is asked."""
+
+    def __init__(self, answerer):
+        self.answerer, self.asked = answerer, []
+        self.name, self.settings, self.fingerprint = answerer.name, answerer.settings, answerer.fingerprint
+
+    def answer(self, questions, max_new_tokens):
+        self.asked.append([question.key for question in questions])
+        return self.answerer.answer(questions, max_new_tokens)
+
+
+def ask(questions, answerer, output, **settings):
+    return answer_questions(POPE, questions, answerer, output, **{"max_new_tokens": TOKENS, **settings})
+
+
+def test_ranks_and_batches_change_nothing(questions, answerer, expected, tmp_path):
+    counting = Counting(answerer)
+    for rank in (4, 0, 2, 1, 3):  # slices of 3, 3, 3, 3 and 0
+        assert not (tmp_path / "answers.jsonl").exists()
+        with pytest.raises(BenchmarkError, match=r"lacks \d+ of 12 answers \(question .*start the same comm"):
+            collect_answers(questions, tmp_path)
+        path = ask(questions, counting, tmp_path, rank=rank, world_size=5, batch_size=1)
+        assert (path is None) == (rank != 3)
+    assert path.read_bytes() == expected
+    keys = [question.key for question in questions]
+    assert counting.asked == [[key] for rank in (0, 2, 1, 3) for key in keys[3 * rank : 3 * rank + 3]]
+    path.unlink()
+    assert collect_answers(questions, tmp_path).read_bytes() == expected
+
+
+def test_a_killed_run_goes_on_on_two_other_ranks(run, questions, expected, tmp_path):
+    words = ["--benchmark", "pope", "--data", run / "pope", "--model", run / "mllm" / "export"]
+    words += ["--visual-tokenizer", run / "tokenizer" / "export", "--output", tmp_path]
+    words = [*map(str, words), "--max-new-tokens", str(TOKENS), "--batch-size"]
+    with Ranks("tests.support.slow_answers", [*words, "1"], world_size=1) as ranks:
+        part = tmp_path / "answers" / "part-00000.jsonl"
+        deadline = time.monotonic() + 120
+        while not part.exists() or part.read_bytes().count(b"\n") < 2:
+            assert time.monotonic() < deadline and ranks.processes[0].poll() is None, ranks.output_of(0)
+            time.sleep(0.01)
+        ranks.send(signal.SIGKILL)
+    done = len(read_parts(tmp_path / "answers"))
+    assert 2 <= done < len(questions) / 2
+    with open(part, "a", encoding="utf-8") as file:
+        file.write('{"key": "torn')
+    finished = run_module("eval.understanding", [*words, "3"], world_size=2).check()
+    assert (tmp_path / "answers.jsonl").read_bytes() == expected
+    first, second = finished.outputs
+    assert f"pope, rank 0: {done} of 12 answers are there, {6 - done} to ask here" in first
+    assert f"pope, rank 0: {6 - done} answers in " in first and "pope, rank 1: 6 answers in " in second
+    assert "pope, rank 1: F1 " in second or "pope, rank 0: F1 " in first  # of whoever was last
+
+
+def test_what_was_torn_is_asked_again_and_nothing_else(questions, answerer, expected, tmp_path):
+    ask(questions, answerer, tmp_path)
+    part = tmp_path / "answers" / "part-00000.jsonl"
+    whole = part.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    part.write_bytes(b"".join(lines[:-2]) + lines[-2][:20])
+    counting = Counting(answerer)
+    said = []
+    path = ask(questions, counting, tmp_path, progress=said.append)
+    assert path.read_bytes() == expected and part.read_bytes() == whole
+    assert counting.asked == [[question.key for question in questions[-2:]]]
+    assert said[0] == "10 of 12 answers are there, 2 to ask here" and said[-1].startswith("2 answers in ")
+    part.write_bytes(b'{"key": 1}\n' + whole)
+    with pytest.raises(BenchmarkError, match="part-00000.jsonl, line 1: no answer .*delete the line"):
+        ask(questions, answerer, tmp_path)
+
+
+def test_answers_by_other_settings_are_refused(run, questions, answerer, expected, tmp_path):
+    ask(questions, answerer, tmp_path)
+    models = {"model": run / "mllm" / "export", "visual_tokenizer": run / "tokenizer" / "export"}
+    for other, message in (
+        ({"max_new_tokens": TOKENS + 1}, "max_new_tokens 10, not 11"),
+        ({"by": "likelihood"}, "by text, not likelihood"),
+        ({"answerer": load_answerer(**models, template="vicuna")}, "template qwen, not vicuna"),
+        ({"answerer": load_answerer(**models, precision="bf16")}, "precision fp32, not bf16"),
+        ({"questions": questions[1:]}, r"questions 12 \(\w+\), not 11 \(\w+\)"),
+    ):
+        given = {"questions": questions, "answerer": answerer, "output": tmp_path, **other}
+        with pytest.raises(BenchmarkError, match=f"holds answers with {message}; name another output folder"):
+            ask(**given)
+    other_versions = Counting(answerer)
+    other_versions.settings = {**answerer.settings, "versions": {"torch": "9"}}
+    assert ask(questions, other_versions, tmp_path).read_bytes() == expected and not other_versions.asked
+
+
+def test_one_process_writes_a_part(questions, answerer, tmp_path):
+    with PartWriter(tmp_path / "answers", 0) as part:
+        part.write("a", Answer("gr\u00fcn\nund\u2028rot", {"log_likelihoods": {"Yes": -0.5}}))
+        with pytest.raises(BenchmarkError, match="another process writes .*part-00000.jsonl; wait for"):
+            ask(questions, answerer, tmp_path)
+    expected = {"a": Answer("gr\u00fcn\nund\u2028rot", {"log_likelihoods": {"Yes": -0.5}})}
+    assert read_parts(tmp_path / "answers") == expected
+
+
+def test_by_likelihood_the_likeliest_option_is_the_answer(questions, answerer, tmp_path):
+    path = ask(questions, answerer, tmp_path / "4", by="likelihood", batch_size=4)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    likelihoods = answerer.choose(questions)
+    for question, row, found in zip(questions, rows, likelihoods, strict=True):
+        kept = row["metadata"]["log_likelihoods"]
+        assert list(kept) == list(question.options) and row["text"] == max(kept, key=kept.get)
+        assert list(kept.values()) == pytest.approx(found, abs=1e-3)
+    answers = read_answers(path, POPE, questions)
+    assert len(POPE.score(questions, answers).per_question) == len(questions)
+    one = ask(questions, answerer, tmp_path / "1", by="likelihood", batch_size=1)
+    assert read_answers(one, POPE, questions) == answers
+    open_question = dataclasses.replace(questions[3], options=())
+    with pytest.raises(BenchmarkError, match=r"pope: question \S+ has 0 options, .*; ask by text"):
+        ask([*questions[:3], open_question], answerer, tmp_path / "0", by="likelihood")
+
+
+def test_mistakes_of_the_command_are_one_line(run, tmp_path, capsys):
+    words = ["--benchmark", "pope", "--output", str(tmp_path), "--model"]
+    assert main([*words, str(run / "mllm" / "export"), "--data", str(tmp_path)]) == 2
+    assert main([*words, str(run / "mllm" / "export"), "--data", str(run / "pope")]) == 2
+    data, tokenizer = capsys.readouterr().err.splitlines()
+    assert data.startswith("error: ") and str(tmp_path) in data
+    assert tokenizer.endswith("is a unified model: name the visual tokenizer that it was trained with")
+    with pytest.raises(BenchmarkError, match="rank 2 of 2, batch size 4; expected a rank from 0"):
+        ask([], None, tmp_path, rank=2, world_size=2, batch_size=4)
+
+
+def test_the_place_among_ranks():
+    step = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
+    assert place_among_ranks({}) == (0, 1, 0)
+    assert place_among_ranks(step) == (5, 8, 1)
+    assert place_among_ranks({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == (0, 1, 0)  # the batch script
+    assert place_among_ranks({"RANK": "3", "WORLD_SIZE": "6", "LOCAL_RANK": "2", **step}) == (3, 6, 2)
+    array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_PROCID": "0"}
+    assert place_among_ranks(array) == (2, 4, 0)
