@@ -33,7 +33,7 @@ class TransformersAnswerer:
                 "image-text-to-text", model=self.name, dtype=PRECISIONS[precision], device=default_device()
             )
             config = cached_file(self.name, "config.json")
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{model}: transformers cannot load it for pictures with text ({reason}); "
