@@ -11,11 +11,11 @@ from transformers.utils import logging as transformers_logging
 
 from data_pipeline.images.decoding import decode_rgb
 from data_pipeline.images.header import BadImageError
-from eval.inputs import default_device
+from eval.inputs import PRECISIONS, default_device
 from eval.model_files import fingerprint_of_files
+from eval.results import versions
 from eval.understanding.benchmark import Question
 from eval.understanding.pictures import for_each_picture, picture_bytes, undecodable
-from eval.understanding.precision import PRECISIONS, versions
 
 
 class TransformersAnswerer:
