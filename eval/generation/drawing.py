@@ -24,14 +24,13 @@ from eval.agreement import agree
 from eval.benchmark_files import BenchmarkError, field_of, find_image, read_json_lines
 from eval.generation.prompts import GENEVAL, Layout, Prompt, PromptSet
 from eval.generation.samples import decode_codes
-from eval.inputs import load_models, to_picture
+from eval.inputs import PRECISIONS, load_models, to_picture
 from eval.model_files import fingerprint_of_files
 from eval.progress import counted
 from eval.results import versions
 
 PICTURES, PROMPTS = "pictures", "prompts.jsonl"
 NOT_DECIDING = ("versions",)  # they round differently
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"}  # the little loss that a judge's .jpg allows
 
 
@@ -100,8 +99,9 @@ class Artist:
     def __init__(self, model: Path, visual_tokenizer: Path, precision: str = "fp32") -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}, expected {' or '.join(PRECISIONS)}")
-        unified, self.text_tokenizer, self.visual_tokenizer = load_models(model, visual_tokenizer)
-        self.model = unified.to(PRECISIONS[precision])
+        self.model, self.text_tokenizer, self.visual_tokenizer = load_models(
+            model, visual_tokenizer, precision
+        )
         self.settings = {
             "model": fingerprint_of_files(model),
             "visual_tokenizer": fingerprint_of_files(visual_tokenizer),
