@@ -1,6 +1,5 @@
 """Pooled features of a SigLIP as a feature extractor: a Fréchet distance that needs no download."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from data_pipeline.images.decoding import normalise
 from dualtoken.visual_tokenizer.backbone import hidden_states_after, load_backbone, model_folder, pool
+from eval.model_files import fingerprint_of_files
 
 
 class SiglipFeatures:
@@ -45,7 +45,6 @@ def load_siglip_features(path: str | Path, device: str | torch.device = "cpu") -
         ValueError: it is another kind of model, or its weights do not fit.
     """
     folder = model_folder(path)
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return SiglipFeatures(load_backbone(folder).vision_model, digest.hexdigest(), torch.device(device))
+    return SiglipFeatures(
+        load_backbone(folder).vision_model, fingerprint_of_files(folder), torch.device(device)
+    )

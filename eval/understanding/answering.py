@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.pretokenize.claims import link_once
-from data_pipeline.shards.code_shards import temporary_name, write_atomically
+from data_pipeline.shards.code_shards import write_atomically
+from eval.agreement import SETTINGS, agree
 from eval.progress import counted
 from eval.understanding.answer_parts import Answer, PartWriter, read_parts
 from eval.understanding.answers import answer_row
@@ -21,7 +21,7 @@ from eval.understanding.benchmark import Benchmark, BenchmarkError, Question
 from eval.understanding.models import Answerer
 
 By = Literal["text", "likelihood"]
-ANSWERS, PARTS, SETTINGS = "answers.jsonl", "answers", "settings.json"
+ANSWERS, PARTS = "answers.jsonl", "answers"
 NOT_DECIDING = ("model", "versions")  # the name, and what only rounds differently
 
 
@@ -68,7 +68,7 @@ def answer_questions(
     limit = benchmark.max_new_tokens if max_new_tokens is None else max_new_tokens
     _require_options(benchmark, questions, by)
     folder = output / PARTS
-    _agree(folder, settings_of(benchmark, questions, answerer, by, limit))
+    agree(folder, settings_of(benchmark, questions, answerer, by, limit), "answers", NOT_DECIDING)
     length = -(-len(questions) // world_size)
     with PartWriter(folder, rank) as part:
         known = read_parts(folder)
@@ -125,25 +125,6 @@ def settings_of(
         "max_new_tokens": max_new_tokens if by == "text" else None,
         **answerer.settings,
     }
-
-
-def _agree(folder: Path, settings: dict[str, Any]) -> None:
-    """Write down the settings, or check that the answers in the folder come by the same."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / SETTINGS
-    own = temporary_name(path)
-    write_atomically(own, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    try:
-        link_once(own, path)  # the first rank's stand
-    finally:
-        own.unlink()
-    found = _settings(folder)
-    for name in [*settings, *(name for name in found if name not in settings)]:
-        if name not in NOT_DECIDING and found.get(name) != settings.get(name):
-            raise BenchmarkError(
-                f"{folder} holds answers with {name} {found.get(name)}, not {settings.get(name)}; "
-                "name another output folder, or remove this one to ask anew"
-            )
 
 
 def _settings(folder: Path) -> dict[str, Any]:
