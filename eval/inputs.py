@@ -21,6 +21,7 @@ from eval.metrics.images import to_unit_range
 
 T = TypeVar("T")
 READ_BATCH = 64
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,12 @@ def draw_prompts(samples: Sequence[CodeSample]) -> list[dict]:
     return prompts
 
 
-def load_unified_model(folder: Path) -> tuple[DualTokenForCausalLM, PreTrainedTokenizerBase]:
+def load_unified_model(
+    folder: Path, precision: str = "fp32"
+) -> tuple[DualTokenForCausalLM, PreTrainedTokenizerBase]:
     """Load an exported unified model with its text tokenizer for use, on the GPU if there is one.
+
+    In bf16 the codebooks stay fp32.
 
     Raises:
         FileNotFoundError: there is none in the folder.
@@ -194,20 +199,22 @@ def load_unified_model(folder: Path) -> tuple[DualTokenForCausalLM, PreTrainedTo
     require_export(folder, "unified model", "dualtoken train quickstart_mllm")
     transformers_logging.disable_progress_bar()
     # Exports are fp32; one that somebody saved in another type is measured in fp32 like the others.
-    model = DualTokenForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    return model.to(default_device()), AutoTokenizer.from_pretrained(folder)
+    model = DualTokenForCausalLM.from_pretrained(folder, dtype=PRECISIONS[precision])
+    return model.eval().requires_grad_(False).to(default_device()), AutoTokenizer.from_pretrained(folder)
 
 
 def load_models(
-    unified: Path, visual_tokenizer: Path
+    unified: Path, visual_tokenizer: Path, precision: str = "fp32"
 ) -> tuple[DualTokenForCausalLM, PreTrainedTokenizerBase, DualTokenVisualTokenizer]:
     """Load a unified model, its text tokenizer and the visual tokenizer whose codes it speaks, for use.
+
+    `precision` is the unified model's; the visual tokenizer computes in fp32, as codes were made in training.
 
     Raises:
         FileNotFoundError: one of them is missing.
         DatasetError: the model was trained with another visual tokenizer.
     """
     tokenizer = load_visual_tokenizer(visual_tokenizer)
-    model, text_tokenizer = load_unified_model(unified)
+    model, text_tokenizer = load_unified_model(unified, precision)
     require_same_codes(visual_tokenizer, tokenizer.fingerprint(), model.config.tokenizer_fingerprint)
     return model, text_tokenizer, tokenizer

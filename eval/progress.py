@@ -1,11 +1,22 @@
-"""How far a long measure is: a bar on a terminal, a line now and then elsewhere, and a line at the end."""
+"""How far long work is: a bar where somebody looks, elsewhere lines, or nothing."""
 
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
+T = TypeVar("T")
 LINE_SECONDS = 10.0
+
+
+def with_progress(items: Sequence[T], what: str) -> Iterable[T]:
+    """The items, with a progress bar on a terminal's standard error; elsewhere without a trace."""
+    from rich.console import Console
+    from rich.progress import track
+
+    hidden = not sys.stderr.isatty()
+    return track(items, what, console=Console(stderr=True), transient=True, disable=hidden)
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ from data_pipeline.shards.code_shards import (
     verify_dataset,
 )
 from data_pipeline.shards.index import META_FOLDER, check_index
+from eval.progress import with_progress
 from launchers.errors import UserError
-from launchers.use import free_names, with_progress
+from launchers.use import free_names
 
 _CODES_AT_A_TIME = 1 << 20
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+from eval.progress import with_progress
 from launchers.errors import UserError
-from launchers.use import read_pictures, with_progress
+from launchers.use import read_pictures
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 BATCH = 32

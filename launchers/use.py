@@ -1,26 +1,14 @@
 """What `dualtoken reconstruct`, `generate` and `caption` do with files."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from data_pipeline.images.decoding import build_image_decoder
 from eval.inputs import load_models, load_visual_tokenizer, to_picture
 from launchers.errors import UserError
-
-T = TypeVar("T")
-
-
-def with_progress(items: Sequence[T], what: str) -> Iterable[T]:
-    """The items, with a progress bar on a terminal's standard error; elsewhere without a trace."""
-    from rich.console import Console
-    from rich.progress import track
-
-    hidden = not sys.stderr.isatty()
-    return track(items, what, console=Console(stderr=True), transient=True, disable=hidden)
 
 
 def drawing_progress() -> Callable[[int, int], None] | None:

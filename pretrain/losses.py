@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
-from dataclasses import dataclass
-from pathlib import Path
-from urllib.error import URLError
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualtoken.plain_tensors import read_tensors
+from dualtoken.perceptual import PerceptualConfig, describe, load_lpips
 
 
 def semantic_distillation_loss(student: Tensor, teacher: Tensor, mse_weight: float = 1.0) -> Tensor:
@@ -81,44 +75,13 @@ def adaptive_gan_weight(
     return weight.clamp(minimum, maximum)
 
 
-@dataclass
-class PerceptualConfig:
-    """Which LPIPS network is used and where its trunk weights come from.
-
-    ``trunk`` is a path to a state dict (torchvision's VGG16 / AlexNet, or a file of the package
-    ``stlpips-pytorch``), ``torchvision`` (downloads on a connected machine), ``stlpips`` (the weights file of
-    the installed package ``stlpips-pytorch``: a shift-tolerant relative of the published LPIPS), or
-    ``none`` to run without perceptual loss.
-    """
-
-    net: str = "vgg"
-    trunk: str = "torchvision"
-
-
 class PerceptualLoss(nn.Module):
     """LPIPS (arXiv 1801.03924) between two image batches in [-1, 1], computed by the package ``lpips``."""
 
     def __init__(self, config: PerceptualConfig):
         super().__init__()
-        import lpips
-
-        if config.net not in ("vgg", "alex"):
-            raise ValueError(f"perceptual_network.net is {config.net!r}; expected 'vgg' or 'alex'")
-        downloaded = config.trunk == "torchvision"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # lpips names torchvision's weights the old way
-            try:
-                self.model = lpips.LPIPS(net=config.net, pnet_rand=not downloaded, verbose=False)
-            except URLError as error:
-                raise ValueError(
-                    f"perceptual_network.trunk=torchvision: the ImageNet weights of {config.net} cannot be "
-                    f"downloaded ({error.reason}); give a path, or 'stlpips' (installed package) or 'none'"
-                ) from error
-        if not downloaded:
-            load_perceptual_weights(self.model, perceptual_weights_path(config))
-        self.source = f"LPIPS({config.net}), trunk from {config.trunk}"
-        self.requires_grad_(False)
-        self.eval()
+        self.model = load_lpips(config)
+        self.source = describe(config)
 
     def train(self, mode: bool = True) -> PerceptualLoss:
         """Stay in eval mode: the network is a fixed measure."""
@@ -127,60 +90,3 @@ class PerceptualLoss(nn.Module):
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Return the mean LPIPS distance of ``images`` and ``targets``, both ``[B, 3, H, W]``, a scalar."""
         return self.model(images, targets).mean()
-
-
-def perceptual_weights_path(config: PerceptualConfig) -> Path:
-    """Return the file that ``config.trunk`` names.
-
-    Raises:
-        ValueError: if there is no such file, or the package ``stlpips-pytorch`` is not installed.
-    """
-    if config.trunk == "stlpips":
-        spec = importlib.util.find_spec("stlpips_pytorch")  # finds the folder without running its code
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError(
-                "perceptual_network.trunk=stlpips, but the package is not installed; run "
-                "`pip install --no-deps stlpips-pytorch`, give a path, or set trunk to none"
-            )
-        folder = Path(spec.submodule_search_locations[0]) / "weights/vST0.0"
-        return folder / f"{config.net}_shift_tolerant.pth"
-    path = Path(config.trunk)
-    if not path.is_file():
-        raise ValueError(
-            f"perceptual_network.trunk={config.trunk}: no such file; give the path of a VGG16 or AlexNet "
-            "state dict, 'torchvision' (downloads), 'stlpips' (installed package) or 'none'"
-        )
-    return path
-
-
-def load_perceptual_weights(model: nn.Module, path: Path) -> None:
-    """Copy trunk convolutions (and linear heads, where the file has them) into an ``lpips.LPIPS`` model.
-
-    The files of torchvision and of ``stlpips-pytorch`` number their layers differently but hold the same
-    convolutions in the same order, so they are matched by order, and every shape is checked.
-
-    Raises:
-        ValueError: if the file is refused (`read_tensors`), or the number of convolutions or a shape differs.
-    """
-    state = read_tensors(path)
-    weights = [v for k, v in state.items() if k.endswith(".weight") and v.ndim == 4 and "lin" not in k]
-    biases = [
-        state[k.removesuffix("weight") + "bias"]
-        for k, v in state.items()
-        if k.endswith(".weight") and v.ndim == 4 and "lin" not in k
-    ]
-    convolutions = [m for m in model.net.modules() if isinstance(m, nn.Conv2d)]
-    expected = [tuple(m.weight.shape) for m in convolutions]
-    found = [tuple(w.shape) for w in weights]
-    if found != expected:
-        raise ValueError(
-            f"{path}: convolutions {found} do not fit the perceptual network, which has {expected}"
-        )
-    with torch.no_grad():
-        for convolution, weight, bias in zip(convolutions, weights, biases):
-            convolution.weight.copy_(weight)
-            convolution.bias.copy_(bias)
-        for index, head in enumerate(model.lins):
-            key = f"lin{index}.model.1.weight"
-            if key in state:
-                head.model[-1].weight.copy_(state[key])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
+from dualtoken.perceptual import PerceptualConfig
 from dualtoken.visual_tokenizer.backbone import FrozenTeacher, model_folder
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer, VisualTokenizerOutput
 from dualtoken.visual_tokenizer.quantizer import QuantizerStats
@@ -25,7 +26,6 @@ from pretrain.engine import build_engine, count_parameters
 from pretrain.export import full_state_dict, rounded_by_engine, save_config
 from pretrain.image_input import ImageInput, ImageInputConfig
 from pretrain.losses import (
-    PerceptualConfig,
     PerceptualLoss,
     adaptive_gan_weight,
     generator_loss,

@@ -14,10 +14,11 @@ from data_pipeline.names import is_below
 from data_pipeline.shards.code_shards import DatasetManifest
 from data_pipeline.shards.index import check_index
 from data_pipeline.sources.llava import import_llava
+from dualtoken.perceptual import PerceptualConfig
 from eval.overfit import PairResult, Reproduction, _sheet
 from eval.report import build_report
 from launchers.use import free_names
-from pretrain.losses import PerceptualConfig, PerceptualLoss
+from pretrain.losses import PerceptualLoss
 from tests.support.command import call
 from tests.support.convert_support import unified, write_base, write_visual_tokenizer
 from tests.support.released_reference import config, random_state

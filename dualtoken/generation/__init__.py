@@ -7,6 +7,7 @@ _HOMES = {
     "generate": "generators",
     "generate_images": "generators",
     "generate_text": "generators",
+    "option_log_likelihoods": "likelihood",
     "stream": "generators",
     "stream_text": "generators",
 }

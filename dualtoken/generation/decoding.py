@@ -1,7 +1,7 @@
 """Writing tokens and codes into documents: the machinery of `generation`.
 
-Prompts of different lengths are padded on the left; the padding is masked and positions count from the
-first real token, so a prompt's result does not depend on its neighbours.
+Documents are written side by side in rows (`rows.py`); what comes out of one does not depend on its
+neighbours.
 
 Shapes: N documents, R rows (2 N with guidance), P positions per image, Q = 2 codebooks, D depths, H width.
 """
@@ -11,67 +11,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
+from dualtoken.generation.rows import Rows
 from dualtoken.generation.sampling import Sampling, row_noise
 from dualtoken.unified_model.model import CODEBOOKS, DualTokenForCausalLM
 from dualtoken.unified_model.sequence import IGNORE_INDEX, Document, TokenizedDocument, tokenize_document
 
 Seed = int | Sequence[int] | None
-
-
-class Rows:
-    """Documents being continued side by side: the decoder's cache and the hidden state at each row's end."""
-
-    def __init__(self, model: DualTokenForCausalLM, documents: Sequence[TokenizedDocument]) -> None:
-        device = model.device
-        lengths = torch.tensor([len(document) for document in documents], device=device)
-        longest = int(lengths.max())
-        input_ids = torch.full((len(documents), longest), model.config.special.end_of_text, device=device)
-        for row, document in enumerate(documents):
-            input_ids[row, longest - len(document) :] = document.input_ids.to(device)
-        with_images = [document.codes.to(device).long() for document in documents if len(document.codes)]
-        codes, _ = model.checked_codes(input_ids, torch.cat(with_images) if with_images else None)
-        self.model = model
-        self.cache = DynamicCache(config=model.decoder_config)
-        self.padding = longest - lengths  # [R]
-        self.padded = bool(self.padding.any())
-        self.lengths = lengths
-        place = torch.arange(longest, device=device)
-        mask = None
-        if self.padded:
-            # A padding position sees itself: a softmax over nothing would spread NaN through its values.
-            visible = (place >= self.padding[:, None])[:, None, :] | torch.eye(
-                longest, dtype=torch.bool, device=device
-            )
-            mask = (visible & (place <= place[:, None]))[:, None]
-        self.hidden = self._run(
-            model.embed(input_ids, model.codebooks(codes)), (place - self.padding[:, None]).clamp(min=0), mask
-        )
-
-    def feed(self, embeddings: torch.Tensor) -> None:
-        """Append one position per row, embedded [R, H]; updates `hidden` [R, H]."""
-        mask = None
-        if self.padded:
-            seen = self.cache.get_seq_length() + 1
-            mask = torch.arange(seen, device=embeddings.device) >= self.padding[:, None]
-            mask = mask[:, None, None]
-        self.hidden = self._run(embeddings[:, None], self.lengths[:, None], mask)
-        self.lengths = self.lengths + 1
-
-    def _run(
-        self, embeddings: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        return self.model.decoder(
-            inputs_embeds=embeddings,
-            position_ids=position_ids,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
 
 
 def write_images(
@@ -91,7 +41,7 @@ def write_images(
     if guided:
         empty = tokenize_document(Document([]), None, special, end=False)
         opened = opened + [append(empty, [special.image_gen_start])] * count
-    with _evaluating(model):
+    with evaluating(model):
         rows = Rows(model, opened)
         device = rows.hidden.device
         noise = row_noise(seed, count, (positions, len(CODEBOOKS), config.num_quantizers), device)
@@ -146,36 +96,71 @@ def text_steps(
     sampling: Sampling,
     seed: Seed,
     stop_at_image: bool = False,
+    stop: Sequence[int] = (),
+    batch_size: int | None = None,
 ) -> Iterator[dict[int, int]]:
-    """Yield row -> token of the rows still writing until all have ended; end tokens are not yielded.
+    """Yield document -> token of those being written until all have ended; end tokens are not yielded.
 
-    With `stop_at_image` the image-start token may be chosen; it is yielded and ends its row.
+    A document that ends leaves the batch, and the next one of those that wait takes its place.
+
+    Args:
+        model: the unified model, with codebooks.
+        text_tokenizer: the text tokenizer it was trained with.
+        documents: to be continued.
+        max_new_tokens: of each.
+        sampling: how to choose tokens.
+        seed: as of `row_noise`, for all documents.
+        stop_at_image: whether the image-start token may be chosen; it is yielded and ends its document.
+        stop: tokens, one after the other, that end a document; they are yielded.
+        batch_size: documents at a time at most; None for all.
     """
     if not documents:
         raise ValueError("no prompts to continue; give at least one")
-    special = model.config.special
-    stop = {special.end_of_text}
-    if text_tokenizer.eos_token_id is not None:
-        stop.add(text_tokenizer.eos_token_id)
-    forbidden = special.ids() - stop - ({special.image_gen_start} if stop_at_image else set())
-    with _evaluating(model):
-        rows = Rows(model, documents)
-        noise = row_noise(seed, len(documents), (max_new_tokens,), rows.hidden.device)
-        writing = set(range(len(documents)))
-        for index in range(max_new_tokens):
-            logits = model.get_output_embeddings()(rows.hidden).float()
-            logits[:, sorted(forbidden)] = float("-inf")
-            logits[:, len(text_tokenizer) :] = float("-inf")  # rows that only pad the embedding
-            tokens = sampling.choose(logits, noise[:, index])
-            chosen = {row: token for row, token in enumerate(tokens.tolist()) if row in writing}
-            writing -= {row for row, token in chosen.items() if token in stop}
-            step = {row: token for row, token in chosen.items() if row in writing}
-            writing -= {row for row, token in step.items() if token == special.image_gen_start}
-            if step:
-                yield step
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; expected at least 1, or None for all prompts at once")
+    if max_new_tokens < 1:
+        return
+    special, stop = model.config.special, list(stop)
+    end = {special.end_of_text, text_tokenizer.eos_token_id}
+    forbidden = sorted(special.ids() - end - ({special.image_gen_start} if stop_at_image else set()))
+    noise = row_noise(seed, len(documents), (max_new_tokens,), model.device)
+    written: list[list[int]] = [[] for _ in documents]
+    waiting = iter(range(len(documents)))
+    rows = Rows(model)
+    writing: list[int] = []  # the document in each row
+    with evaluating(model):
+        while True:
+            coming = list(islice(waiting, (batch_size or len(documents)) - len(writing)))
+            if coming:
+                rows.add([documents[document] for document in coming])
+                writing += coming
             if not writing:
                 return
-            if index + 1 < max_new_tokens:
+            logits = model.get_output_embeddings()(rows.hidden).float()
+            logits[:, forbidden] = float("-inf")
+            logits[:, len(text_tokenizer) :] = float("-inf")  # rows that only pad the embedding
+            tokens = sampling.choose(logits, noise[writing, [len(written[document]) for document in writing]])
+            step: dict[int, int] = {}
+            ended: set[int] = set()
+            for row, (document, token) in enumerate(zip(writing, tokens.tolist(), strict=True)):
+                so_far = written[document]
+                if token not in end:
+                    step[document] = token
+                    so_far.append(token)
+                stopped = bool(stop) and so_far[-len(stop) :] == stop
+                if (
+                    token in end
+                    or token == special.image_gen_start
+                    or stopped
+                    or len(so_far) == max_new_tokens
+                ):
+                    ended.add(row)
+            if step:
+                yield step
+            if ended:
+                staying = rows.drop(ended)
+                writing, tokens = [writing[row] for row in staying], tokens[staying]
+            if writing:
                 rows.feed(model.get_input_embeddings()(tokens))
 
 
@@ -195,7 +180,8 @@ def append(
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Hold a model in evaluation mode, and leave it as it was."""
     training = model.training
     model.eval()
     try:

@@ -60,7 +60,9 @@ def generate_images(
         codes [N, P, Q, D], for the visual tokenizer to decode.
     """
     special = model.config.special
-    opened = [append(_open(prompt, text_tokenizer, model), [special.image_gen_start]) for prompt in prompts]
+    opened = [
+        append(open_document(prompt, text_tokenizer, model), [special.image_gen_start]) for prompt in prompts
+    ]
     return write_images(model, opened, guidance_scale, Sampling(temperature, top_k, top_p), seed, progress)
 
 
@@ -74,18 +76,30 @@ def generate_text(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: Seed = None,
+    stop: str = "",
+    batch_size: int | None = None,
 ) -> list[str]:
-    """Continue each prompt by text, up to the end-of-text token or `max_new_tokens`.
+    """Continue each prompt by text, up to the end-of-text token, `stop` or `max_new_tokens`.
 
-    Arguments as of `generate_images`. Returns the new text alone; image tokens are never chosen.
+    Other arguments as of `generate_images`. `stop` is the mark that ends an answer, such as a chat
+    template's; it is not part of the result. With `batch_size` so many prompts at most are under way at a
+    time, the next one taking the place of one that has ended. Returns the new text alone; image tokens are
+    never chosen.
     """
-    rows = [_open(prompt, text_tokenizer, model) for prompt in prompts]
-    tokens: list[list[int]] = [[] for _ in rows]
-    steps = text_steps(model, text_tokenizer, rows, max_new_tokens, Sampling(temperature, top_k, top_p), seed)
-    for step in steps:
-        for row, token in step.items():
-            tokens[row].append(token)
-    return [_decode(text_tokenizer, row) for row in tokens]
+    end = _stop_tokens(stop, text_tokenizer)
+    documents = [open_document(prompt, text_tokenizer, model) for prompt in prompts]
+    tokens: list[list[int]] = [[] for _ in documents]
+    sampling = Sampling(temperature, top_k, top_p)
+    for step in text_steps(
+        model, text_tokenizer, documents, max_new_tokens, sampling, seed, stop=end, batch_size=batch_size
+    ):
+        for document, token in step.items():
+            tokens[document].append(token)
+    marked = [bool(end) and written[-len(end) :] == end for written in tokens]
+    return [
+        _decode(text_tokenizer, written[: -len(end)] if cut else written)
+        for written, cut in zip(tokens, marked, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -100,7 +114,7 @@ def stream_text(
     seed: int | None = None,
 ) -> Iterator[str]:
     """Yield what `generate_text` would return for one prompt piece by piece, in whole characters."""
-    rows = [_open(prompt, text_tokenizer, model)]
+    rows = [open_document(prompt, text_tokenizer, model)]
     steps = text_steps(model, text_tokenizer, rows, max_new_tokens, Sampling(temperature, top_k, top_p), seed)
     yield from _pieces(text_tokenizer, (step[0] for step in steps))
 
@@ -139,8 +153,8 @@ def stream(
         progress: called with (positions done, P) of the image under way.
     """
     special = model.config.special
-    row = _open(document, text_tokenizer, model)
-    end = text_tokenizer(stop, add_special_tokens=False)["input_ids"] if stop else []
+    row = open_document(document, text_tokenizer, model)
+    end = _stop_tokens(stop, text_tokenizer)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     budget, images, parts = max_new_tokens, 0, 0
     text_sampling, image_sampling = text_sampling or Sampling(0.0), image_sampling or Sampling()
@@ -182,7 +196,7 @@ def generate(
     return parts
 
 
-def _open(prompt: Prompt, text_tokenizer: Any, model: DualTokenForCausalLM) -> TokenizedDocument:
+def open_document(prompt: Prompt, text_tokenizer: Any, model: DualTokenForCausalLM) -> TokenizedDocument:
     """Lay out a prompt to be continued.
 
     Raises:
@@ -229,6 +243,10 @@ def _pieces(text_tokenizer: Any, tokens: Iterable[int], stop: Sequence[int] = ()
     text = _decode(text_tokenizer, kept)
     if len(text) > len(shown):
         yield text[len(shown) :]
+
+
+def _stop_tokens(stop: str, text_tokenizer: Any) -> list[int]:
+    return text_tokenizer(stop, add_special_tokens=False)["input_ids"] if stop else []
 
 
 def _decode(text_tokenizer: Any, tokens: list[int]) -> str:

@@ -44,9 +44,10 @@ def document_attention(
         The output [B, T, heads, head_dim], and None in place of attention weights.
 
     Raises:
-        ValueError: if documents come with more than one row or a mask, or exceed a sliding window.
+        ValueError: if documents come with more than one row or a mask, or anything exceeds a sliding window.
     """
     if cu_seq_lens_q is None:
+        _require_window(key.shape[2], sliding_window)
         return _masked(query, key, value, attention_mask, dropout, scaling), None
     if query.shape[0] != 1 or attention_mask is not None:
         raise ValueError(
@@ -54,11 +55,7 @@ def document_attention(
             f"{' and a mask' if attention_mask is not None else ''}; put all documents into one PackedBatch"
         )
     longest = max_length_q if max_length_q is not None else int(cu_seq_lens_q.diff().max())
-    if sliding_window is not None and longest > sliding_window:
-        raise ValueError(
-            f"a document of {longest} tokens exceeds the decoder's sliding window of {sliding_window}; "
-            "set use_sliding_window=False in its text_config"
-        )
+    _require_window(longest, sliding_window)
     attend = varlen_documents if _has_varlen_kernel(query) else loop_over_documents
     return attend(query, key, value, cu_seq_lens_q, longest, dropout, scaling), None
 
@@ -138,6 +135,14 @@ def describe(device: torch.device | str, dtype: torch.dtype) -> str:
     if not _has_varlen_kernel(torch.empty(0, device=device, dtype=dtype)):
         return "scaled dot product attention, document by document"
     return "flash-attn varlen" if _flash_attn_varlen() is not None else "torch varlen_attn"
+
+
+def _require_window(longest: int, sliding_window: int | None) -> None:
+    if sliding_window is not None and longest > sliding_window:
+        raise ValueError(
+            f"a document of {longest} tokens exceeds the decoder's sliding window of {sliding_window}; "
+            "set use_sliding_window=False in its text_config"
+        )
 
 
 def _masked(

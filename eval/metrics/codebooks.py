@@ -31,28 +31,46 @@ def codebook_statistics(codes: Tensor, codebook_size: int) -> CodebookStatistics
     Raises:
         ValueError: no codes, or a code outside 0 .. K - 1.
     """
+    counts = count_codes(codes, codebook_size)
+    entropies = image_entropies(codes)
+    return statistics_of_counts(counts, math.fsum(entropies) / len(entropies))
+
+
+def count_codes(codes: Tensor, codebook_size: int) -> Tensor:
+    """How often each code occurs, [K] int64; counts of several sets of codes can be added.
+
+    Raises:
+        ValueError: no codes, or a code outside 0 .. K - 1.
+    """
     if codes.numel() == 0:
         raise ValueError("got no codes; at least one picture is needed")
-    flat = codes.reshape(codes.shape[0], -1).long()
-    low, high = int(flat.min()), int(flat.max())
+    low, high = int(codes.min()), int(codes.max())
     if low < 0 or high >= codebook_size:
         raise ValueError(
             f"got codes from {low} to {high}; expected 0 to {codebook_size - 1}, the size of the codebook"
         )
-    counts = torch.bincount(flat.flatten(), minlength=codebook_size)
-    entropy = _entropy_bits(counts)
-    limit = math.log2(codebook_size)
-    per_image = [_entropy_bits(torch.bincount(row)) for row in flat]
+    return torch.bincount(codes.long().flatten(), minlength=codebook_size)
+
+
+def image_entropies(codes: Tensor) -> list[float]:
+    """The entropy of the codes within each of N pictures, in bits; codes [N, ...]."""
+    return [_entropy_bits(torch.bincount(row)) for row in codes.flatten(1).long()]
+
+
+def statistics_of_counts(counts: Tensor, per_image_entropy_bits: float) -> CodebookStatistics:
+    """Statistics of the counts [K] of all pictures and the mean of their entropies."""
+    size, entropy = len(counts), _entropy_bits(counts)
+    limit = math.log2(size)
     used = int((counts > 0).sum())
     return CodebookStatistics(
-        codebook_size=codebook_size,
+        codebook_size=size,
         used=used,
-        usage=used / codebook_size,
+        usage=used / size,
         entropy_bits=entropy,
         entropy_share=entropy / limit,
         perplexity=2**entropy,
         kl_to_uniform_nats=(limit - entropy) * math.log(2),
-        per_image_entropy_bits=sum(per_image) / len(per_image),
+        per_image_entropy_bits=per_image_entropy_bits,
     )
 
 

@@ -26,7 +26,12 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--model", required=True, help="folder of a unified model, or what transformers loads: folder or name"
     )
     parser.add_argument("--visual-tokenizer", type=Path, help="folder; a unified model needs it")
-    parser.add_argument("--output", required=True, type=Path, help="folder, the same for all ranks")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        help="folder, the same for all ranks; a folder in it for the benchmark",
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="questions asked at a time")
     parser.add_argument("--by", default="text", choices=("text", "likelihood"), help="what is an answer")
     parser.add_argument(
@@ -72,7 +77,7 @@ def _run_command(options: argparse.Namespace) -> None:
         benchmark,
         questions,
         answerer,
-        options.output,
+        options.output / benchmark.name,
         rank=rank,
         world_size=world_size,
         batch_size=options.batch_size,
@@ -94,13 +99,13 @@ def _score(
     answers = read_answers(path, benchmark, questions)
     scores = benchmark.score(questions, answers)
     if scores.value is not None:
-        say(f"{benchmark.headline} {scores.value:.2f}{benchmark.unit}")
+        say(f"{benchmark.headline} {scores.value:.2f} {benchmark.unit}".rstrip())
     for name, value in scores.figures.items():
         say(f"  {name}: {'unknown' if value is None else f'{value:.2f}'}")
     for note in scores.notes:
         say(f"note: {note}")
     if benchmark.submit is not None:
-        for file in benchmark.submit(questions, answers, path.parent / "submission"):
+        for file in benchmark.submit(questions, answers, path.parent):
             say(f"for the benchmark's server: {file}")
 
 

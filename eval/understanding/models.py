@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dualtoken.unified_model.config import DualTokenConfig
+from eval.inputs import PRECISIONS
 from eval.understanding.benchmark import Question
-from eval.understanding.precision import PRECISIONS
 from eval.understanding.transformers_models import TransformersAnswerer
 from eval.understanding.unified import UnifiedAnswerer
 

@@ -11,11 +11,11 @@ from transformers.utils import logging as transformers_logging
 
 from data_pipeline.images.decoding import decode_rgb
 from data_pipeline.images.header import BadImageError
-from eval.inputs import default_device
+from eval.inputs import PRECISIONS, default_device
 from eval.model_files import fingerprint_of_files
+from eval.results import versions
 from eval.understanding.benchmark import Question
 from eval.understanding.pictures import for_each_picture, picture_bytes, undecodable
-from eval.understanding.precision import PRECISIONS, versions
 
 
 class TransformersAnswerer:
@@ -33,7 +33,7 @@ class TransformersAnswerer:
                 "image-text-to-text", model=self.name, dtype=PRECISIONS[precision], device=default_device()
             )
             config = cached_file(self.name, "config.json")
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{model}: transformers cannot load it for pictures with text ({reason}); "

@@ -15,10 +15,10 @@ from dualtoken.generation.likelihood import option_log_likelihoods
 from dualtoken.unified_model.sequence import Document, TextPart
 from eval.inputs import load_models
 from eval.model_files import fingerprint_of_files
+from eval.results import versions
 from eval.templates import NO_TEMPLATE, default_template, template_named, with_images_first
 from eval.understanding.benchmark import Question
 from eval.understanding.pictures import for_each_picture, picture_bytes, undecodable
-from eval.understanding.precision import PRECISIONS, versions
 
 TEMPLATES_TO_ASK = ("qwen", "vicuna", "none")  # by `plain` a model would not see the question
 DECODING_THREADS = 4
@@ -31,7 +31,7 @@ class UnifiedAnswerer:
 
     Raises:
         FileNotFoundError, DatasetError: as `load_models`.
-        ValueError: the template or the precision is unknown.
+        ValueError: the template is unknown.
     """
 
     def __init__(
@@ -42,8 +42,9 @@ class UnifiedAnswerer:
             raise ValueError(f"template is {template!r}, expected one of {', '.join(TEMPLATES_TO_ASK)}")
         self.name = str(model)
         self.template = template_named(template)
-        loaded, self.text_tokenizer, self.visual_tokenizer = load_models(model, visual_tokenizer)
-        self.model = loaded.to(PRECISIONS[precision])  # its codebooks and the visual tokenizer stay fp32
+        self.model, self.text_tokenizer, self.visual_tokenizer = load_models(
+            model, visual_tokenizer, precision
+        )
         # On the CPU wherever the model is: the same pixels on every machine.
         self._decode = build_image_decoder(
             self.visual_tokenizer.config.image_size, num_threads=DECODING_THREADS
@@ -69,7 +70,8 @@ class UnifiedAnswerer:
         # Without a template an answer goes on in the line of the question, as captions do.
         space = " " if self.template is NO_TEMPLATE else ""
         options = [[space + option for option in question.options] for question in questions]
-        return option_log_likelihoods(self.model, self.text_tokenizer, self.prompts(questions), options)
+        found = option_log_likelihoods(self.model, self.text_tokenizer, self.prompts(questions), options)
+        return [[option.log_likelihood for option in row] for row in found]
 
     def prompts(self, questions: Sequence[Question]) -> list[Document]:
         """Documents that end where the answer begins.

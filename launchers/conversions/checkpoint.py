@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from data_pipeline.names import is_below
+from eval.progress import with_progress
 from launchers.conversions.report import Report, new_folder, require_new, written
 from launchers.conversions.weight_files import SHARD_BYTES, WeightFiles, write_weights
 from launchers.errors import UserError
-from launchers.use import with_progress
 from pretrain.checkpoints.finding import (
     ASSETS,
     CONTENTS,

@@ -19,6 +19,7 @@ from dualtoken.plain_tensors import read_tensors
 from dualtoken.unified_model.config import DualTokenConfig
 from dualtoken.unified_model.visual_embedder import CODEBOOKS
 from eval.inputs import load_visual_tokenizer
+from eval.progress import with_progress
 from launchers.conversions.decoders import unified_config
 from launchers.conversions.report import FILE, Report, new_folder, require_new, written
 from launchers.conversions.weight_files import (
@@ -29,7 +30,6 @@ from launchers.conversions.weight_files import (
     write_weights,
 )
 from launchers.errors import UserError
-from launchers.use import with_progress
 
 EMBEDDER, PROJECTOR = "visual_embedder.mlps.0.", "model.mm_projector."
 _LAYERS = {"up": "0", "down": "2"}

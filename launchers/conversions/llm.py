@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from eval.progress import with_progress
 from launchers.conversions.decoders import base_config, outline, shapes, unified_config, vocabulary_weights
 from launchers.conversions.report import Report, new_folder, require_new, written
 from launchers.conversions.weight_files import SHARD_BYTES, WeightFiles, require_fit, write_weights
 from launchers.errors import UserError
-from launchers.use import with_progress
 
 LLM = "llm."
 

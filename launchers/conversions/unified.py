@@ -14,10 +14,10 @@ from dualtoken.unified_model.config import DualTokenConfig
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.unified_model.sequence import add_special_tokens
 from eval.inputs import load_visual_tokenizer
+from eval.progress import with_progress
 from launchers.conversions.decoders import base_config, decoder_to_extend
 from launchers.conversions.report import Report, by_part, new_folder, require_new, written
 from launchers.conversions.weight_files import SHARD_BYTES, own_tensors, write_weights
-from launchers.use import with_progress
 from pretrain.random_state import seed_everything
 
 LLM = "llm."

@@ -22,7 +22,7 @@ def write_pope(folder):
             {
                 "question_id": index + 1,
                 "image": name,
-                "text": f"Is there {' and '.join(COLOURS[: index + 1])} in the image?",
+                "text": f"Is there {' and '.join(COLOURS[number : number + index + 1])} in the image?",
                 "label": "yes" if (index + number) % 2 else "no",
             }
             for index, name in enumerate(names)

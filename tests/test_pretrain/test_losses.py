@@ -64,7 +64,7 @@ def test_perceptual_loss_ranks_a_blurred_picture_below_noise_free_and_above_anot
 
 
 def test_perceptual_trunk_of_another_network_is_refused():
-    from pretrain.losses import perceptual_weights_path
+    from dualtoken.perceptual import perceptual_weights_path
 
     alex = perceptual_weights_path(PerceptualConfig(net="alex", trunk="stlpips"))
     with pytest.raises(ValueError, match="do not fit the perceptual network"):

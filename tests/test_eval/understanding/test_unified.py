@@ -1,5 +1,6 @@
 """A unified model is asked as LLaVA's scripts ask and as it was trained; its files tell who answered."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,8 +11,9 @@ from data_pipeline.shards.code_shards import CodeSample
 from data_pipeline.shards.conversations import ConversationError, conversation_parts
 from data_pipeline.streams.views import parts_document
 from dualtoken.generation.generators import generate_text
+from dualtoken.generation.likelihood import document_nll
 from dualtoken.unified_model.model import DualTokenForCausalLM
-from dualtoken.unified_model.sequence import ImagePart, TextPart
+from dualtoken.unified_model.sequence import Document, ImagePart, TextPart, tokenize_document
 from eval.inputs import load_pictures
 from eval.model_files import fingerprint_of_files
 from eval.understanding.benchmark import BenchmarkError, Question
@@ -80,18 +82,41 @@ def test_prompts_begin_the_documents_of_training(run, files, template):
                 assert found == expected and not found.loss
 
 
-def test_without_a_template_and_answers_up_to_its_mark(run, files):
-    plain = load(run, template="none")
-    (prompt,) = plain.prompts([Question("0", 0, "red", files[0])])
-    assert prompt.parts[1:] == [TextPart("red", loss=False)] and isinstance(prompt.parts[0], ImagePart)
+def test_an_answer_ends_at_the_mark_of_its_template(run, files):
     answerer = load(run)
-    assert answerer.settings["template"] == "qwen" and answerer.settings["precision"] == "fp32"
+    assert (answerer.settings["template"], answerer.settings["precision"]) == ("qwen", "fp32")
     question = Question("0", 0, "red", files[0])
-    (words,) = answerer.answer([question], 10)
-    written = generate_text(
-        answerer.model, answerer.text_tokenizer, answerer.prompts([question]), 10, temperature=0.0
-    )
-    assert words == written[0].strip() and len(words.split()) > 1
+    (prompt,) = answerer.prompts([question])
+    (written,) = generate_text(answerer.model, answerer.text_tokenizer, [prompt], 10, temperature=0.0)
+    assert answerer.answer([question], 10) == [written.strip()] and len(set(written.split())) > 2
+    before, mark = answerer.template.assistant[0], list(dict.fromkeys(written.split()))[2]
+    answerer.template = dataclasses.replace(answerer.template, assistant=(before, mark))
+    assert answerer.answer([question], 10) == [written[: written.index(mark)].strip()]
+
+
+@pytest.mark.parametrize("template, space", [("qwen", ""), ("none", " ")])
+def test_options_are_as_likely_as_documents_that_end_with_them(run, files, template, space):
+    answerer = load(run, template=template)
+    questions = [
+        Question("0", 0, "red", files[0], options=("red", "blue green", "black")),
+        Question("1", 1, "is it red ?", files[1], options=("rot", "gelb")),
+    ]
+    for question, prompt, found in zip(
+        questions, answerer.prompts(questions), answerer.choose(questions), strict=True
+    ):
+        as_it_stands = [TextPart(question.prompt, loss=False)]  # after the picture
+        assert (prompt.parts[1:] == as_it_stands) == (template == "none")
+        documents = [
+            tokenize_document(
+                Document([*prompt.parts, TextPart(space + option)]),
+                answerer.text_tokenizer,
+                answerer.model.config.special,
+                end=False,
+            )
+            for option in question.options
+        ]
+        alone = [-one.text_nll for one in document_nll(answerer.model, documents, 1)]
+        assert found == pytest.approx(alone, abs=1e-3) and len(set(found)) == len(found)
 
 
 def test_bf16_rounds_the_model_and_not_the_codes(run, files):
@@ -99,8 +124,13 @@ def test_bf16_rounds_the_model_and_not_the_codes(run, files):
     assert next(rounded.model.decoder.parameters()).dtype == torch.bfloat16
     assert rounded.model.codebooks.vectors.dtype == torch.float32
     questions = [Question("0", 0, "red", files[0], options=("red", "blue green"))]
-    codes = [answerer.prompts(questions)[0].parts[1].codes for answerer in (exact, rounded)]
-    assert torch.equal(*map(torch.as_tensor, codes))
+    codes = [
+        torch.as_tensor(part.codes)
+        for answerer in (exact, rounded)
+        for part in answerer.prompts(questions)[0].parts
+        if isinstance(part, ImagePart)
+    ]
+    assert len(codes) == 2 and torch.equal(*codes)
     ours, theirs = exact.choose(questions)[0], rounded.choose(questions)[0]
     assert ours != theirs and ours == pytest.approx(theirs, rel=0.1, abs=0.5)
 
