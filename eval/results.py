@@ -42,6 +42,7 @@ class TaskResult:
     count: int  # items measured
     higher_is_better: bool = True
     chance: float | None = None  # what guessing gives, in the same unit
+    trials: int | None = None  # where the value is a share: of how many, to tell it from luck
     figures: Mapping[str, float | None] = field(default_factory=dict)
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # title -> rows
     worst: Sequence[Case] = ()

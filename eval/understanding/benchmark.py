@@ -61,4 +61,5 @@ class Benchmark:
     max_new_tokens: int = 128
     chance: Callable[[Sequence[Question]], float] | None = None
     """What guessing gives, in the unit of the headline; None where there is no such thing."""
+    share: bool = False  # the headline is a share of the questions, or of their groups, not such as F1
     answers_by_prompt: bool = False  # answers are told apart by (question_id, prompt): MME

@@ -144,6 +144,7 @@ SEED = Benchmark(
     title="SEED-Bench, images",
     headline="image accuracy",
     unit="%",
+    share=True,
     needs=NEEDS,
     read=read,
     score=score,

@@ -57,6 +57,7 @@ def result_of(
         unit=benchmark.unit,
         count=len(questions),
         chance=benchmark.chance(questions) if benchmark.chance else None,
+        trials=len({question.group or question.key for question in scored}) if benchmark.share else None,
         figures=scores.figures,
         tables=scores.tables,
         worst=_cases([scored[place] for place in worst], answers, scores, output, folder / "worst"),
