@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.pretokenize.claims import link_once
-from data_pipeline.shards.code_shards import temporary_name, write_atomically
+from data_pipeline.shards.code_shards import write_atomically
+from eval.agreement import SETTINGS, agree
 from eval.progress import counted
 from eval.understanding.answer_parts import Answer, PartWriter, identity, read_parts
 from eval.understanding.answers import answer_row
@@ -20,7 +20,7 @@ from eval.understanding.benchmark import Benchmark, BenchmarkError, Question
 from eval.understanding.models import Answerer
 
 By = Literal["text", "likelihood"]
-ANSWERS, PARTS, SETTINGS = "answers.jsonl", "answers", "settings.json"
+ANSWERS, PARTS = "answers.jsonl", "answers"
 NOT_DECIDING = ("model", "versions")  # the name, and what only rounds differently
 
 
@@ -67,7 +67,7 @@ def answer_questions(
         )
     _require_options(benchmark, questions, by)
     folder = output / PARTS
-    _agree(folder, settings_of(benchmark, answerer, by, limit))
+    agree(folder, settings_of(benchmark, answerer, by, limit), "answers", NOT_DECIDING)
     length = -(-len(questions) // world_size)
     own = questions[rank * length : (rank + 1) * length]
     with PartWriter(folder, rank) as part:
@@ -118,25 +118,6 @@ def settings_of(benchmark: Benchmark, answerer: Answerer, by: By, max_new_tokens
 def answering_settings(output: Path) -> dict[str, Any]:
     """What decided the answers in a folder."""
     return json.loads((output / PARTS / SETTINGS).read_text(encoding="utf-8"))
-
-
-def _agree(folder: Path, settings: dict[str, Any]) -> None:
-    """Write down the settings, or check that the answers in the folder come by the same."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / SETTINGS
-    own = temporary_name(path)
-    write_atomically(own, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    try:
-        link_once(own, path)  # the first rank's stand
-    finally:
-        own.unlink()
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for name in [*settings, *(name for name in found if name not in settings)]:
-        if name not in NOT_DECIDING and found.get(name) != settings.get(name):
-            raise BenchmarkError(
-                f"{folder} holds answers with {name} {found.get(name)}, not {settings.get(name)}; "
-                "name another output folder, or remove this one to ask anew"
-            )
 
 
 def _require_options(benchmark: Benchmark, questions: Sequence[Question], by: By) -> None:
