@@ -59,6 +59,7 @@ class Evaluation:
     allow_missing: bool = False
     grades: Path | None = None
     by: By = "text"
+    max_new_tokens: int | None = None
     template: str | None = None
     precision: str = "fp32"
     # Visual tokenizer
@@ -180,6 +181,7 @@ def understanding(name: str, asked: Evaluation) -> TaskResult | None:
         world_size=asked.world_size,
         batch_size=asked.batch_size,
         by=asked.by,
+        max_new_tokens=asked.max_new_tokens,
         progress=lambda line: asked.say(f"{name}: {line}"),
     )
     if path is None:

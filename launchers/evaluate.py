@@ -1,15 +1,19 @@
 """`dualtoken evaluate`: tasks side by side, a process for each core at most, or in turn on several ranks."""
 
 import os
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from eval.model_files import fingerprint_of_files
-from eval.results import TaskResult, record
+from eval.ranks import place_among_ranks
+from eval.results import RESULTS_FILE, TaskResult, record, write_json
 from eval.tasks import OF_A_RUN, TASKS, Evaluation
 from eval.understanding.registry import BENCHMARKS
 from launchers import processes
@@ -43,18 +47,22 @@ def evaluate(names: Sequence[str], asked: Evaluation) -> dict[str, Any] | None:
     models = _models(asked)
     for result, seconds in _results(names, asked):
         content = record(asked.paths.output, result, {"models": models, "seconds": seconds})
-        asked.say(f"{result.task}: {shown(result.as_json())} ({seconds:.0f} s)")
+        asked.say(f"{result.task}: {shown(result)} ({seconds:.0f} s)")
     # Results are recorded one at a time, so one rank alone sees the last one come.
     there = all(content["tasks"].get(name, {}).get("recorded", 0) >= started for name in names)
     return content if there else None
 
 
-def shown(entry: Mapping[str, Any]) -> str:
+def number(value: float, unit: str) -> str:
+    """A figure with its unit."""
+    return f"{value:.{2 if abs(value) >= 1 or not value else 3}f} {unit}".rstrip()
+
+
+def shown(result: TaskResult) -> str:
     """The figure of the table with its name and unit."""
-    if entry["value"] is None:
-        return entry["headline"]
-    digits = 2 if abs(entry["value"]) >= 1 else 3
-    return f"{entry['headline']} {entry['value']:.{digits}f} {entry['unit']}".rstrip()
+    return (
+        result.headline if result.value is None else f"{result.headline} {number(result.value, result.unit)}"
+    )
 
 
 def _require_one(names: Sequence[str], asked: Evaluation) -> None:
@@ -116,3 +124,83 @@ def _take(unit: Sequence[str], asked: Evaluation) -> list[tuple[TaskResult, floa
         if result is not None:  # else other ranks have some of it to do
             found.append((result, time.monotonic() - started))
     return found
+
+
+def run_command(names: Sequence[str], asked: Evaluation, ranks: int | None, local_rank: int) -> None:
+    """What `dualtoken evaluate` does: on several ranks of this machine by starting itself on each.
+
+    Raises:
+        UserError: the ranks failed; whatever `evaluate` raises.
+    """
+    import torch
+
+    rank, world_size, local = place_among_ranks(os.environ, local_rank)
+    names = names or tasks_of_a_run(asked)
+    if world_size == 1 and (ranks or torch.cuda.device_count() or 1) > 1:
+        _start_ranks(ranks or torch.cuda.device_count())
+        return
+    if torch.cuda.is_available():
+        # Slurm may show each task no device but its own.
+        torch.cuda.set_device(0 if torch.cuda.device_count() == 1 else local)
+    own = replace(asked, rank=rank, world_size=world_size)
+    own.say = asked.say if world_size == 1 else partial(_say_as, f"rank {rank}: ", asked.say)
+    content = evaluate(names, own)
+    if content is None:
+        own.say("done; the rank that ends last writes the table")
+        return
+    from eval.page import write_page
+
+    print_table({name: content["tasks"][name] for name in names})
+    own.say(f"{asked.paths.output / RESULTS_FILE}, {write_page(asked.paths.output, content)}")
+    if set(OF_A_RUN) <= set(names):
+        write_json(asked.paths.output / "done.json", {"count": asked.count, "seed": asked.seed})
+
+
+def _say_as(prefix: str, say: Callable[[str], None], line: str) -> None:
+    say(prefix + line)
+
+
+def _start_ranks(ranks: int) -> None:
+    """Start the same command on ranks of this machine."""
+    words = list(sys.argv[1:])
+    for place, word in enumerate(words):
+        if word == "--ranks":
+            del words[place : place + 2]
+            break
+        if word.startswith("--ranks="):
+            del words[place]
+            break
+    finished = processes.run(processes.deepspeed_command("launchers.cli", words, ranks), ranks)
+    if finished.returncode:
+        raise UserError(
+            f"the ranks ended with exit code {finished.returncode}; mend what they say above and start the "
+            "same command again: it goes on from there"
+        )
+
+
+def print_table(entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """One row for each task."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("task", no_wrap=True)
+    table.add_column("figure", overflow="fold")
+    for heading in ("", "guessing", "items"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    notes = []
+    for name, entry in entries.items():
+        chance = entry["chance"]
+        table.add_row(
+            name,
+            entry["headline"],
+            "-" if entry["value"] is None else number(entry["value"], entry["unit"]),
+            "" if chance is None else number(chance, entry["unit"]),
+            str(entry["count"] or ""),
+        )
+        notes += [f"{name}: {note}" for note in entry["notes"]]
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False)

@@ -158,6 +158,15 @@ def evaluate(
             rich_help_panel=ASKING,
         ),
     ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest answer, in tokens; by default the benchmark's.",
+            show_default=False,
+            rich_help_panel=ASKING,
+        ),
+    ] = None,
     grades: Annotated[
         Path | None,
         typer.Option(help="For mmvet: average a judge's grades.", show_default=False, rich_help_panel=ASKING),
@@ -292,6 +301,7 @@ def evaluate(
         allow_missing=allow_missing,
         grades=grades,
         by=by.value,
+        max_new_tokens=max_new_tokens,
         template=template and template.value,
         precision=precision.value,
         fit=fit.value,
