@@ -55,16 +55,16 @@ class Generation:
         if temperature and do_sample in (None, True):
             top_k, top_p = wanted.get("top_k") or 0, wanted.get("top_p")
             sampling = Sampling(temperature, max(top_k, 0), 1.0 if top_p is None else top_p)
-        ignored = [name for name in wanted if name not in (*HONOURED, *ONLY_ONE)]
-        if temperature and sampling is GREEDY:
-            ignored.append("temperature")  # as in transformers: do_sample decides
+        ignored = {name: value for name, value in wanted.items() if name not in (*HONOURED, *ONLY_ONE)}
+        if temperature and sampling is GREEDY:  # as in transformers, do_sample decides
+            ignored["temperature"] = temperature
         given = wanted.get("until") or ()
         until = [given] if isinstance(given, str) else list(given)
         if DELIMITER in until:  # it would cut long answers; lmms-eval's own models leave it out too
             until.remove(DELIMITER)
-            ignored.append("until")
-        for name in ignored:
-            logger.warning("task %s: %s %r is not used", task, name, wanted[name])
+            ignored["until"] = DELIMITER
+        for name, value in ignored.items():
+            logger.warning("task %s: %s %r is not used", task, name, value)
         tokens = wanted.get("max_new_tokens") or wanted.get("max_gen_toks") or MAX_NEW_TOKENS
         return cls(int(tokens), sampling, tuple(filter(None, until)))
 
