@@ -42,6 +42,7 @@ def load_lpips(config: PerceptualConfig) -> nn.Module:
     if config.net not in ("vgg", "alex"):
         raise ValueError(f"perceptual_network.net is {config.net!r}; expected 'vgg' or 'alex'")
     downloaded = config.trunk == "torchvision"
+    path = None if downloaded else perceptual_weights_path(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lpips names torchvision's weights the old way
         try:
@@ -52,8 +53,8 @@ def load_lpips(config: PerceptualConfig) -> nn.Module:
                 f"downloaded ({error.reason}); give a path, or 'stlpips' (installed package); a recipe's "
                 "perceptual_network.trunk can be 'none'"
             ) from error
-    if not downloaded:
-        load_perceptual_weights(model, perceptual_weights_path(config))
+    if path is not None:
+        load_perceptual_weights(model, path)
     return model.requires_grad_(False).eval()
 
 

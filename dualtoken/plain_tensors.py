@@ -16,11 +16,24 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: if it does not exist.
         ValueError: if it is damaged, holds more than tensors and plain containers, or is no dict.
     """
+    content = read_plain(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a dict with 'state_dict'")
+    return content
+
+
+def read_plain(path: str | Path) -> Any:
+    """Read a file of torch.save, whatever tensors and plain containers it holds, onto the CPU.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        ValueError: if it is damaged, or holds more than tensors and plain containers.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -29,6 +42,3 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a dict with 'state_dict'")
-    return content

@@ -61,7 +61,12 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
         raise ValueError(
             f"got pictures of {tuple(images.shape[-2:])} pixels; SSIM needs at least {SSIM_WINDOW} each way"
         )
-    x, y = images.double(), references.double()
+    # One by one: the fp64 planes of one picture stay in a CPU's cache, which takes half the time.
+    return torch.stack([_ssim(one.double(), other.double()) for one, other in zip(images, references)])
+
+
+def _ssim(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM of two pictures [C, H, W], float64: a scalar."""
     offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
     window = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
     weights = (window / window.sum()).tolist()
@@ -71,7 +76,7 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
         return sum(weight * values.narrow(dim, i, length) for i, weight in enumerate(weights))
 
     def blur(values: Tensor) -> Tensor:  # faster than a grouped convolution in fp64
-        return slide(slide(values, 3), 2)
+        return slide(slide(values, 2), 1)
 
     mean_x, mean_y = blur(x), blur(y)
     variance_x = blur(x * x) - mean_x**2
@@ -80,4 +85,4 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     c1, c2 = SSIM_K1**2, SSIM_K2**2
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    return (luminance * structure).mean(dim=(1, 2, 3))
+    return (luminance * structure).mean()

@@ -1,6 +1,7 @@
 """Answers as they come, a file for each rank: nothing that was answered is lost when a rank is killed."""
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.understanding.benchmark import BenchmarkError
+from eval.understanding.benchmark import BenchmarkError, Question
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class PartWriter:
         self._file.seek(0)
         self._file.truncate(self._file.read().rfind(b"\n") + 1)
 
-    def write(self, key: str, answer: Answer) -> None:
+    def write(self, question: Question, answer: Answer) -> None:
         """Append an answer; `flush` keeps it."""
-        line = {"key": key, "text": answer.text, "metadata": dict(answer.metadata)}
+        line = {"key": question.key, "question": identity(question)}
+        line |= {"text": answer.text, "metadata": dict(answer.metadata)}
         self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def flush(self) -> None:
@@ -60,8 +62,15 @@ class PartWriter:
         self._file.close()
 
 
+def identity(question: Question) -> str:
+    """What an answer is kept under: a hash of all that is asked, of a picture's file only the name."""
+    image = question.image.name.encode() if isinstance(question.image, Path) else question.image
+    asked = json.dumps([question.key, question.prompt, *question.options]).encode()
+    return hashlib.sha256(asked + b"\0" + image).hexdigest()[:20]
+
+
 def read_parts(folder: Path) -> dict[str, Answer]:
-    """The answers of all ranks by the key of their question; a torn last line is none.
+    """The answers of all ranks by `identity` of their question; a torn last line is none.
 
     Raises:
         BenchmarkError: a line is not one that `PartWriter` writes.
@@ -72,7 +81,7 @@ def read_parts(folder: Path) -> dict[str, Answer]:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                answers.setdefault(row["key"], Answer(row["text"], row["metadata"]))
+                answers.setdefault(row["question"], Answer(row["text"], row["metadata"]))
             except (ValueError, KeyError, TypeError):
                 raise BenchmarkError(
                     f"{path}, line {number}: no answer ({line[:40]!r}); delete the line and its question "

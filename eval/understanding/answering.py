@@ -6,22 +6,21 @@ connection, only the folder: each asks what is missing of its own slice, and who
 its end writes the whole.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.pretokenize.claims import link_once
-from data_pipeline.shards.code_shards import temporary_name, write_atomically
+from data_pipeline.shards.code_shards import write_atomically
+from eval.agreement import SETTINGS, agree
 from eval.progress import counted
-from eval.understanding.answer_parts import Answer, PartWriter, read_parts
+from eval.understanding.answer_parts import Answer, PartWriter, identity, read_parts
 from eval.understanding.answers import answer_row
 from eval.understanding.benchmark import Benchmark, BenchmarkError, Question
 from eval.understanding.models import Answerer
 
 By = Literal["text", "likelihood"]
-ANSWERS, PARTS, SETTINGS = "answers.jsonl", "answers", "settings.json"
+ANSWERS, PARTS = "answers.jsonl", "answers"
 NOT_DECIDING = ("model", "versions")  # the name, and what only rounds differently
 
 
@@ -43,7 +42,7 @@ def answer_questions(
 
     Args:
         benchmark: whose questions they are.
-        questions: all of them, whatever the rank.
+        questions: all of them, whatever the rank; more or other ones later keep the answers to these.
         answerer: the model.
         output: folder, the same for all ranks.
         rank: of this process.
@@ -60,25 +59,21 @@ def answer_questions(
         BenchmarkError: the folder holds answers by other settings, another process writes this rank's part,
             a question has no options to compare, or a picture cannot be read.
     """
-    if not 0 <= rank < world_size or batch_size < 1:
-        raise BenchmarkError(
-            f"rank {rank} of {world_size}, batch size {batch_size}; expected a rank from 0 and at least 1 "
-            "question at a time"
-        )
     limit = benchmark.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if not 0 <= rank < world_size or batch_size < 1 or limit < 1:
+        raise BenchmarkError(
+            f"rank {rank} of {world_size}, batch size {batch_size}, {limit} new tokens; expected a rank from "
+            "0, and 1 or more of the others"
+        )
     _require_options(benchmark, questions, by)
     folder = output / PARTS
-    _agree(folder, settings_of(benchmark, questions, answerer, by, limit))
+    agree(folder, settings_of(benchmark, answerer, by, limit), "answers", NOT_DECIDING)
     length = -(-len(questions) // world_size)
+    own = questions[rank * length : (rank + 1) * length]
     with PartWriter(folder, rank) as part:
-        known = read_parts(folder)
-        missing = [
-            question
-            for question in questions[rank * length : (rank + 1) * length]
-            if question.key not in known
-        ]
-        if known:
-            progress(f"{len(known)} of {len(questions)} answers are there, {len(missing)} to ask here")
+        missing = _missing(own, folder)
+        if len(missing) < len(own):
+            progress(f"{len(own) - len(missing)} of {len(own)} answers are there")
         bar = None if world_size == 1 else False  # one bar a rank would be drawn over another
         with counted(len(missing), "answers", progress, bar) as advance:
             # In their order: questions of one picture are neighbours, and most of a prompt is the picture,
@@ -86,7 +81,7 @@ def answer_questions(
             for start in range(0, len(missing), batch_size):
                 batch = missing[start : start + batch_size]
                 for question, answer in zip(batch, _ask(answerer, batch, by, limit), strict=True):
-                    part.write(question.key, answer)
+                    part.write(question, answer)
                 part.flush()
                 advance(len(batch))
     return _collect_if_complete(questions, output)
@@ -100,8 +95,7 @@ def collect_answers(questions: Sequence[Question], output: Path) -> Path:
     """
     path = _collect_if_complete(questions, output)
     if path is None:
-        known = read_parts(output / PARTS)
-        missing = [str(question.question_id) for question in questions if question.key not in known]
+        missing = [str(question.question_id) for question in _missing(questions, output / PARTS)]
         raise BenchmarkError(
             f"{output} lacks {len(missing)} of {len(questions)} answers (question {', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}); start the same command again to ask them"
@@ -109,16 +103,10 @@ def collect_answers(questions: Sequence[Question], output: Path) -> Path:
     return path
 
 
-def settings_of(
-    benchmark: Benchmark, questions: Sequence[Question], answerer: Answerer, by: By, max_new_tokens: int
-) -> dict[str, Any]:
-    """What decides the answers, as `settings.json` keeps it; of pictures only their number and order."""
-    digest = hashlib.sha256()
-    for question in questions:
-        digest.update(json.dumps([question.key, question.prompt, *question.options]).encode())
+def settings_of(benchmark: Benchmark, answerer: Answerer, by: By, max_new_tokens: int) -> dict[str, Any]:
+    """What decides the answers to a benchmark's questions, as `settings.json` keeps it."""
     return {
         "benchmark": benchmark.name,
-        "questions": f"{len(questions)} ({digest.hexdigest()[:12]})",
         "model": answerer.name,
         "fingerprint": answerer.fingerprint,
         "by": by,
@@ -127,27 +115,9 @@ def settings_of(
     }
 
 
-def _agree(folder: Path, settings: dict[str, Any]) -> None:
-    """Write down the settings, or check that the answers in the folder come by the same."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / SETTINGS
-    own = temporary_name(path)
-    write_atomically(own, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    try:
-        link_once(own, path)  # the first rank's stand
-    finally:
-        own.unlink()
-    found = _settings(folder)
-    for name in [*settings, *(name for name in found if name not in settings)]:
-        if name not in NOT_DECIDING and found.get(name) != settings.get(name):
-            raise BenchmarkError(
-                f"{folder} holds answers with {name} {found.get(name)}, not {settings.get(name)}; "
-                "name another output folder, or remove this one to ask anew"
-            )
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+def answering_settings(output: Path) -> dict[str, Any]:
+    """What decided the answers in a folder."""
+    return json.loads((output / PARTS / SETTINGS).read_text(encoding="utf-8"))
 
 
 def _require_options(benchmark: Benchmark, questions: Sequence[Question], by: By) -> None:
@@ -171,17 +141,21 @@ def _ask(answerer: Answerer, batch: Sequence[Question], by: By, max_new_tokens: 
     return answers
 
 
+def _missing(questions: Sequence[Question], folder: Path) -> list[Question]:
+    known = read_parts(folder)
+    return [question for question in questions if identity(question) not in known]
+
+
 def _collect_if_complete(questions: Sequence[Question], output: Path) -> Path | None:
     known = read_parts(output / PARTS)
-    if any(question.key not in known for question in questions):
+    answers = [known[name] for name in map(identity, questions) if name in known]
+    if len(answers) < len(questions):
         return None
-    model = _settings(output / PARTS)["model"]
-    rows = [_row(question, known[question.key], model) for question in questions]
+    model = answering_settings(output)["model"]
+    lines = []
+    for question, answer in zip(questions, answers, strict=True):
+        row = {**answer_row(question, answer.text, model), "metadata": dict(answer.metadata)}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     path = output / ANSWERS
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(path, "".join(lines))  # two ranks that end together write the same
     return path
-
-
-def _row(question: Question, answer: Answer, model: str) -> Mapping[str, Any]:
-    return {**answer_row(question, answer.text, model), "metadata": dict(answer.metadata)}

@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval.benchmark_files import BenchmarkError as BenchmarkError
+
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
-
-
-class BenchmarkError(ValueError):
-    """Files or answers that do not fit a benchmark; the message names file and line, and what to do."""
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,13 @@
 """A benchmark as a task of `dualtoken evaluate`: answers in, scores, submission and cases out."""
 
-import io
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from eval.cases import extremes, make_case
 from eval.results import Case, TaskResult
 from eval.understanding.benchmark import Benchmark, Question, Scores
-
-CASES = 6  # worst and best ones shown
-CASE_PIXELS = 256
-LONGEST_LINE = 300
 
 
 def draw_questions(questions: Sequence[Question], count: int | None, seed: int) -> list[Question]:
@@ -54,13 +48,8 @@ def result_of(
     scores = benchmark.score(questions, answers)
     folder = output / benchmark.name
     files = [] if benchmark.submit is None else benchmark.submit(questions, answers, folder)
-    by_score = sorted(
-        (question for question in questions if question.key in scores.per_question),
-        key=lambda question: scores.per_question[question.key],
-    )
-    half = len(by_score) // 2
-    worst = [q for q in by_score[: min(CASES, len(by_score) - half)] if scores.per_question[q.key] < 1]
-    best = [q for q in by_score[::-1][: min(CASES, half)] if scores.per_question[q.key] > 0]
+    scored = [question for question in questions if question.key in scores.per_question]
+    worst, best = extremes([scores.per_question[question.key] for question in scored])
     return TaskResult(
         task=benchmark.name,
         headline=benchmark.headline,
@@ -70,8 +59,8 @@ def result_of(
         chance=benchmark.chance(questions) if benchmark.chance else None,
         figures=scores.figures,
         tables=scores.tables,
-        worst=_cases(worst, answers, scores, output, folder / "worst"),
-        best=_cases(best, answers, scores, output, folder / "best"),
+        worst=_cases([scored[place] for place in worst], answers, scores, output, folder / "worst"),
+        best=_cases([scored[place] for place in best], answers, scores, output, folder / "best"),
         files=[str(path.relative_to(output)) for path in files],
         notes=[*notes, *scores.notes],
         settings=settings,
@@ -82,24 +71,12 @@ def _cases(
     questions: Sequence[Question], answers: Mapping[str, str], scores: Scores, output: Path, folder: Path
 ) -> list[Case]:
     cases = []
-    folder.mkdir(parents=True, exist_ok=True)
     for index, question in enumerate(questions):
-        source = question.image if isinstance(question.image, Path) else io.BytesIO(question.image)
-        with Image.open(source) as image:
-            shown = image.convert("RGB")
-        shown.thumbnail((CASE_PIXELS, CASE_PIXELS))
-        path = folder / f"{index:02d}.png"
-        shown.save(path)
         lines = [
             f"question: {question.prompt}",
             f"answer: {answers.get(question.key, '(none)')}",
             f"truth: {question.truth}",
         ]
-        cases.append(
-            Case(
-                picture=str(path.relative_to(output)),
-                lines=[line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in lines],
-                score=scores.per_question[question.key],
-            )
-        )
+        score = scores.per_question[question.key]
+        cases.append(make_case(question.image, lines, score, folder / f"{index:02d}.png", output))
     return cases

@@ -1,6 +1,6 @@
 """Reconstruction by the visual tokenizer: PSNR and SSIM beside two baselines, codebook use, picture grids."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -15,13 +15,14 @@ from eval.inputs import (
     load_visual_tokenizer,
     to_picture,
 )
-from eval.metrics.codebooks import codebook_statistics
 from eval.metrics.images import psnr, ssim, to_unit_range
 from eval.results import write_json
+from eval.visual_tokenizer.code_use import codebook_table
 
 BATCH = 32
 GRID_PICTURES = 48
 GRID_COLUMNS = 8
+QUALITIES = ("psnr", "ssim", "mse", "l1")
 
 
 @dataclass
@@ -30,29 +31,43 @@ class Reconstruction:
 
     images: Tensor  # [N, 3, S, S] about [-1, 1]
     codes: Tensor | None  # [N, P, Q, D]
-    psnr: Tensor  # [N], dB
+    psnr: Tensor  # [N], dB, like SSIM after clamping
     ssim: Tensor  # [N]
+    mse: Tensor  # [N], like L1 in the range [-1, 1] and before clamping, as in training
+    l1: Tensor  # [N]
 
     def summary(self) -> dict[str, float]:
         """Means over the pictures."""
-        return {"psnr": float(self.psnr.mean()), "ssim": float(self.ssim.mean())}
+        return {name: float(getattr(self, name).mean()) for name in QUALITIES}
 
 
 def score(images: Tensor, references: Tensor, codes: Tensor | None = None) -> Reconstruction:
-    """Measure pictures [N, 3, S, S] against their originals, both in [-1, 1], after clamping."""
+    """Measure pictures [N, 3, S, S] against their originals, both in [-1, 1]."""
     first, second = to_unit_range(images), to_unit_range(references)
-    return Reconstruction(images, codes, psnr(first, second), ssim(first, second))
+    difference = images.double() - references.double()
+    return Reconstruction(
+        images,
+        codes,
+        psnr=psnr(first, second),
+        ssim=ssim(first, second),
+        mse=difference.square().mean(dim=(1, 2, 3)),
+        l1=difference.abs().mean(dim=(1, 2, 3)),
+    )
 
 
 @torch.no_grad()
+def reconstruct_batch(tokenizer: DualTokenVisualTokenizer, images: Tensor) -> Reconstruction:
+    """Encode, decode and measure one batch [N, 3, S, S] in [-1, 1], everything on the tokenizer's device."""
+    images = images.to(tokenizer.device)
+    codes = tokenizer.encode(images)
+    return score(tokenizer.decode(codes).float(), images, codes)
+
+
 def reconstruct(tokenizer: DualTokenVisualTokenizer, images: Tensor) -> Reconstruction:
-    """Encode and decode pictures [N, 3, S, S] in [-1, 1], in batches on the tokenizer's device."""
-    outputs, codes = [], []
-    for batch in images.split(BATCH):
-        found = tokenizer.encode(batch.to(tokenizer.device))
-        codes.append(found.cpu())
-        outputs.append(tokenizer.decode(found).float().cpu())
-    return score(torch.cat(outputs), images.cpu(), torch.cat(codes))
+    """Encode, decode and measure pictures [N, 3, S, S] in [-1, 1] in batches; the result is on the CPU."""
+    found = [reconstruct_batch(tokenizer, batch) for batch in images.split(BATCH)]
+    names = [one.name for one in fields(Reconstruction)]
+    return Reconstruction(**{name: torch.cat([getattr(one, name).cpu() for one in found]) for name in names})
 
 
 def mean_colour(images: Tensor) -> Tensor:
@@ -66,17 +81,6 @@ def untrained_twin(tokenizer: DualTokenVisualTokenizer, seed: int = 0) -> DualTo
         torch.manual_seed(seed)
         twin = DualTokenVisualTokenizer(type(tokenizer.config)(**tokenizer.config.to_dict()))
     return twin.eval().requires_grad_(False).to(tokenizer.device)
-
-
-def codebook_table(codes: Tensor, codebook_size: int) -> list[dict]:
-    """Statistics for each codebook and depth, and over all depths (`depth` None), of codes [N, P, Q, D]."""
-    rows = []
-    for index, name in enumerate(("pixel", "semantic")):
-        for depth in [*range(codes.shape[3]), None]:
-            part = codes[:, :, index] if depth is None else codes[:, :, index, depth]
-            statistics = asdict(codebook_statistics(part, codebook_size))
-            rows.append({"codebook": name, "depth": None if depth is None else depth + 1, **statistics})
-    return rows
 
 
 def side_by_side(first: Tensor, second: Tensor) -> Image.Image:
@@ -143,8 +147,7 @@ def _save_pictures(folder: Path, pictures: Pictures, found: Reconstruction) -> l
             {
                 "key": key,
                 "captions": pictures.captions[index],
-                "psnr": float(found.psnr[index]),
-                "ssim": float(found.ssim[index]),
+                **{name: float(getattr(found, name)[index]) for name in QUALITIES},
                 "picture": f"{folder.name}/{index:05d}.png",
             }
         )

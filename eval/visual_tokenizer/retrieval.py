@@ -1,6 +1,6 @@
 """Zero-shot retrieval: pictures by names and names by pictures, quantized against continuous features."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,25 +28,23 @@ def image_features(encode: Callable[[Tensor], Tensor], images: Tensor, device: t
     return torch.cat([encode(batch.to(device)).float().cpu() for batch in images.split(BATCH)])
 
 
+def text_tokens(text_tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> Tensor:
+    """Ids [N, length] of texts, padded and cut to it, as SigLIP is trained (arXiv 2303.15343)."""
+    return text_tokenizer(
+        list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    )["input_ids"]
+
+
 @torch.no_grad()
 def text_features(
     tokenizer: DualTokenVisualTokenizer, text_tokenizer: PreTrainedTokenizerBase, texts: list[str]
 ) -> Tensor:
-    """Features [N, C] of texts, by the text tower in the visual tokenizer.
-
-    Texts are padded and cut to the tower's length, as SigLIP is trained (arXiv 2303.15343).
-    """
+    """Features [N, C] of texts, by the text tower in the visual tokenizer."""
     length = tokenizer.config.text_config.max_position_embeddings
     features = []
     for start in range(0, len(texts), BATCH):
-        tokens = text_tokenizer(
-            texts[start : start + BATCH],
-            padding="max_length",
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
-        )
-        features.append(tokenizer.encode_text(tokens["input_ids"].to(tokenizer.device)).float().cpu())
+        tokens = text_tokens(text_tokenizer, texts[start : start + BATCH], length)
+        features.append(tokenizer.encode_text(tokens.to(tokenizer.device)).float().cpu())
     return torch.cat(features)
 
 

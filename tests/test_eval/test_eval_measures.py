@@ -76,7 +76,9 @@ def test_reconstruction_is_what_the_tokenizer_decodes(paths):
     assert torch.equal(found.codes, output.codes)
     torch.testing.assert_close(found.images, output.reconstruction)
     perfect = reconstruction.score(pictures.images, pictures.images)
-    assert perfect.summary() == {"psnr": pytest.approx(80.0), "ssim": pytest.approx(1.0)}
+    assert perfect.summary() == {"psnr": pytest.approx(80.0), "ssim": pytest.approx(1.0), "mse": 0, "l1": 0}
+    off = reconstruction.score(pictures.images + 0.5, pictures.images).summary()
+    assert (off["mse"], off["l1"]) == (pytest.approx(0.25), pytest.approx(0.5))  # not clamped
 
 
 def test_untrained_twin_is_another_model_and_leaves_the_seed_alone(paths):

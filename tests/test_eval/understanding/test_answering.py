@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.understanding.answer_parts import Answer, PartWriter, read_parts
-from eval.understanding.answering import answer_questions, collect_answers
+from eval.understanding.answer_parts import Answer, PartWriter, identity, read_parts
+from eval.understanding.answering import answer_questions, answering_settings, collect_answers
 from eval.understanding.answers import read_answers
 from eval.understanding.benchmark import BenchmarkError
 from eval.understanding.command import main, place_among_ranks
@@ -99,7 +99,7 @@ def test_a_killed_run_goes_on_on_two_ranks(run, questions, expected, tmp_path):
     done = (folder / "before.jsonl").read_bytes().count(b"\n")
     assert 2 <= done < len(questions) / 2
     assert (folder / "answers.jsonl").read_bytes() == expected
-    assert f" of 12 answers are there, {6 - done} to ask here" in said
+    assert f"pope, rank 0: {done} of 6 answers are there" in said
     assert f"pope, rank 0: {6 - done} answers in " in said and "pope, rank 1: 6 answers in " in said
     assert re.search(rf"pope, rank [01]: {POPE.headline} \d", said)  # of whoever was last
 
@@ -131,7 +131,7 @@ def test_what_was_torn_is_asked_again_and_nothing_else(questions, answerer, expe
     path = ask(questions, counting, tmp_path, progress=said.append)
     assert path.read_bytes() == expected and part.read_bytes() == whole
     assert counting.asked == [[question.key for question in questions[-2:]]]
-    assert said[0] == "10 of 12 answers are there, 2 to ask here" and said[-1].startswith("2 answers in ")
+    assert said[0] == "10 of 12 answers are there" and said[-1].startswith("2 answers in ")
     part.write_bytes(b'{"key": 1}\n' + whole)
     with pytest.raises(BenchmarkError, match="part-00000.jsonl, line 1: no answer .*delete the line"):
         ask(questions, answerer, tmp_path)
@@ -145,7 +145,6 @@ def test_answers_by_other_settings_are_refused(run, questions, answerer, expecte
         ({"by": "likelihood"}, "by text, not likelihood"),
         ({"answerer": load_answerer(**models, template="vicuna")}, "template qwen, not vicuna"),
         ({"answerer": load_answerer(**models, precision="bf16")}, "precision fp32, not bf16"),
-        ({"questions": questions[1:]}, r"questions 12 \(\w+\), not 11 \(\w+\)"),
     ):
         given = {"questions": questions, "answerer": answerer, "output": tmp_path, **other}
         with pytest.raises(BenchmarkError, match=f"holds answers with {message}; name another output folder"):
@@ -155,13 +154,25 @@ def test_answers_by_other_settings_are_refused(run, questions, answerer, expecte
     assert ask(questions, other_versions, tmp_path).read_bytes() == expected and not other_versions.asked
 
 
+def test_a_look_at_some_questions_is_kept_for_all_of_them(questions, answerer, expected, tmp_path):
+    counting = Counting(answerer)
+    some = ask([questions[index] for index in (7, 2)], counting, tmp_path)
+    assert len(some.read_bytes().splitlines()) == 2
+    reworded = dataclasses.replace(questions[7], prompt="red")  # the authors have changed their file
+    ask([reworded], counting, tmp_path)
+    assert ask(questions, counting, tmp_path, batch_size=5).read_bytes() == expected
+    assert counting.asked[:2] == [[questions[7].key, questions[2].key], [questions[7].key]]
+    assert sum(map(len, counting.asked)) == len(questions) + 1
+    assert answering_settings(tmp_path)["fingerprint"] == answerer.fingerprint
+
+
 def test_one_process_writes_a_part(questions, answerer, tmp_path):
+    answer = Answer("gr\u00fcn\nund\u2028rot", {"log_likelihoods": {"Yes": -0.5}})
     with PartWriter(tmp_path / "answers", 0) as part:
-        part.write("a", Answer("gr\u00fcn\nund\u2028rot", {"log_likelihoods": {"Yes": -0.5}}))
+        part.write(questions[0], answer)
         with pytest.raises(BenchmarkError, match="another process writes .*part-00000.jsonl; wait for"):
             ask(questions, answerer, tmp_path)
-    expected = {"a": Answer("gr\u00fcn\nund\u2028rot", {"log_likelihoods": {"Yes": -0.5}})}
-    assert read_parts(tmp_path / "answers") == expected
+    assert read_parts(tmp_path / "answers") == {identity(questions[0]): answer}
 
 
 def test_by_likelihood_the_likeliest_option_is_the_answer(questions, answerer, tmp_path):
@@ -188,7 +199,7 @@ def test_mistakes_of_the_command_are_one_line(run, tmp_path, capsys):
     data, tokenizer = capsys.readouterr().err.splitlines()
     assert data.startswith("error: ") and str(tmp_path) in data
     assert tokenizer.endswith("is a unified model: name the visual tokenizer that it was trained with")
-    with pytest.raises(BenchmarkError, match="rank 2 of 2, batch size 4; expected a rank from 0"):
+    with pytest.raises(BenchmarkError, match="rank 2 of 2, batch size 4, 10 new tokens; expected"):
         ask([], None, tmp_path, rank=2, world_size=2, batch_size=4)
 
 

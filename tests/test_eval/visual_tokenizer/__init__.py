@@ -1,0 +1,1 @@
+"""Tests of the measures of a visual tokenizer on the user's data."""
