@@ -111,7 +111,7 @@ class DualTokenChat(lmms or object):  # type: ignore[misc]
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """How likely continuations of questions are: pairs of a loss and whether greedy writing gives it.
+        """How likely continuations of questions are: a loss, and whether each token is the likeliest.
 
         The loss is the negative log-likelihood in nats, summed over tokens: lmms-eval takes the option with
         the least (its `multiple_choice` and its own models; not its `perplexity`). White space before an

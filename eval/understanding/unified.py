@@ -128,7 +128,7 @@ class UnifiedAnswerer:
         Raises:
             BenchmarkError: a picture cannot be decoded; the message names question and file.
         """
-        return for_each_picture(questions, self._encode)
+        return for_each_picture(questions, self._encode) if questions else []
 
     def _encode(self, questions: Sequence[Question]) -> list[np.ndarray]:
         decoded = self._decode([picture_bytes(question) for question in questions])
