@@ -22,11 +22,12 @@ class Question:
     key: str  # unique in its benchmark
     question_id: str | int  # as the answer files bear it; MME's two questions of a picture share it
     prompt: str  # what is asked, suffix included, without the image token
-    image: Path | bytes  # a picture file, or its bytes
+    image: Path | bytes | None  # a picture file, or its bytes; None where only answers are scored
     category: str = "default"
     options: tuple[str, ...] = ()  # possible answers as they would be written: letters; Yes, No
     truth: Any = None  # what the benchmark's scoring needs; None where the split has no public answers
     group: str | None = None  # of those scored together: MME's two of a picture, MMBench's rotations
+    optional: bool = False  # scored where somebody answered it, never asked: SEED-Bench's videos
     recorded_prompt: str | None = None  # `prompt` of LLaVA's answer files, where it differs
     extra: Mapping[str, Any] = field(default_factory=dict)  # further fields of LLaVA's answer row
 
@@ -51,8 +52,8 @@ class Benchmark:
     headline: str  # name of the figure in the table
     unit: str
     needs: str  # the files `read` looks for, for help and errors
-    read: Callable[[Path], list[Question]]
-    """The questions in the folder of the authors' files."""
+    read: Callable[[Path, bool], list[Question]]
+    """The questions in the folder of the authors' files; with False without pictures, to score answers."""
     score: Callable[[Sequence[Question], Mapping[str, str]], Scores]
     """Scores of answers by key; a question without an answer counts as the official scorer counts it."""
     submit: Callable[[Sequence[Question], Mapping[str, str], Path], list[Path]] | None = None

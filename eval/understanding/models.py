@@ -51,9 +51,10 @@ def load_answerer(
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, expected {' or '.join(PRECISIONS)}")
     folder = Path(model)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    on_hub = not folder.is_dir() and not folder.is_absolute() and len(folder.parts) <= 2  # owner/name
+    if not on_hub and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no model in {folder}: expected a folder with config.json")
-    if not folder.is_dir() or _model_type(folder) != DualTokenConfig.model_type:
+    if on_hub or _model_type(folder) != DualTokenConfig.model_type:
         if template is not None:
             raise ValueError(
                 f"{model} is no unified model and has a chat template of its own: leave the template "

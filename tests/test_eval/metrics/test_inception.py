@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.models.inception import Inception3
 from transformers import SiglipModel
 
 from dualtoken.visual_tokenizer.config import preset_config
@@ -60,6 +61,30 @@ def test_pools_differ_from_torchvision_where_tensorflow_does():
         == type(network.Mixed_7a).__module__
         == "torchvision.models.inception"
     )
+
+
+def test_network_is_torchvisions_with_tensorflows_pools(weights, monkeypatch):
+    """By another way: torchvision's own blocks, whose calls of the average pool are exchanged."""
+    network = Inception3(inception.CLASSES, aux_logits=False, init_weights=False)
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    network.fc = torch.nn.Identity()
+    pools = []
+
+    def pool(x, kernel_size, stride, padding):
+        pools.append(x.shape[1])
+        if len(pools) == 9:  # of three A, four C and two E blocks the last
+            return F.max_pool2d(x, kernel_size, stride, padding)
+        return avg_pool2d(x, kernel_size, stride, padding, count_include_pad=False)
+
+    avg_pool2d = F.avg_pool2d
+    extractor = load_inception(weights)
+    pixels = (torch.from_numpy(picture(SIDE, SIDE)).permute(2, 0, 1)[None].float() - 128) / 128
+    found = extractor([picture(SIDE, SIDE)])
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr("torchvision.models.inception.F.avg_pool2d", pool)
+        expected = network.eval()(pixels)
+    assert pools == [192, 256, 288, 768, 768, 768, 768, 1280, 2048]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_features_of_pictures(weights):

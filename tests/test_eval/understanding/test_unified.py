@@ -157,6 +157,8 @@ def test_what_does_not_fit_a_model_is_refused(run, tmp_path):
         load_answerer(export, tokenizer, precision="fp16")
     with pytest.raises(FileNotFoundError, match="no model in .*: expected a folder with config.json"):
         load_answerer(tmp_path, tokenizer)
+    with pytest.raises(FileNotFoundError, match="no model in runs/mine/export: expected a folder"):
+        load_answerer("runs/mine/export", tokenizer)
     (tmp_path / "config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="config.json is no model's config: expected a JSON object"):
         load_answerer(tmp_path, tokenizer)
