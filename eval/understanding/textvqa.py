@@ -58,6 +58,7 @@ TEXTVQA = Benchmark(
     title="TextVQA, validation",
     headline="accuracy",
     unit="%",
+    share=True,
     needs=NEEDS,
     read=read,
     score=score,

@@ -194,6 +194,7 @@ VQAV2 = Benchmark(
     title="VQAv2",
     headline="accuracy",
     unit="%",
+    share=True,
     needs=NEEDS,
     read=read,
     score=score,

@@ -16,11 +16,16 @@ from data_pipeline.sources.local_benchmarks.write import write_local_benchmarks
 from eval.generation.distances import by_category
 from eval.generation.judges import judge_genai_bench, judge_geneval
 from eval.generation.prompt_tasks import MJHQ_PICTURES, SKILLS, read_task
+from eval.page import verdict
 from eval.understanding.ai2d import AI2D
 from eval.understanding.mmbench import MMBENCH
+from eval.understanding.mme import MME
 from eval.understanding.mmvet import MMVET, aggregate_grades
+from eval.understanding.pope import POPE
 from eval.understanding.seed import SEED
 from eval.understanding.task import result_of
+from eval.understanding.textvqa import TEXTVQA
+from eval.understanding.vqav2 import VQAV2
 from eval.visual_tokenizer.class_names import class_names
 from eval.visual_tokenizer.pictures import open_pictures
 from eval.visual_tokenizer.retrieval_task import open_captioned
@@ -53,7 +58,7 @@ def truth_of(benchmark, made):
     """The true letter by question id, from the file itself."""
     folder = made / benchmark.name
     if benchmark is SEED:
-        rows = json.loads((folder / "SEED-Bench.json").read_text(encoding="utf-8"))["questions"]
+        rows = read_json(folder / "SEED-Bench.json")["questions"]
         return {row["question_id"]: row["answer"] for row in rows}
     return {row["index"]: row["answer"] for path in folder.glob("*.tsv") for row in table(path)}
 
@@ -77,12 +82,77 @@ def test_letters(benchmark, made, tmp_path):
         assert found.value == pytest.approx(share) and 0 < share < 60
 
 
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_vqav2(made, tmp_path):
+    questions = read(VQAV2, made)
+    annotations = read_json(made / "vqav2" / "v2_mscoco_val2014_annotations.json")["annotations"]
+    truth = {str(row["question_id"]): row for row in annotations}
+    answers = {q.key: truth[str(q.question_id)]["multiple_choice_answer"] for q in questions}
+    result = result_of(VQAV2, questions, answers, tmp_path, {})
+    assert result.value == 100 and result.trials == len(questions) == len(annotations)
+    yes = VQAV2.score(questions, {q.key: "Yes" for q in questions}).value
+    right = sum(row["multiple_choice_answer"] == "yes" for row in annotations)
+    # Answers that all ten gave alike are compared as they stand, so the capital is wrong there.
+    assert right > 8 and yes == 0
+    assert VQAV2.score(questions, {q.key: "yes" for q in questions}).value == pytest.approx(
+        100 * right / len(annotations), abs=0.01
+    )
+    german = {q.key: truth[str(q.question_id)]["answers"][8]["answer"] for q in questions}
+    assert 50 < VQAV2.score(questions, german).value < 100  # a name in another language is worth a third
+
+
+def test_textvqa(made, tmp_path):
+    questions = read(TEXTVQA, made)
+    data = read_json(made / "textvqa" / "TextVQA_0.5.1_val.json")["data"]
+    truth = {row["image_id"]: row["answers"][0] for row in data}
+    answers = {q.key: truth[q.question_id].upper() for q in questions}
+    assert result_of(TEXTVQA, questions, answers, tmp_path, {}).value == 100
+    assert TEXTVQA.score(questions, {q.key: "a button" for q in questions}).value == 0
+
+
+def test_pope(made, tmp_path):
+    questions = read(POPE, made)
+    labels = {}
+    for category in ("adversarial", "popular", "random"):
+        text = (made / "pope" / f"coco_pope_{category}.json").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()]
+        labels |= {(category, row["text"], row["image"]): row["label"] for row in rows}
+    assert len(labels) == len(questions) == 108
+    by_question = {
+        q.key: labels[q.category, q.prompt.split("\n")[0], q.image.name].capitalize() for q in questions
+    }
+    result = result_of(POPE, questions, by_question, tmp_path, {})
+    assert result.value == 100 and result.chance == pytest.approx(200 / 3) and result.trials is None
+    always = result_of(POPE, questions, {q.key: "Yes" for q in questions}, tmp_path, {})
+    assert always.value == pytest.approx(200 / 3) and verdict(always.as_json())[1] is False
+    assert always.figures["accuracy, all together"] == 50
+    assert POPE.score(questions, {q.key: "No" for q in questions}).value == 0
+
+
+def test_mme(made, tmp_path):
+    questions = read(MME, made)
+    truth = {}
+    for path in (made / "mme").rglob("*.txt"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            text, label = line.replace(" Please answer yes or no.", "").split("\t")
+            truth[path.parent.name, path.stem, text] = label
+    assert len(truth) == len(questions)
+    answers = {q.key: truth[q.category, q.image.stem, q.prompt.split("\n")[0]] for q in questions}
+    result = result_of(MME, questions, answers, tmp_path, {})
+    assert (result.value, result.figures["cognition"]) == (1000, 400)  # five and two of the categories
+    always = MME.score(questions, {q.key: "Yes" for q in questions})
+    assert (always.value, always.figures["cognition"]) == (250, 100)
+
+
 def test_mmvet(made, tmp_path):
     questions = read(MMVET, made)
     [path] = [
         p for p in MMVET.submit(questions, {q.key: "x" for q in questions}, tmp_path) if p.suffix == ".json"
     ]
-    exported = json.loads(path.read_text(encoding="utf-8"))
+    exported = read_json(path)
     grades = tmp_path / "grades.json"
     entry = {"model": ["judge"], "content": ["1"], "score": [1.0]}
     grades.write_text(json.dumps(dict.fromkeys(exported, entry)), encoding="utf-8")
