@@ -200,8 +200,11 @@ class DualTokenSimple(DualTokenChat):
     is_simple = True
 
     def _conversation(self, request: Any) -> Conversation:
-        if len(request.args) == 2:  # an option without its question, for `acc_mutual_info`
-            return Conversation.of_text(request.args[0], None, self.answerer.template, "an option alone")
+        if len(request.args) == 2:  # an option without its question
+            raise ValueError(
+                "the metric acc_mutual_info wants log-likelihoods where acc wants losses, which lmms-eval "
+                "does not tell apart; leave acc_mutual_info out of the task"
+            )
         text, _, doc_to_visual, doc_id, task, split = request.args
         return self._asked(text, doc_to_visual(self.task_dict[task][split][doc_id]), task, doc_id)
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -321,6 +322,11 @@ if found is not None:
     with open(output, "w", encoding="utf-8") as file:
         json.dump(rows, file)
 """
+
+
+def test_a_metric_that_would_be_inverted_is_refused():
+    with pytest.raises(ValueError, match="acc_mutual_info wants log-likelihoods where acc wants losses"):
+        DualTokenSimple._conversation(None, SimpleNamespace(args=("", "red")))
 
 
 def test_without_lmms_eval_it_says_what_to_install(monkeypatch):
