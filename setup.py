@@ -42,7 +42,7 @@ EXTRAS = {
     # The report and the page of an evaluation; MMBench's submission.
     "eval": ["jinja2", "openpyxl"],
     # The unified model in lmms-eval, which brings much of its own: see docs/evaluation.md.
-    "lmms-eval": ["lmms-eval"],
+    "lmms-eval": ["lmms-eval>=0.7"],
     # The documents as a site.
     "docs": ["mkdocs-material", "mkdocstrings[python]"],
     # Tests, lint, and the public library that a benchmark compares with.

@@ -8,6 +8,7 @@ from messages; choosing by likelihood and several rounds it knows in its simple 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,11 @@ from eval.understanding.benchmark import Question
 from eval.understanding.models import load_answerer
 from eval.understanding.unified import UnifiedAnswerer
 
-try:
+if find_spec("lmms_eval"):
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
     from loguru import logger
-except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] != "lmms_eval":
-        raise  # an installed one that lacks something is not to be taken for none
+else:
     lmms = None
 
 
