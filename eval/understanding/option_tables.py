@@ -30,6 +30,10 @@ class OptionRow:
     l2_category: str
     split: str
 
+    def __str__(self) -> str:
+        """The true option, for a reader."""
+        return f"{self.answer}. {self.options[self.answer]}" if self.answer else "not public"
+
 
 def read_option_table(path: Path, pictures: bool, what: str) -> list[Question]:
     """The questions of a TSV, `truth` an `OptionRow`, with LLaVA's prompt.

@@ -1,6 +1,7 @@
 """A benchmark as a task of `dualtoken evaluate`: answers in, scores, submission and cases out."""
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,15 @@ def result_of(
     )
 
 
+def _in_words(truth: Any) -> str:
+    """A truth for a reader; of ten people's answers each once, the most frequent first."""
+    answers = truth["answers"] if isinstance(truth, Mapping) else truth
+    if isinstance(answers, Sequence) and not isinstance(answers, str):
+        counted = Counter(map(str, answers)).most_common()
+        return ", ".join(f"{answer} ({count})" if len(counted) > 1 else answer for answer, count in counted)
+    return str(answers)
+
+
 def _cases(
     questions: Sequence[Question], answers: Mapping[str, str], scores: Scores, output: Path, folder: Path
 ) -> list[Case]:
@@ -75,7 +85,7 @@ def _cases(
         lines = [
             f"question: {question.prompt}",
             f"answer: {answers.get(question.key, '(none)')}",
-            f"truth: {question.truth}",
+            f"truth: {_in_words(question.truth)}",
         ]
         score = scores.per_question[question.key]
         if question.image is None:  # answers alone are scored

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import pytest
 
@@ -73,6 +74,8 @@ def test_letters(benchmark, made, tmp_path):
     assert result.value == 100.0
     turns = 4 if benchmark is MMBENCH else 1  # of each question's options, all of which have to be right
     assert result.trials == len(questions) / turns and result.chance == pytest.approx(100 * 0.25**turns)
+    lines = result_of(benchmark, questions, {}, tmp_path, {}).worst[0].lines
+    assert re.fullmatch("truth: [ABCD]" if benchmark is SEED else r"truth: [ABCD]\. .+", lines[2])
     always = {question.key: "A" for question in questions}
     share = 100 * sum(letter == "A" for letter in truth.values()) / len(truth)
     found = benchmark.score(questions, always)
@@ -100,6 +103,8 @@ def test_vqav2(made, tmp_path):
     assert VQAV2.score(questions, {q.key: "yes" for q in questions}).value == pytest.approx(
         100 * right / len(annotations), abs=0.01
     )
+    wrong = result_of(VQAV2, questions, {}, tmp_path, {}).worst[0]
+    assert wrong.lines[2].startswith("truth: ") and re.search(r" \(8\), .+ \(1\)", wrong.lines[2])
     german = {q.key: truth[str(q.question_id)]["answers"][8]["answer"] for q in questions}
     assert 50 < VQAV2.score(questions, german).value < 100  # a name in another language is worth a third
 
