@@ -1,12 +1,8 @@
 """`dualtoken reconstruct`, `generate`, `caption` and `evaluate` on tiny real models and picture files."""
 
-import json
-
 import pytest
 from PIL import Image
 
-from launchers import evaluate
-from launchers.commands import measure
 from tests.support.command import call
 from tests.support.tiny_run import make_tiny_run, picture
 
@@ -92,19 +88,6 @@ def test_mistakes_are_one_line(dualtoken, command, arguments, message):
     code, _, err = dualtoken(command, *arguments)
     assert code == 2
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
-
-
-def test_evaluate_everything(dualtoken, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "available_cores", lambda: 1)  # in this process: no second start of torch
-    output = tmp_path / "results"
-    code, lines, _ = dualtoken("evaluate", "--run", str(run), "--output", str(output), "--count", "2")
-    assert code == 0
-    done = json.loads((output / "done.json").read_text(encoding="utf-8"))
-    assert set(done["seconds"]) == {one.value for one in measure.Measure}
-    assert lines[0].startswith("measuring generation, likelihood") and len(lines) == 1 + len(measure.Measure)
-    (output / "done.json").unlink()
-    dualtoken("evaluate", "layers", "--run", str(run), "--output", str(output))
-    assert not (output / "done.json").exists()  # not everything has been measured
 
 
 def test_what_is_wrong_in_a_worker_is_one_line(dualtoken, run, tmp_path):
