@@ -82,7 +82,9 @@ def test_ranks_and_batches_change_nothing(questions, answerer, expected, tmp_pat
     keys = [question.key for question in questions]
     assert counting.asked == [[key] for rank in (0, 2, 1, 3) for key in keys[3 * rank : 3 * rank + 3]]
     path.unlink()
-    assert collect_answers(questions, tmp_path).read_bytes() == expected
+    video = dataclasses.replace(questions[0], key="video", image=None, optional=True)  # as in SEED-Bench
+    assert collect_answers([video, *questions], tmp_path).read_bytes() == expected
+    assert ask([video, *questions], counting, tmp_path).read_bytes() == expected and len(counting.asked) == 12
 
 
 def words_of(run, output):
