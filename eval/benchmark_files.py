@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,12 @@ def read_json_file(path: Path) -> Any:
         ) from None
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
+def read_json_lines(path: Path, torn: bool = False) -> Iterator[tuple[int, dict]]:
     """Line number and object of each line of a JSONL file; empty lines are passed over.
+
+    Args:
+        path: of the file.
+        torn: whether to pass over lines that are no JSON, too.
 
     Raises:
         BenchmarkError: the file is missing, or a line is no JSON object.
@@ -61,6 +66,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
+            if torn:
+                continue
             raise BenchmarkError(
                 f"{path}, line {number}: no JSON ({error.msg}); expected JSONL, an object a line"
             ) from None
@@ -117,6 +124,35 @@ def find_image(folders: Sequence[Path], name: str, where: str) -> Path:
             return path
     looked = ", ".join(str(folder) for folder in folders)
     raise BenchmarkError(f"{where}: no picture {name} in {looked}; put the benchmark's pictures there")
+
+
+def find_images(folders: Sequence[Path], names: Sequence[tuple[str, str]]) -> list[Path]:
+    """The pictures of many questions at once; each folder is listed once, which matters where disks are far.
+
+    Args:
+        folders: looked through in this order.
+        names: for each picture what asks for it, file and line, and its name.
+
+    Raises:
+        BenchmarkError: some are missing; the message counts them and names the first.
+    """
+    listed = [(folder, set(os.listdir(folder))) for folder in dict.fromkeys(folders) if folder.is_dir()]
+    found: list[Path] = []
+    missing = []
+    for where, name in names:
+        there = next((folder / name for folder, inside in listed if name in inside), None)
+        if there is None and "/" in name and is_below(name):
+            there = next((folder / name for folder, _ in listed if (folder / name).is_file()), None)
+        if there is None:
+            missing.append((where, name))
+        else:
+            found.append(there)
+    if missing:
+        where, name = missing[0]
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        looked = ", ".join(str(folder) for folder in dict.fromkeys(folders))
+        raise BenchmarkError(f"{where}: no picture {name}{others} in {looked}; put the pictures there")
+    return found
 
 
 def _text(path: Path, only_check: bool = False) -> str:

@@ -19,8 +19,22 @@ class Baseline:
 
 def luck(hits: int, trials: int, chance: float) -> float:
     """Probability of at least that many hits when each has the same chance (binomial)."""
-    return sum(
-        math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(hits, trials + 1)
+    if not 0 < chance < 1:
+        return float(hits <= 0 or chance >= 1)
+
+    def log_factorial(number: int) -> float:
+        return math.lgamma(number + 1)
+
+    # In logarithms: the binomial coefficients of thousands of trials are beyond any float.
+    return math.fsum(
+        math.exp(
+            log_factorial(trials)
+            - log_factorial(k)
+            - log_factorial(trials - k)
+            + k * math.log(chance)
+            + (trials - k) * math.log1p(-chance)
+        )
+        for k in range(hits, trials + 1)
     )
 
 

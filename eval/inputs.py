@@ -35,6 +35,7 @@ class EvaluationPaths:
     held_out_images: Path
     seen_codes: Path
     held_out_codes: Path
+    benchmarks: Path
     output: Path
 
     @classmethod
@@ -48,6 +49,7 @@ class EvaluationPaths:
             "held_out_images": run / "sample_data" / "images" / "val",
             "seen_codes": run / "codes" / "train",
             "held_out_codes": run / "codes" / "val",
+            "benchmarks": run / "sample_data" / "benchmarks",
             "output": run / "evaluation",
         }
         return cls(**{**found, **{name: path for name, path in replaced.items() if path is not None}})

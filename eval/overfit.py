@@ -15,9 +15,9 @@ from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from eval.comparisons import Baseline, Comparison
 from eval.generation.samples import decode_codes, write_captions
+from eval.html import data_uri
 from eval.inputs import draw_prompts, stack_codes, to_picture
 from eval.metrics.recall import recall_at_1
-from eval.report import data_uri
 from eval.results import write_json
 from eval.visual_tokenizer.retrieval import BATCH, image_features
 

@@ -1,6 +1,5 @@
 """The report of a run: one self-contained page and its figures as JSON, from what lies in the run folder."""
 
-import base64
 import json
 import re
 import time
@@ -8,10 +7,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.names import is_below
 from eval.charts import Point, Series, heatmap, line_chart
 from eval.comparisons import HEADINGS, compare_all, language_name
-from eval.results import read_json, write_json
+from eval.html import PictureFolder, template_environment, write_html
+from eval.page import result_rows
+from eval.results import RESULTS_FILE, read_json, write_json
 
 MEASURES = ("reconstruction", "retrieval", "likelihood", "generation", "layers")
 JOBS = {"siglip": "SigLIP", "tokenizer": "Visual tokenizer", "mllm": "Unified model"}
@@ -90,24 +90,6 @@ def depth_chart(visual: list[dict], log_k: float, codebook_size: int) -> str:
     return line_chart("NLL per depth", series, 420, 210, level, depths)
 
 
-def data_uri(path: Path) -> str:
-    """A PNG file as text for the page."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-class PictureFolder:
-    """Gives the page its pictures: paths as the results name them, below `evaluation`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self, name: str) -> str:
-        """The picture as a data URI; ValueError for a name that leads out of the folder."""
-        if not is_below(name):
-            raise ValueError(f"{self.folder}: a result names the picture {name!r}; measure the run again")
-        return data_uri(self.folder / name)
-
-
 def evenly(items: list, count: int) -> list:
     """`count` items spread evenly over a list, chosen by nothing but their place."""
     if len(items) <= count:
@@ -137,6 +119,7 @@ def trained_in(run: Path) -> dict[str, str]:
 def report_data(run: Path, results: dict[str, dict]) -> dict:
     """Everything the report states as a number, for report.json."""
     comparisons = compare_all(results)
+    evaluated = (read_json(run / "evaluation" / RESULTS_FILE) or {"tasks": {}})["tasks"]
     lost = [
         f"{HEADINGS[name].partition(':')[0]}: {line}"
         for name, group in comparisons.items()
@@ -150,6 +133,7 @@ def report_data(run: Path, results: dict[str, dict]) -> dict:
         "not_beaten": lost,
         "missing": missing_parts(run, results),
         "results": results,
+        "benchmarks": {name: found for name, found in evaluated.items() if name not in MEASURES},
         "jobs": {job: read_json(run / job / "done.json") for job in JOBS},
         "precisions": trained_in(run),
         "chain": read_json(run / "chain.json"),
@@ -159,17 +143,7 @@ def report_data(run: Path, results: dict[str, dict]) -> dict:
 
 def render(run: Path, data: dict) -> str:
     """The page as HTML."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError("the report needs jinja2: pip install 'dualtoken[eval]'") from error
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = template_environment()
     environment.filters["language"] = language_name
     environment.filters["minutes"] = lambda seconds: f"{seconds / 60:.1f} min"
     environment.filters["gib"] = lambda count: f"{count / 2**30:.1f} GiB"
@@ -180,6 +154,7 @@ def render(run: Path, data: dict) -> str:
         **data,
         comparison_rows=compare_all(results),
         headings=HEADINGS,
+        benchmark_rows=result_rows(data["benchmarks"]),
         picture=PictureFolder(run / "evaluation"),
         curves={
             title: curves
@@ -216,8 +191,6 @@ def build_report(run: Path) -> Path:
         )
     data = report_data(run, results)
     page = run / "report.html"
-    temporary = page.with_suffix(".html.tmp")
-    temporary.write_text(render(run, data), encoding="utf-8")
-    temporary.rename(page)
+    write_html(page, render(run, data))
     write_json(run / "report.json", data)
     return page

@@ -1,9 +1,10 @@
 """What a task of `dualtoken evaluate` found, as JSON files; light to import: the report comes at once."""
 
+import fcntl
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,6 +43,7 @@ class TaskResult:
     count: int  # items measured
     higher_is_better: bool = True
     chance: float | None = None  # what guessing gives, in the same unit
+    trials: int | None = None  # where the value is a share: of how many, to tell it from luck
     figures: Mapping[str, float | None] = field(default_factory=dict)
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # title -> rows
     worst: Sequence[Case] = ()
@@ -66,28 +68,35 @@ def versions() -> dict[str, str]:
     return found
 
 
-def record(output: Path, results: Iterable[TaskResult], provenance: Mapping[str, Any]) -> dict:
-    """Add results to the folder's `results.json`, in place of earlier ones of the same tasks; returns it.
+def record(output: Path, result: TaskResult, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Add a result to the folder's `results.json`, in place of an earlier one of its task; returns all of it.
 
     Args:
-        output: the evaluation's folder.
-        results: what was found now.
-        provenance: what every one of them was measured with: paths and fingerprints of the models, device.
+        output: the evaluation's folder; several processes may do so at a time.
+        result: what was found now.
+        provenance: what it was measured with: paths and fingerprints of models.
 
     Raises:
         ValueError: the file there is of another format.
     """
+    output.mkdir(parents=True, exist_ok=True)
     path = output / RESULTS_FILE
-    content = read_json(path) or {"format_version": FORMAT_VERSION, "tasks": {}}
-    if content.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format {content.get('format_version')!r}, expected {FORMAT_VERSION}; "
-            "choose another --out"
-        )
-    stamp = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions(), **provenance}
-    for result in results:
-        content["tasks"][result.task] = {**result.as_json(), **stamp}
-    write_json(path, content)
+    with open(output / ".results.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        content = read_json(path) or {"format_version": FORMAT_VERSION, "tasks": {}}
+        if content.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format {content.get('format_version')!r}, expected {FORMAT_VERSION}; "
+                "choose another --out"
+            )
+        content["tasks"][result.task] = {
+            **result.as_json(),
+            "recorded": time.time(),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": versions(),
+            **provenance,
+        }
+        write_json(path, content)
     return content
 
 

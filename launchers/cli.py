@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from launchers.commands import data, measure, plan, train, use
+from launchers.commands import data, evaluate, measure, plan, train, use
 from launchers.errors import UserError
 
 RAISE = "DUALTOKEN_TRACEBACK"
@@ -21,7 +21,7 @@ app = typer.Typer(
     "and writes a report in about a quarter of an hour. The other commands then work on its results in "
     "runs/quickstart; options point them elsewhere.",
 )
-for group in (train, plan, use, measure, data):
+for group in (train, plan, use, evaluate, measure, data):
     app.add_typer(group.commands)
 
 

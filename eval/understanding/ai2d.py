@@ -43,6 +43,7 @@ AI2D = Benchmark(
     title="AI2D",
     headline="accuracy",
     unit="%",
+    share=True,
     needs=NEEDS,
     read=read,
     score=score,

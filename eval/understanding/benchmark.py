@@ -4,7 +4,7 @@ Each benchmark is a module of this room with one `Benchmark`, named in `registry
 (`answering.py`) and keeping answers (`answers.py`) are shared.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,4 +61,7 @@ class Benchmark:
     max_new_tokens: int = 128
     chance: Callable[[Sequence[Question]], float] | None = None
     """What guessing gives, in the unit of the headline; None where there is no such thing."""
+    share: bool = False  # the headline is a share of the questions, or of their groups, not such as F1
     answers_by_prompt: bool = False  # answers are told apart by (question_id, prompt): MME
+    read_results: Callable[[Path], Iterable[tuple[str, str, str | None, str]]] | None = None
+    """Rows of (where, question id, prompt, text) of results in the authors' own form, not JSONL."""

@@ -131,6 +131,7 @@ MMBENCH = Benchmark(
     title="MMBench, English, development",
     headline="circular accuracy",
     unit="%",
+    share=True,
     needs=NEEDS,
     read=read,
     score=score,

@@ -161,7 +161,7 @@ def _table(
 
 
 def _percents(scores: Sequence[Sequence[float]]) -> np.ndarray:
-    """Each run's mean over questions in percent [R], with the script's order of additions: ties are rounded."""
+    """Each run's mean over questions in percent [R], added as the script does: ties are rounded."""
     return np.array([sum(run) for run in zip(*scores)]) / len(scores) * 100
 
 

@@ -26,7 +26,7 @@ IMAGE_TYPES = 9
 
 
 def read(folder: Path, pictures: bool = True) -> list[Question]:
-    """The questions of `SEED-Bench.json`, with LLaVA's prompt; those about videos only to score answers."""
+    """The questions of `SEED-Bench.json`, with LLaVA's prompt; those about videos are never asked."""
     path = find_file(folder, QUESTIONS, what=NEEDS)
     names = _type_names(path)
     questions = []
@@ -35,8 +35,6 @@ def read(folder: Path, pictures: bool = True) -> list[Question]:
         if number not in names:
             raise BenchmarkError(f"{where}: question_type_id {number}; expected one of {sorted(names)}")
         video = number > IMAGE_TYPES
-        if video and pictures:
-            continue
         truth = field_of(row, "answer", str, where)
         if truth not in LETTERS:
             raise BenchmarkError(f"{where}: answer is {truth!r}; expected one of {', '.join(LETTERS)}")
@@ -50,7 +48,7 @@ def read(folder: Path, pictures: bool = True) -> list[Question]:
                 key=str(question_id),
                 question_id=question_id,
                 prompt=f"{field_of(row, 'question', str, where)}\n{options}{LETTER_ANSWER}",
-                image=find_image(folders, name, where) if pictures else None,
+                image=find_image(folders, name, where) if pictures and not video else None,
                 category=names[number],
                 options=LETTERS,
                 truth=truth,
@@ -144,6 +142,7 @@ SEED = Benchmark(
     title="SEED-Bench, images",
     headline="image accuracy",
     unit="%",
+    share=True,
     needs=NEEDS,
     read=read,
     score=score,

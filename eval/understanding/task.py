@@ -33,7 +33,6 @@ def result_of(
     answers: Mapping[str, str],
     output: Path,
     settings: Mapping[str, Any],
-    notes: Sequence[str] = (),
 ) -> TaskResult:
     """Score answers by the benchmark's rule; write its submission and the pictures of the cases.
 
@@ -43,9 +42,9 @@ def result_of(
         answers: text by question key.
         output: folder of the whole evaluation; files go to a folder of the benchmark's name in it.
         settings: what made the answers.
-        notes: what a reader has to know of them.
     """
     scores = benchmark.score(questions, answers)
+    silent = [question for question in questions if question.optional and question.key not in answers]
     folder = output / benchmark.name
     files = [] if benchmark.submit is None else benchmark.submit(questions, answers, folder)
     scored = [question for question in questions if question.key in scores.per_question]
@@ -55,14 +54,15 @@ def result_of(
         headline=benchmark.headline,
         value=scores.value,
         unit=benchmark.unit,
-        count=len(questions),
+        count=len(questions) - len(silent),
         chance=benchmark.chance(questions) if benchmark.chance else None,
+        trials=len({question.group or question.key for question in scored}) if benchmark.share else None,
         figures=scores.figures,
         tables=scores.tables,
         worst=_cases([scored[place] for place in worst], answers, scores, output, folder / "worst"),
         best=_cases([scored[place] for place in best], answers, scores, output, folder / "best"),
         files=[str(path.relative_to(output)) for path in files],
-        notes=[*notes, *scores.notes],
+        notes=[*scores.notes, *_missing(questions, answers)],
         settings=settings,
     )
 
@@ -78,5 +78,13 @@ def _cases(
             f"truth: {question.truth}",
         ]
         score = scores.per_question[question.key]
+        if question.image is None:  # answers alone are scored
+            cases.append(Case(None, lines, score))
+            continue
         cases.append(make_case(question.image, lines, score, folder / f"{index:02d}.png", output))
     return cases
+
+
+def _missing(questions: Sequence[Question], answers: Mapping[str, str]) -> list[str]:
+    missing = sum(question.key not in answers for question in questions if not question.optional)
+    return [f"{missing} of {len(questions)} questions have no answer and count as wrong"] if missing else []

@@ -11,7 +11,8 @@ from data_pipeline.shards.code_shards import CodeSample
 from data_pipeline.shards.conversations import IMAGE_TAG, conversation_parts
 from data_pipeline.streams.views import parts_document
 from dualtoken.generation.generators import generate_text
-from dualtoken.generation.likelihood import option_log_likelihoods
+from dualtoken.generation.likelihood import OptionLikelihood, option_log_likelihoods
+from dualtoken.generation.sampling import Sampling
 from dualtoken.unified_model.sequence import Document, TextPart
 from eval.inputs import load_models
 from eval.model_files import fingerprint_of_files
@@ -22,6 +23,7 @@ from eval.understanding.pictures import for_each_picture, picture_bytes, undecod
 
 TEMPLATES_TO_ASK = ("qwen", "vicuna", "none")  # by `plain` a model would not see the question
 DECODING_THREADS = 4
+GREEDY = Sampling(temperature=0.0)
 
 
 class UnifiedAnswerer:
@@ -59,19 +61,36 @@ class UnifiedAnswerer:
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
         """What the model writes up to the mark that ends a turn, without white space around."""
-        prompts, stop = self.prompts(questions), self.template.assistant[1]
-        texts = generate_text(
-            self.model, self.text_tokenizer, prompts, max_new_tokens, temperature=0.0, stop=stop
-        )
-        return [text.strip() for text in texts]
+        return [text.strip() for text in self.write(self.prompts(questions), max_new_tokens)]
 
     def choose(self, questions: Sequence[Question]) -> list[list[float]]:
         """The log-likelihood (nats) of each option of each question, where the answer begins."""
+        found = self.compare(self.prompts(questions), [question.options for question in questions])
+        return [[option.log_likelihood for option in row] for row in found]
+
+    def write(
+        self, prompts: Sequence[Document], max_new_tokens: int, sampling: Sampling = GREEDY
+    ) -> list[str]:
+        """What the model writes after each prompt, up to the mark that ends a turn."""
+        return generate_text(
+            self.model,
+            self.text_tokenizer,
+            prompts,
+            max_new_tokens,
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            stop=self.template.assistant[1],
+        )
+
+    def compare(
+        self, prompts: Sequence[Document], options: Sequence[Sequence[str]]
+    ) -> list[list[OptionLikelihood]]:
+        """How likely each prompt's options are where the answer begins."""
         # Without a template an answer goes on in the line of the question, as captions do.
         space = " " if self.template is NO_TEMPLATE else ""
-        options = [[space + option for option in question.options] for question in questions]
-        found = option_log_likelihoods(self.model, self.text_tokenizer, self.prompts(questions), options)
-        return [[option.log_likelihood for option in row] for row in found]
+        texts = [[space + option for option in given] for given in options]
+        return option_log_likelihoods(self.model, self.text_tokenizer, prompts, texts)
 
     def prompts(self, questions: Sequence[Question]) -> list[Document]:
         """Documents that end where the answer begins.
@@ -80,17 +99,38 @@ class UnifiedAnswerer:
             BenchmarkError: a picture cannot be decoded; the message names question and file.
             ConversationError: a question holds an image tag; the message names it.
         """
-        codes = for_each_picture(questions, self._encode)
-        return [self._prompt(question, own) for question, own in zip(questions, codes, strict=True)]
+        return [
+            self.document(
+                [{"from": "human", "value": with_images_first(question.prompt, 1, self.template)}],
+                [codes],
+                f"question {question.question_id}",
+            )
+            for question, codes in zip(questions, self.encode(questions), strict=True)
+        ]
 
-    def _prompt(self, question: Question, codes: np.ndarray) -> Document:
-        turn = {"from": "human", "value": with_images_first(question.prompt, 1, self.template)}
-        name = f"question {question.question_id}"
-        parts = conversation_parts([turn], 1, self.template, name=name, answered=False)
-        return parts_document(CodeSample(question.key, codes[None], parts))
+    def document(self, turns: Sequence[dict[str, str]], codes: Sequence[np.ndarray], name: str) -> Document:
+        """A conversation up to where the answer begins.
+
+        Args:
+            turns: as `conversation_parts` takes them, with an image tag for each picture.
+            codes: of the pictures, in the order of their tags, each [P, Q, D].
+            name: what an error calls the conversation.
+
+        Raises:
+            ConversationError: the tags are not as many as the pictures, or it is not the model's turn.
+        """
+        parts = conversation_parts(turns, len(codes), self.template, name=name, answered=False)
+        return parts_document(CodeSample(name, np.asarray(codes), parts))
+
+    def encode(self, questions: Sequence[Question]) -> list[np.ndarray]:
+        """Codes [P, Q, D] of each question's picture; questions about the same one have it encoded once.
+
+        Raises:
+            BenchmarkError: a picture cannot be decoded; the message names question and file.
+        """
+        return for_each_picture(questions, self._encode) if questions else []
 
     def _encode(self, questions: Sequence[Question]) -> list[np.ndarray]:
-        """Codes [P, Q, D] of the pictures of questions."""
         decoded = self._decode([picture_bytes(question) for question in questions])
         if decoded.rejected:
             bad = decoded.rejected[0]

@@ -170,6 +170,7 @@ def _result(
         unit="%",
         count=len(pictures),
         chance=100 * chance,
+        trials=len(owners),
         figures=figures,
         tables={"Recall, %": rows},
         worst=cases([index for index in order[::-1] if before[index] > 0][:CASES], "worst"),

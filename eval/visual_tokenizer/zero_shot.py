@@ -188,6 +188,7 @@ def _result(
         unit="%",
         count=len(pictures),
         chance=100 / len(names),
+        trials=len(pictures),
         figures={**figures, "top-5, chance": 100 * min(5, len(names)) / len(names)},
         tables={"Classes": _by_class(whole, ways, labels, names)},
         worst=cases(wrong, "worst"),

@@ -1,6 +1,5 @@
-"""Commands that measure: layers, variants, the models of a run, the report."""
+"""Commands that measure: layers, variants, the state of a run, the report."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,16 +8,6 @@ import typer
 from launchers.commands.options import RUN, RanksOption, RunOption, say
 
 commands = typer.Typer()
-
-
-class Measure(StrEnum):
-    """What `evaluate` can measure."""
-
-    RECONSTRUCTION = "reconstruction"
-    RETRIEVAL = "retrieval"
-    LIKELIHOOD = "likelihood"
-    GENERATION = "generation"
-    LAYERS = "layers"
 
 
 @commands.command("analyze-layers", rich_help_panel="Measure")
@@ -61,36 +50,6 @@ def ablate(
     from launchers.processes import default_ranks
 
     run_all(run, output, steps, seeds, ranks or default_ranks(RECIPE), say)
-
-
-@commands.command(rich_help_panel="Measure")
-def evaluate(
-    measures: Annotated[list[Measure] | None, typer.Argument(help="What to measure; all by default.")] = None,
-    run: RunOption = RUN,
-    count: Annotated[
-        int | None, typer.Option(min=1, help="Measure on that many samples at most.", show_default=False)
-    ] = None,
-    siglip: Annotated[Path | None, typer.Option(help="Exported SigLIP instead of the run's.")] = None,
-    visual_tokenizer: Annotated[
-        Path | None, typer.Option(help="Visual tokenizer instead of the run's.")
-    ] = None,
-    model: Annotated[Path | None, typer.Option(help="Unified model instead of the run's.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--out", "--output", help="Folder for results instead of the run's.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of what is chosen at random.")] = 0,
-) -> None:
-    """Measure the models of a run on held-out and on seen data.
-
-    Example: [bold]dualtoken evaluate reconstruction --run runs/mine[/]
-    """
-    from eval.inputs import EvaluationPaths
-    from launchers.evaluate import evaluate as take_measures
-
-    paths = EvaluationPaths.from_run(
-        run, siglip=siglip, visual_tokenizer=visual_tokenizer, model=model, output=output
-    )
-    take_measures([measure.value for measure in measures or []], paths, count, seed, say)
 
 
 @commands.command(rich_help_panel="Measure")

@@ -1,6 +1,6 @@
 """Asks a little benchmark by real processes: one that is killed, then two that go on where it stood.
 
-`python -m tests.support.killed_answers FOLDER WORDS...` with the words of `python -m eval.understanding`. The
+`python -m tests.support.killed_answers FOLDER WORDS...` with the words of `dualtoken`. The
 processes are forked, since loading transformers takes each of them longer than all answers.
 """
 
@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from eval.understanding.command import main
 from eval.understanding.unified import UnifiedAnswerer
+from launchers.cli import main
 
 own_answer = UnifiedAnswerer.answer
 
@@ -26,9 +26,12 @@ def start(words, rank, world_size):
     process = os.fork()
     if process == 0:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-        code = main(words)
-        sys.stdout.flush()
-        os._exit(code)
+        sys.argv[1:] = words
+        try:
+            main()
+        except SystemExit as end:
+            sys.stdout.flush()
+            os._exit(int(end.code or 0))
     return process
 
 

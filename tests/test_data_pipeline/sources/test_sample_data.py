@@ -167,6 +167,17 @@ def test_attribution_and_text_tokenizer_are_written(made):
     assert any("held out" in line for line in summary.lines())
 
 
+def test_benchmarks_are_written_and_counted(made, some, tmp_path):
+    output, summary = made
+    assert (
+        {path.name for path in (output / "benchmarks").iterdir()} == set(summary.benchmarks) > {"pope", "mme"}
+    )
+    assert any(f"pope {summary.benchmarks['pope']}," in line for line in summary.lines())
+    few = make((some[0][:8], some[1]), tmp_path / "few")
+    assert few.benchmarks == {} and not (tmp_path / "few" / "benchmarks").exists()
+    assert "no benchmarks: they need 8 held-out concepts with English names" in few.lines()
+
+
 def test_a_second_run_is_done_at_once_and_equal_settings_give_equal_bytes(made, some, tmp_path):
     output, _ = made
     again = make(some, output, samples_per_shard=50)
@@ -176,7 +187,7 @@ def test_a_second_run_is_done_at_once_and_equal_settings_give_equal_bytes(made, 
     def hashes(folder: Path) -> dict[str, str]:
         return {
             str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*.tar"))
+            for path in [*folder.rglob("*.tar"), *(folder / "benchmarks").rglob("*.*")]
         }
 
     assert hashes(output) == hashes(tmp_path / "other")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from eval.ranks import place_among_ranks
 from eval.understanding.answer_parts import Answer, PartWriter, identity, read_parts
 from eval.understanding.answering import answer_questions, answering_settings, collect_answers
 from eval.understanding.answers import read_answers
 from eval.understanding.benchmark import BenchmarkError
-from eval.understanding.command import main, place_among_ranks
 from eval.understanding.models import load_answerer
 from eval.understanding.registry import BENCHMARKS
 from tests.support.distributed import ROOT, run_module
@@ -88,9 +88,9 @@ def test_ranks_and_batches_change_nothing(questions, answerer, expected, tmp_pat
 
 
 def words_of(run, output):
-    """Options of `python -m eval.understanding`."""
-    words = ["--benchmark", "pope", "--data", run / "pope", "--model", run / "mllm" / "export"]
-    words += ["--visual-tokenizer", run / "tokenizer" / "export", "--output", output]
+    """Words of `dualtoken`."""
+    words = ["evaluate", "pope", "--data", run / "pope", "--model", run / "mllm" / "export"]
+    words += ["--visual-tokenizer", run / "tokenizer" / "export", "--siglip", run / "siglip", "--out", output]
     return [*map(str, words), "--max-new-tokens", str(TOKENS)]
 
 
@@ -101,9 +101,15 @@ def test_a_killed_run_goes_on_on_two_ranks(run, questions, expected, tmp_path):
     done = (folder / "before.jsonl").read_bytes().count(b"\n")
     assert 2 <= done < len(questions) / 2
     assert (folder / "answers.jsonl").read_bytes() == expected
-    assert f"pope, rank 0: {done} of 6 answers are there" in said
-    assert f"pope, rank 0: {6 - done} answers in " in said and "pope, rank 1: 6 answers in " in said
-    assert re.search(rf"pope, rank [01]: {POPE.headline} \d", said)  # of whoever was last
+    assert f"rank 0: pope: {done} of 6 answers are there" in said
+    assert f"rank 0: pope: {6 - done} answers in " in said and "rank 1: pope: 6 answers in " in said
+    assert re.search(rf"rank [01]: pope: {POPE.headline} \d", said)  # of whoever was last
+    assert re.search(rf"pope +{POPE.headline} +[\d.]+ % +50.00 % +12", said)  # the table
+    result = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["tasks"]["pope"]
+    assert result["value"] == pytest.approx(
+        POPE.score(questions, read_answers(folder / "answers.jsonl", POPE, questions)).value
+    )
+    assert set(result["models"]) == {"model", "visual_tokenizer"} and result["settings"]["template"]
 
 
 @pytest.mark.slow  # the launcher and two ranks load DeepSpeed or transformers
@@ -114,11 +120,11 @@ def test_launchers_start_it(launcher, run, expected, tmp_path):
         "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "29617", "-m"],
     }[launcher]
     start[0] = str(Path(sys.executable).parent / start[0])
-    command = [*start, "eval.understanding", *words_of(run, tmp_path)]
+    command = [*start, "launchers.cli", *words_of(run, tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "pope, rank 0: 6 answers in " in done.stdout and "pope, rank 1: 6 answers in " in done.stdout
+    assert "rank 0: pope: 6 answers in " in done.stdout and "rank 1: pope: 6 answers in " in done.stdout
     assert (tmp_path / "pope" / "answers.jsonl").read_bytes() == expected
 
 
@@ -194,13 +200,7 @@ def test_by_likelihood_the_likeliest_option_is_the_answer(questions, answerer, t
         ask([*questions[:3], open_question], answerer, tmp_path / "0", by="likelihood")
 
 
-def test_mistakes_of_the_command_are_one_line(run, tmp_path, capsys):
-    words = ["--benchmark", "pope", "--output", str(tmp_path), "--model"]
-    assert main([*words, str(run / "mllm" / "export"), "--data", str(tmp_path)]) == 2
-    assert main([*words, str(run / "mllm" / "export"), "--data", str(run / "pope")]) == 2
-    data, tokenizer = capsys.readouterr().err.splitlines()
-    assert data.startswith("error: ") and str(tmp_path) in data
-    assert tokenizer.endswith("is a unified model: name the visual tokenizer that it was trained with")
+def test_ranks_and_batches_have_to_be_possible(tmp_path):
     with pytest.raises(BenchmarkError, match="rank 2 of 2, batch size 4, 10 new tokens; expected"):
         ask([], None, tmp_path, rank=2, world_size=2, batch_size=4)
 
