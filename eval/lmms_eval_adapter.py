@@ -27,7 +27,7 @@ try:
     from lmms_eval.api.model import lmms
     from loguru import logger
 except ModuleNotFoundError as error:
-    if error.name != "lmms_eval":
+    if (error.name or "").partition(".")[0] != "lmms_eval":
         raise  # an installed one that lacks something is not to be taken for none
     lmms = None
 

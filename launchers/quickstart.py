@@ -180,7 +180,7 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
         ),
         Step(
             "evaluate",
-            "reconstruction, retrieval, likelihood, generated pictures and captions, similarity of layers",
+            "reconstruction, retrieval, likelihood, pictures and captions, layers, small local benchmarks",
             ("dualtoken", "evaluate", "--run", str(root)),
             results / "done.json",
             ("siglip", "mllm"),

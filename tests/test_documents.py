@@ -104,6 +104,10 @@ def test_commands_in_the_documents_parse():
                 check_sbatch(arguments)
             case ["srun", "--nodes", nodes, "--ntasks-per-node", tasks, "python", "-m", module, *arguments]:
                 check_module(module, arguments, int(nodes) * int(tasks))
+            case ["srun", "--nodes", _, "--ntasks-per-node", _, "dualtoken", *arguments]:
+                check_dualtoken(arguments)
+            case ["lmms-eval", "--model", "dualtoken", "--model_args", *_]:
+                pass  # tests/test_eval/test_lmms_eval_adapter.py runs it
             case ["bash", "launchers/shell/on_hosts.sh", "hosts", command]:
                 launcher, *arguments = shlex.split(command.replace("$NODE_RANK", "1"))
                 assert launcher == "deepspeed"
@@ -111,7 +115,7 @@ def test_commands_in_the_documents_parse():
             case ["export", *assignments]:
                 assert all(re.fullmatch(r"[A-Z_]+=[\w.-]+", word) for word in assignments), words
             case ["pip", "install", *_]:
-                assert set(re.findall(r"\w+", words[-1])) <= set(described()["extras_require"]), words
+                assert set(re.findall(r"[\w-]+", words[-1])) <= set(described()["extras_require"]), words
             case _:
                 pytest.fail(f"no rule to check {words}")
 
@@ -162,6 +166,8 @@ def check_module(module: str, arguments: list[str], ranks: int = 1) -> None:
         from pretrain.config import load_job_config
 
         load_job_config(arguments, world_size=ranks)
+    elif module == "launchers.cli":
+        check_dualtoken(arguments)
     else:
         from data_pipeline.pretokenize.command import _parse_arguments
 
