@@ -104,7 +104,8 @@ def test_a_killed_run_goes_on_on_two_ranks(run, questions, expected, tmp_path):
     assert f"rank 0: pope: {done} of 6 answers are there" in said
     assert f"rank 0: pope: {6 - done} answers in " in said and "rank 1: pope: 6 answers in " in said
     assert re.search(rf"rank [01]: pope: {POPE.headline} \d", said)  # of whoever was last
-    assert re.search(rf"pope +{POPE.headline} +[\d.]+ % +50.00 % +12", said)  # the table
+    chance = re.escape(f"{POPE.chance(questions):.2f} %")
+    assert re.search(rf"pope +{POPE.headline} +[\d.]+ % +{chance} +12", said)  # the table
     result = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["tasks"]["pope"]
     assert result["value"] == pytest.approx(
         POPE.score(questions, read_answers(folder / "answers.jsonl", POPE, questions)).value
