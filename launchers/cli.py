@@ -30,6 +30,8 @@ def main() -> None:
 
     With DUALTOKEN_TRACEBACK=1 in the environment errors keep their traceback.
     """
+    if sys.argv[1:] and sys.argv[1].startswith("--local_rank="):
+        del sys.argv[1]  # by the launcher of DeepSpeed, which says the same in the environment
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of defaults in its own configs
     try:
         code = app(standalone_mode=False)

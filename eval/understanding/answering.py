@@ -42,7 +42,8 @@ def answer_questions(
 
     Args:
         benchmark: whose questions they are.
-        questions: all of them, whatever the rank; more or other ones later keep the answers to these.
+        questions: all of them, whatever the rank; optional ones are not asked. More or other ones later keep
+            the answers to these.
         answerer: the model.
         output: folder, the same for all ranks.
         rank: of this process.
@@ -65,6 +66,7 @@ def answer_questions(
             f"rank {rank} of {world_size}, batch size {batch_size}, {limit} new tokens; expected a rank from "
             "0, and 1 or more of the others"
         )
+    questions = _asked(questions)
     _require_options(benchmark, questions, by)
     folder = output / PARTS
     agree(folder, settings_of(benchmark, answerer, by, limit), "answers", NOT_DECIDING)
@@ -93,6 +95,7 @@ def collect_answers(questions: Sequence[Question], output: Path) -> Path:
     Raises:
         BenchmarkError: some are missing.
     """
+    questions = _asked(questions)
     path = _collect_if_complete(questions, output)
     if path is None:
         missing = [str(question.question_id) for question in _missing(questions, output / PARTS)]
@@ -118,6 +121,10 @@ def settings_of(benchmark: Benchmark, answerer: Answerer, by: By, max_new_tokens
 def answering_settings(output: Path) -> dict[str, Any]:
     """What decided the answers in a folder."""
     return json.loads((output / PARTS / SETTINGS).read_text(encoding="utf-8"))
+
+
+def _asked(questions: Sequence[Question]) -> list[Question]:
+    return [question for question in questions if not question.optional]
 
 
 def _require_options(benchmark: Benchmark, questions: Sequence[Question], by: By) -> None:

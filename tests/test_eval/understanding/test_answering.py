@@ -82,7 +82,9 @@ def test_ranks_and_batches_change_nothing(questions, answerer, expected, tmp_pat
     keys = [question.key for question in questions]
     assert counting.asked == [[key] for rank in (0, 2, 1, 3) for key in keys[3 * rank : 3 * rank + 3]]
     path.unlink()
-    assert collect_answers(questions, tmp_path).read_bytes() == expected
+    video = dataclasses.replace(questions[0], key="video", image=None, optional=True)  # as in SEED-Bench
+    assert collect_answers([video, *questions], tmp_path).read_bytes() == expected
+    assert ask([video, *questions], counting, tmp_path).read_bytes() == expected and len(counting.asked) == 12
 
 
 def words_of(run, output):
@@ -102,7 +104,8 @@ def test_a_killed_run_goes_on_on_two_ranks(run, questions, expected, tmp_path):
     assert f"rank 0: pope: {done} of 6 answers are there" in said
     assert f"rank 0: pope: {6 - done} answers in " in said and "rank 1: pope: 6 answers in " in said
     assert re.search(rf"rank [01]: pope: {POPE.headline} \d", said)  # of whoever was last
-    assert re.search(rf"pope +{POPE.headline} +[\d.]+ % +50.00 % +12", said)  # the table
+    chance = re.escape(f"{POPE.chance(questions):.2f} %")
+    assert re.search(rf"pope +{POPE.headline} +[\d.]+ % +{chance} +12", said)  # the table
     result = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["tasks"]["pope"]
     assert result["value"] == pytest.approx(
         POPE.score(questions, read_answers(folder / "answers.jsonl", POPE, questions)).value
