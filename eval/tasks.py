@@ -138,6 +138,7 @@ def of_a_run(name: str, asked: Evaluation) -> TaskResult | None:
         value=scale * first.value,
         unit=unit,
         count=first.trials or found.get("pictures", 0),
+        trials=first.trials,
         higher_is_better=first.higher_is_better,
         chance=scale * baseline.value if baseline and baseline.name == "chance" else None,
         tables={
@@ -174,7 +175,7 @@ def understanding(name: str, asked: Evaluation) -> TaskResult | None:
     questions = draw_questions(benchmark.read(data, True), asked.count, asked.seed)
     path = answer_questions(
         benchmark,
-        [question for question in questions if not question.optional],
+        questions,
         asked.answerer,
         asked.paths.output / name,
         rank=asked.rank,

@@ -126,7 +126,7 @@ def _take(unit: Sequence[str], asked: Evaluation) -> list[tuple[TaskResult, floa
     return found
 
 
-def run_command(names: Sequence[str], asked: Evaluation, ranks: int | None, local_rank: int) -> None:
+def run_command(names: Sequence[str], asked: Evaluation, ranks: int | None) -> None:
     """What `dualtoken evaluate` does: on several ranks of this machine by starting itself on each.
 
     Raises:
@@ -134,7 +134,7 @@ def run_command(names: Sequence[str], asked: Evaluation, ranks: int | None, loca
     """
     import torch
 
-    rank, world_size, local = place_among_ranks(os.environ, local_rank)
+    rank, world_size, local = place_among_ranks(os.environ)
     names = names or tasks_of_a_run(asked)
     if world_size == 1 and (ranks or torch.cuda.device_count() or 1) > 1:
         _start_ranks(ranks or torch.cuda.device_count())

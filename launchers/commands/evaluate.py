@@ -267,7 +267,6 @@ def evaluate(
             rich_help_panel=DRAWING,
         ),
     ] = None,
-    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Measure a visual tokenizer or a model, or score answers and pictures of any other (docs/evaluation.md).
 
@@ -316,4 +315,4 @@ def evaluate(
         judged=judged,
         clip=clip,
     )
-    run_command([task.value for task in tasks or []], asked, ranks, local_rank)
+    run_command([task.value for task in tasks or []], asked, ranks)
