@@ -24,6 +24,7 @@ from eval.metrics.siglip_features import load_siglip_features
 from eval.results import TaskResult
 from eval.understanding.answering import By, answer_questions, answering_settings
 from eval.understanding.answers import read_answers
+from eval.understanding.benchmark import Benchmark, BenchmarkError, Question
 from eval.understanding.mmvet import aggregate_grades
 from eval.understanding.models import Answerer, load_answerer
 from eval.understanding.registry import BENCHMARKS
@@ -167,11 +168,11 @@ def understanding(name: str, asked: Evaluation) -> TaskResult | None:
             figures=scores.figures, tables=scores.tables, settings={"grades": str(asked.grades)},
         )  # fmt: skip
     if asked.answers is not None:
-        every = benchmark.read(data, False)
+        every, notes = _with_pictures_if_there(benchmark, data)
         answers = read_answers(asked.answers, benchmark, every, asked.allow_missing)
         questions = draw_questions(every, asked.count, asked.seed)
         settings = {"answers": str(asked.answers), "data": str(data)}
-        return result_of(benchmark, questions, answers, asked.paths.output, settings)
+        return result_of(benchmark, questions, answers, asked.paths.output, settings, notes)
     questions = draw_questions(benchmark.read(data, True), asked.count, asked.seed)
     path = answer_questions(
         benchmark,
@@ -190,6 +191,14 @@ def understanding(name: str, asked: Evaluation) -> TaskResult | None:
     answers = read_answers(path, benchmark, questions)
     settings = {**answering_settings(path.parent), "data": str(data)}
     return result_of(benchmark, questions, answers, asked.paths.output, settings)
+
+
+def _with_pictures_if_there(benchmark: Benchmark, data: Path) -> tuple[list[Question], list[str]]:
+    """The questions that answers are scored of, and a note where cases cannot show their pictures."""
+    try:
+        return benchmark.read(data, True), []
+    except BenchmarkError as error:
+        return benchmark.read(data, False), [f"cases are shown without pictures: {error}"]
 
 
 def reconstruction(name: str, asked: Evaluation) -> TaskResult | None:

@@ -34,6 +34,7 @@ def result_of(
     answers: Mapping[str, str],
     output: Path,
     settings: Mapping[str, Any],
+    notes: Sequence[str] = (),
 ) -> TaskResult:
     """Score answers by the benchmark's rule; write its submission and the pictures of the cases.
 
@@ -43,6 +44,7 @@ def result_of(
         answers: text by question key.
         output: folder of the whole evaluation; files go to a folder of the benchmark's name in it.
         settings: what made the answers.
+        notes: what a reader has to know besides.
     """
     scores = benchmark.score(questions, answers)
     silent = [question for question in questions if question.optional and question.key not in answers]
@@ -63,7 +65,7 @@ def result_of(
         worst=_cases([scored[place] for place in worst], answers, scores, output, folder / "worst"),
         best=_cases([scored[place] for place in best], answers, scores, output, folder / "best"),
         files=[str(path.relative_to(output)) for path in files],
-        notes=[*scores.notes, *_missing(questions, answers)],
+        notes=[*notes, *scores.notes, *_missing(questions, answers)],
         settings=settings,
     )
 
