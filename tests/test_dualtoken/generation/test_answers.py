@@ -1,5 +1,7 @@
 """Many prompts at a time against one by one: texts that end at different lengths, options, marks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,11 +13,11 @@ from dualtoken.unified_model.sequence import (
     Document,
     ImagePart,
     TextPart,
-    TokenizedDocument,
     pack_documents,
     tokenize_document,
 )
 from tests.support.unified_support import IDS, TOKENIZER, random_codes, tiny_model
+from tests.test_dualtoken.generation.test_generation import naive_text
 
 LETTERS = TOKENIZER.convert_tokens_to_ids(list("abcdefgh"))
 
@@ -46,26 +48,14 @@ def model(request):
     return model
 
 
-@torch.no_grad()
-def recomputed(model, prompt, count):
-    """The most likely letters, the whole document run anew for each."""
-    prompt = prompt if isinstance(prompt, Document) else Document([TextPart(prompt)])
-    document = tokenize_document(prompt, TOKENIZER, IDS, end=False)
-    vectors = model.codebooks(document.codes.reshape(-1, 2, model.config.num_quantizers))
-    ids = document.input_ids.tolist()
-    while len(ids) < len(document) + count:
-        embedded = model.embed(torch.tensor(ids)[None], vectors)
-        hidden = model.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, -1]
-        ids.append(int(model.get_output_embeddings()(hidden).argmax()))
-        if ids[-1] == IDS.end_of_text:
-            break
-    return TOKENIZER.decode(ids[len(document) :], skip_special_tokens=True)
+def opened(prompt):
+    return prompt if isinstance(prompt, Document) else Document([TextPart(prompt)])
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 2, 3])
 def test_texts_of_different_lengths_equal_recomputed_ones(model, batch_size):
     texts = generate_text(model, TOKENIZER, PROMPTS, max_new_tokens=40, batch_size=batch_size)
-    assert texts == [recomputed(model, prompt, 40) for prompt in PROMPTS]
+    assert texts == [naive_text(model, opened(prompt), 40) for prompt in PROMPTS]
     lengths = sorted(map(len, texts))
     assert lengths[-1] == 40 and lengths[0] < 5 and len(set(lengths)) >= 4
 
@@ -164,10 +154,8 @@ OPTIONS = [
 @torch.no_grad()
 def scored_alone(model, prompt, option):
     """The option as the target of one document, without a cache."""
-    prompt = prompt if isinstance(prompt, Document) else Document([TextPart(prompt)])
-    parts = [TextPart(part.text, loss=False) if isinstance(part, TextPart) else part for part in prompt.parts]
+    parts = [replace(part, loss=False) for part in opened(prompt).parts]
     document = tokenize_document(Document([*parts, TextPart(option)]), TOKENIZER, IDS, end=False)
-    assert isinstance(document, TokenizedDocument)
     output = model(**pack_documents([document]).model_inputs())
     return -float(output.text_nll), int(output.text_count), bool(output.text_correct == output.text_count)
 
