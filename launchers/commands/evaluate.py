@@ -79,7 +79,13 @@ ASKING, TOKENIZER_PANEL, DRAWING = "Understanding", "Visual tokenizer", "Generat
 def evaluate(
     tasks: Annotated[
         list[Task] | None,
-        typer.Argument(help="What to measure; without one, everything that a quickstart leaves behind."),
+        typer.Argument(
+            metavar="TASK",
+            help="Understanding: vqav2, textvqa, pope, mme, seed, mmbench, mmvet, ai2d. Visual tokenizer: "
+            "reconstruction, zero_shot, retrieval. Generation: geneval, genai_bench, mjhq, drawing, frechet, "
+            "clip_score. Of a run: generation, likelihood, reconstruction, retrieval, layers. Without one, "
+            "everything that a quickstart leaves behind.",
+        ),
     ] = None,
     run: RunOption = RUN,
     model: Annotated[
@@ -270,8 +276,7 @@ def evaluate(
 ) -> None:
     """Measure a visual tokenizer or a model, or score answers and pictures of any other (docs/evaluation.md).
 
-    Killed, the same command goes on. On many machines: deepspeed --hostfile hosts --module launchers.cli
-    evaluate ..., or srun dualtoken evaluate ...
+    Killed, the same command goes on.
 
     Example: [bold]dualtoken evaluate pope mme --model models/mine --data /data/benchmarks[/]
     """
