@@ -154,7 +154,13 @@ def _masked(
     scaling: float | None,
 ) -> torch.Tensor:
     length, seen = query.shape[2], key.shape[2]
-    causal = mask is None and length > 1
+    if length == 1:
+        # One position sees all that its mask leaves, so the heads that share a key can be its queries: no
+        # kernel has to know groups of heads, and those that do not are the faster ones under a mask.
+        shared = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+        output = F.scaled_dot_product_attention(shared, key, value, mask, dropout, scale=scaling)
+        return output.reshape(len(query), 1, query.shape[1], -1)
+    causal = mask is None
     if causal and seen > length:
         # The kernel's own causal mask starts at the first key; with a cache the queries are the last
         # positions.
