@@ -150,6 +150,7 @@ def run_command(names: Sequence[str], asked: Evaluation, ranks: int | None) -> N
         return
     from eval.page import write_page
 
+    content["tasks"] = {name: content["tasks"][name] for name in TASKS if name in content["tasks"]}
     print_table({name: content["tasks"][name] for name in names})
     own.say(f"{asked.paths.output / RESULTS_FILE}, {write_page(asked.paths.output, content)}")
     if set(OF_A_RUN) <= set(names):
