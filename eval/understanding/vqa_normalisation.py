@@ -6,11 +6,13 @@ was to keep decimal points does not, at most 32 points are deleted, contractions
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 PUNCTUATION = (*';/[]"{}()=+\\_-><@`,?!',)
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 MOST_PERIODS = 32
+REMEMBERED = 2**16  # texts: short answers recur, and VQAv2 has two million of people
 NUMBERS = {
     word: str(number)
     for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
@@ -76,11 +78,13 @@ def without_articles(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
+@lru_cache(REMEMBERED)
 def normalised(text: str) -> str:
     """The normal form of an answer in the VQA evaluation, where the ten answers of people differ."""
     return without_articles(without_punctuation(stripped(text)))
 
 
+@lru_cache(REMEMBERED)
 def as_submitted(text: str) -> str:
     """The answer as LLaVA's scripts submit it, and as M4C's evaluator compares answers of TextVQA."""
     lowered = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
