@@ -44,20 +44,24 @@ def read_answers(
         rows = benchmark.read_results(path)
     else:
         rows = _rows(path, allow_missing)
-    keys = {key: question.key for question in questions for key in _names(benchmark, question)}
+    keys: dict[tuple[str, str | None], list[str]] = {}
+    for question in questions:
+        for name in _names(benchmark, question):
+            keys.setdefault(name, []).append(question.key)
     found: dict[str, str] = {}
     places: dict[str, str] = {}
     for where, question_id, prompt, text in rows:
-        name = (question_id, prompt) if benchmark.answers_by_prompt else (question_id, None)
-        key = keys.get(name)
-        if key is None:
+        same = keys.get((benchmark.same_id(question_id), prompt if benchmark.answers_by_prompt else None))
+        if same is None:
             asked = f" with the prompt {prompt!r:.60}" if benchmark.answers_by_prompt else ""
             raise BenchmarkError(
                 f"{where}: no question {question_id}{asked} in {benchmark.name}; is it another split's file?"
             )
-        if key in found:
+        # A file that asks the same twice has two answers, whose order does not matter: the same was asked.
+        key = next((key for key in same if key not in found), None)
+        if key is None:
             raise BenchmarkError(
-                f"{where}: question {question_id} was answered before, at {places[key]}; keep one of them"
+                f"{where}: question {question_id} was answered before, at {places[same[0]]}; keep one of them"
             )
         found[key], places[key] = text, where
     missing = [str(q.question_id) for q in questions if q.key not in found and not q.optional]
@@ -88,7 +92,7 @@ def _rows(path: Path, torn: bool) -> Iterator[Row]:
 
 def _names(benchmark: Benchmark, question: Question) -> list[tuple[str, str | None]]:
     """How answer files may name a question."""
-    question_id = str(question.question_id)
+    question_id = benchmark.same_id(str(question.question_id))
     if not benchmark.answers_by_prompt:
         return [(question_id, None)]
     return [(question_id, prompt) for prompt in {question.prompt, _recorded(question)}]

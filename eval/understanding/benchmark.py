@@ -62,6 +62,8 @@ class Benchmark:
     chance: Callable[[Sequence[Question]], float] | None = None
     """What guessing gives, in the unit of the headline; None where there is no such thing."""
     share: bool = False  # the headline is a share of the questions, or of their groups, not such as F1
-    answers_by_prompt: bool = False  # answers are told apart by (question_id, prompt): MME
+    answers_by_prompt: bool = False  # told apart by (question_id, prompt): MME, TextVQA
+    same_id: Callable[[str], str] = str
+    """What two spellings of a question's id have in common, where files spell it differently."""
     read_results: Callable[[Path], Iterable[tuple[str, str, str | None, str]]] | None = None
     """Rows of (where, question id, prompt, text) of results in the authors' own form, not JSONL."""

@@ -5,7 +5,7 @@ table is perception, the sum over its ten categories; cognition stands beside it
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from data_pipeline.shards.code_shards import write_atomically
 from data_pipeline.shards.image_text_shards import IMAGE_EXTENSIONS
@@ -109,6 +109,12 @@ def read_results(path: Path) -> Iterator[tuple[str, str, str | None, str]]:
                 yield where, str(asked.question_id), asked.prompt, said
 
 
+def same_id(question_id: str) -> str:
+    """Category and picture: LLaVA's files name its folder `images` as well, or its `.txt`."""
+    path = PurePosixPath(question_id)
+    return f"{path.parts[0] if path.parts else ''}/{path.stem}"
+
+
 def parse(text: str) -> str:
     """`yes`, `no` or `other`: the whole answer, else yes, else no among its first four characters."""
     lowered = text.lower()
@@ -120,7 +126,7 @@ def parse(text: str) -> str:
 
 def score(questions: Sequence[Question], answers: Mapping[str, str]) -> Scores:
     """Scores by category, perception and cognition, as the authors' script adds them up."""
-    said = {question.key: parse(answers.get(question.key, "")) for question in questions}
+    said = {question.key: parse(_one_line(answers.get(question.key, ""))) for question in questions}
     right = {q.key: float(said[q.key] == q.truth.lower()) for q in questions}
     rows = []
     for category in CATEGORIES:
@@ -167,7 +173,7 @@ def submit(questions: Sequence[Question], answers: Mapping[str, str], folder: Pa
                     str(question.question_id).split("/", 1)[1],
                     f"{question.prompt.removesuffix(SHORT_ANSWER)} {INSTRUCTION}",
                     question.truth,
-                    " ".join(answers.get(question.key, "").split()),
+                    _one_line(answers.get(question.key, "")),
                 )
             )
             for question in asked
@@ -175,6 +181,11 @@ def submit(questions: Sequence[Question], answers: Mapping[str, str], folder: Pa
         paths.append(folder / f"{category}.txt")
         write_atomically(paths[-1], "".join(f"{line}\n" for line in lines))
     return paths
+
+
+def _one_line(text: str) -> str:
+    """A text as a field of a file of results, which is what the authors' script sees."""
+    return " ".join(text.split())
 
 
 def guessing(questions: Sequence[Question]) -> float:
@@ -194,5 +205,6 @@ MME = Benchmark(
     submit=submit,
     chance=guessing,
     answers_by_prompt=True,
+    same_id=same_id,
     read_results=read_results,
 )

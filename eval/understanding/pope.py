@@ -13,6 +13,7 @@ from eval.understanding.benchmark import SHORT_ANSWER, Benchmark, BenchmarkError
 # LLaVA numbers the questions of the three files apart.
 CATEGORIES = {"adversarial": 0, "popular": 20_000_000, "random": 10_000_000}
 NO = {"No", "no", "not"}
+WRONG = {"yes": "no", "no": "yes"}
 IMAGES = ("val2014", "images", "")
 
 
@@ -56,8 +57,14 @@ def parse(text: str) -> str:
 
 
 def score(questions: Sequence[Question], answers: Mapping[str, str]) -> Scores:
-    """Accuracy, precision, recall and F1 of `yes`, and how often it is said, in percent, by file."""
-    parsed = {question.key: parse(answers.get(question.key, "")) for question in questions}
+    """Accuracy, precision, recall and F1 of `yes`, and how often it is said, in percent, by file.
+
+    An empty answer is yes, as in LLaVA's script; a missing one counts as wrong.
+    """
+    parsed = {
+        question.key: parse(answers[question.key]) if question.key in answers else WRONG[question.truth]
+        for question in questions
+    }
     rows = []
     for category in CATEGORIES:
         asked = [question for question in questions if question.category == category]

@@ -12,9 +12,13 @@ from eval.understanding.benchmark import Benchmark, Question, Scores
 
 
 def draw_questions(questions: Sequence[Question], count: int | None, seed: int) -> list[Question]:
-    """`count` questions drawn at random, a few more where some are scored together; all by default."""
-    if count is None or count >= len(questions):
+    """`count` questions drawn at random, a few more where some are scored together; all by default.
+
+    Optional ones are not drawn: nobody is asked them.
+    """
+    if count is None:
         return list(questions)
+    questions = [question for question in questions if not question.optional]
     groups: dict[str, list[Question]] = {}
     for question in questions:
         groups.setdefault(question.group or question.key, []).append(question)

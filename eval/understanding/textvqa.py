@@ -4,6 +4,7 @@ Answers are compared as by M4C's evaluator, which LLaVA uses. The example of how
 scoring, and one `Benchmark` that the registry names.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,18 +28,19 @@ def read(folder: Path, pictures: bool = True) -> list[Question]:
     rows = [(f"{asked}, line {number}", row) for number, row in read_json_lines(asked)]
     names = [(where, field_of(row, "image", str, where)) for where, row in rows]
     images = find_images([folder / "train_images", folder], names) if pictures else [None] * len(rows)
-    questions: dict[str, Question] = {}
+    questions: list[Question] = []
+    times: Counter[str] = Counter()  # two people may have asked the same
     for (where, row), image in zip(rows, images, strict=True):
         text = field_of(row, "text", str, where)
         name = field_of(row, "question_id", (str, int), where)  # the picture's id; several questions share it
         truth = truths.get((str(name), text.split("\n")[0].lower()))
         if truth is None:
             raise BenchmarkError(f"{where}: {known.name} has no answers to this question of picture {name}")
-        key = f"{name}\t{text}"
-        if key in questions:
-            raise BenchmarkError(f"{where}: the same question was there before; keep one of them")
-        questions[key] = Question(key, name, text, image, truth=truth)
-    return list(questions.values())
+        same = f"{name}\t{text}"
+        times[same] += 1
+        key = same if times[same] == 1 else f"{same}\t{times[same]}"
+        questions.append(Question(key, name, text, image, truth=truth))
+    return questions
 
 
 def score(questions: Sequence[Question], answers: Mapping[str, str]) -> Scores:

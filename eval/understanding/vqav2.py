@@ -5,7 +5,7 @@ of the answers as LLaVA's script submits them, normalised before.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,16 @@ class Asked:
 
 
 def _official(folder: Path) -> Iterator[Asked]:
-    path = find_file(folder, QUESTIONS, what=NEEDS)
+    files = sorted(folder.rglob(QUESTIONS))
+    if len(files) > 1 and all("_test" in path.name for path in files):  # given out together
+        return _part_and_whole(files, lambda path: _official_rows(path, {}))
+    return _official_rows(find_file(folder, QUESTIONS, what=NEEDS), _annotations(folder))
+
+
+def _official_rows(path: Path, truths: Mapping[int, dict[str, Any]]) -> Iterator[Asked]:
     content = read_json_file(path)
     rows = field_of(content if isinstance(content, dict) else {}, "questions", list, str(path))
-    subset = field_of(content, "data_subtype", str, str(path))
-    truths = _annotations(folder)
+    subset = field_of(content, "data_subtype", str, str(path)).replace("test-dev", "test")
     for index, row in enumerate(rows):
         where = f"{path}, question {index + 1}"
         if not isinstance(row, dict):
@@ -103,17 +108,21 @@ def _annotations(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def _llava(folder: Path) -> Iterator[Asked]:
-    """LLaVA's questions; those of test2015 beside test-dev2015's are for the submission alone."""
     files = sorted(folder.rglob(LLAVA))
     if not files:
         raise BenchmarkError(f"{folder} has no {QUESTIONS} and no {LLAVA}; expected {NEEDS}")
+    return _part_and_whole(files, _llava_rows)
+
+
+def _part_and_whole(files: Sequence[Path], rows_of: Callable[[Path], Iterator[Asked]]) -> Iterator[Asked]:
+    """Questions of test-dev2015; those of test2015 beside it are for the submission alone."""
     part = next((path for path in files if "test-dev" in path.name), files[0])
-    rows = list(_llava_rows(part))
+    rows = list(rows_of(part))
     yield from rows
     asked = {row.number for row in rows}
     for path in files:
         if path != part:
-            yield from (replace(row, optional=True) for row in _llava_rows(path) if row.number not in asked)
+            yield from (replace(row, optional=True) for row in rows_of(path) if row.number not in asked)
 
 
 def _llava_rows(path: Path) -> Iterator[Asked]:

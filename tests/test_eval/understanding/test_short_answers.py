@@ -12,6 +12,7 @@ from eval.understanding.answers import answer_row, read_answers
 from eval.understanding.benchmark import BenchmarkError
 from eval.understanding.mme import MME
 from eval.understanding.pope import POPE
+from eval.understanding.task import draw_questions
 from eval.understanding.textvqa import TEXTVQA
 from eval.understanding.vqa_normalisation import (
     CONTRACTIONS,
@@ -353,3 +354,82 @@ def test_vqav2_names_what_is_wrong(tmp_path, change, message):
         VQAV2.read(tmp_path, False)
     with pytest.raises(BenchmarkError, match="no picture COCO_val2014_000000009000.jpg and"):
         VQAV2.read(BENCHMARK_DATA / "vqav2_mini")
+
+
+def test_pope_counts_what_is_missing_as_wrong(asked):
+    """An empty answer is yes, as by the script, and may be right; no answer is not."""
+    assert POPE.score(asked, dict.fromkeys((q.key for q in asked), "")).figures["mean F1"] > 50
+    found = POPE.score(asked, {})
+    assert found.value == found.figures["accuracy, all together"] == 0
+    assert set(found.per_question.values()) == {0}
+    answers = {q.key: q.truth for q in asked[1:]}
+    assert POPE.score(asked, answers).figures["accuracy, all together"] == pytest.approx(100 * 11 / 12)
+
+
+def test_mme_ids_and_pictures_are_told_by_category_and_stem(tmp_path):
+    """LLaVA's answers bear `existence/images/0001.png`, its files of results `0001.txt`."""
+    questions = MME.read(write_mme(tmp_path))
+    rows = [
+        {**answer_row(question, "Yes", "m"), "question_id": "existence/images/0001.png"}
+        for question in questions
+    ]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert list(read_answers(path, MME, questions).values()) == ["Yes", "Yes"]
+    (results,) = MME.submit(questions, {q.key: "Yes" for q in questions}, tmp_path)
+    text = results.read_text(encoding="utf-8")
+    results.write_text(text.replace("0001.png", "0001.txt"), encoding="utf-8")
+    assert list(read_answers(results.parent, MME, questions).values()) == ["Yes", "Yes"]
+
+
+def test_mme_scores_what_it_submits(tmp_path):
+    questions = MME.read(write_mme(tmp_path))
+    answers = {questions[0].key: "\n \tYes", questions[1].key: " \n  No"}
+    MME.submit(questions, answers, tmp_path)
+    again = read_answers(tmp_path / "results", MME, questions)
+    assert MME.score(questions, answers) == MME.score(questions, again)
+    assert MME.score(questions, answers).value == 200
+
+
+def test_textvqa_takes_a_question_that_two_people_asked(tmp_path):
+    row = {"question_id": "p1", "image": "p1.jpg", "text": "What is written?\nAnswer."}
+    (tmp_path / "llava_textvqa_val_v051_ocr.jsonl").write_text(2 * (json.dumps(row) + "\n"), encoding="utf-8")
+    truth = {"image_id": "p1", "question": "What is written?", "answers": ["stop"] * 10}
+    (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [truth] * 2}), encoding="utf-8")
+    questions = TEXTVQA.read(tmp_path, False)
+    assert len({question.key for question in questions}) == 2
+    path = write_rows(tmp_path, questions, "stop")
+    assert TEXTVQA.score(questions, read_answers(path, TEXTVQA, questions)).value == 100
+    write_rows(tmp_path, [*questions, questions[0]])
+    with pytest.raises(BenchmarkError, match="line 3: question p1 was answered before, at .*line 1"):
+        read_answers(path, TEXTVQA, questions)
+
+
+def write_vqav2_split(folder, split, numbers):
+    rows = [{"question_id": number, "image_id": 7, "question": "How many?"} for number in numbers]
+    content = {"data_subtype": split, "questions": rows}
+    path = folder / f"v2_OpenEnded_mscoco_{split}_questions.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_vqav2_official_test_files_are_a_part_and_the_whole(tmp_path):
+    write_vqav2_split(tmp_path, "test-dev2015", [70, 71])
+    write_vqav2_split(tmp_path, "test2015", [70, 71, 72])
+    (tmp_path / "test2015").mkdir()
+    (tmp_path / "test2015" / "COCO_test2015_000000000007.jpg").write_bytes(b"")
+    questions = VQAV2.read(tmp_path)
+    assert [(q.question_id, q.optional) for q in questions] == [(70, False), (71, False), (72, True)]
+    (path,) = VQAV2.submit(questions, {"70": "Two.", "71": "a dog"}, tmp_path / "out")
+    assert [row["answer"] for row in json.loads(path.read_text(encoding="utf-8"))] == ["2", "dog", ""]
+    write_vqav2_split(tmp_path, "val2014", [1])
+    with pytest.raises(BenchmarkError, match=r"has 3 files \*OpenEnded_mscoco_\*_questions.json .* keep one"):
+        VQAV2.read(tmp_path)
+
+
+def test_only_questions_that_are_asked_are_drawn(tmp_path):
+    write_vqav2_split(tmp_path, "test-dev2015", range(5))
+    write_vqav2_split(tmp_path, "test2015", range(100))
+    questions = VQAV2.read(tmp_path, False)
+    assert len(draw_questions(questions, 4, seed=0)) == 4
+    assert not any(question.optional for question in draw_questions(questions, 50, seed=0))
+    assert len(draw_questions(questions, None, seed=0)) == 100
