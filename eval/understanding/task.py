@@ -102,5 +102,6 @@ def _cases(
 
 
 def _missing(questions: Sequence[Question], answers: Mapping[str, str]) -> list[str]:
-    missing = sum(question.key not in answers for question in questions if not question.optional)
-    return [f"{missing} of {len(questions)} questions have no answer and count as wrong"] if missing else []
+    asked = [question.key in answers for question in questions if not question.optional]
+    missing = asked.count(False)
+    return [f"{missing} of {len(asked)} questions have no answer and count as wrong"] if missing else []

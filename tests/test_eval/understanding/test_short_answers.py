@@ -12,7 +12,7 @@ from eval.understanding.answers import answer_row, read_answers
 from eval.understanding.benchmark import BenchmarkError
 from eval.understanding.mme import MME
 from eval.understanding.pope import POPE
-from eval.understanding.task import draw_questions
+from eval.understanding.task import draw_questions, result_of
 from eval.understanding.textvqa import TEXTVQA
 from eval.understanding.vqa_normalisation import (
     CONTRACTIONS,
@@ -433,3 +433,5 @@ def test_only_questions_that_are_asked_are_drawn(tmp_path):
     assert len(draw_questions(questions, 4, seed=0)) == 4
     assert not any(question.optional for question in draw_questions(questions, 50, seed=0))
     assert len(draw_questions(questions, None, seed=0)) == 100
+    notes = result_of(VQAV2, questions, {"0": "Yes"}, tmp_path / "out", {}).notes
+    assert "4 of 5 questions have no answer and count as wrong" in notes
