@@ -144,7 +144,7 @@ def score(questions: Sequence[Question], answers: Mapping[str, str]) -> Scores:
                 "score": 100 * accuracy + 100 * plus,
                 "accuracy": 100 * accuracy,
                 "both right": 100 * plus,
-                "neither yes nor no": sum(said[question.key] == "other" for question in asked),
+                **_confusion([(said[question.key], question.truth) for question in asked]),
                 "questions": len(asked),
             }
         )
@@ -158,6 +158,13 @@ def score(questions: Sequence[Question], answers: Mapping[str, str]) -> Scores:
     missing = [name for name in CATEGORIES if name not in scores]
     notes = [f"no questions of {', '.join(missing)}: sums are over the other categories"] if missing else []
     return Scores(figures["perception"], figures, {"By category": rows}, right, notes)
+
+
+def _confusion(pairs: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """Counts of answers against truths, as the authors' script prints them; yes is positive."""
+    kinds = {"TP": ("yes", "Yes"), "FN": ("no", "Yes"), "TN": ("no", "No"), "FP": ("yes", "No")}
+    counts = {name: pairs.count(kind) for name, kind in kinds.items()}
+    return {**counts, "neither": sum(answer == "other" for answer, _ in pairs)}
 
 
 def submit(questions: Sequence[Question], answers: Mapping[str, str], folder: Path) -> list[Path]:

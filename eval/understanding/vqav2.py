@@ -111,7 +111,10 @@ def _llava(folder: Path) -> Iterator[Asked]:
     files = sorted(folder.rglob(LLAVA))
     if not files:
         raise BenchmarkError(f"{folder} has no {QUESTIONS} and no {LLAVA}; expected {NEEDS}")
-    return _part_and_whole(files, _llava_rows)
+    truths = _annotations(folder)
+    return _part_and_whole(
+        files, lambda path: (replace(row, truth=truths.get(row.number)) for row in _llava_rows(path))
+    )
 
 
 def _part_and_whole(files: Sequence[Path], rows_of: Callable[[Path], Iterator[Asked]]) -> Iterator[Asked]:

@@ -103,6 +103,18 @@ def test_vqav2_asks_the_part_and_submits_the_whole(tmp_path):
     assert len(read_answers(write_rows(tmp_path, questions[:2]), VQAV2, questions)) == 2
 
 
+def test_vqav2_scores_llavas_questions_with_annotations_beside(tmp_path):
+    folder = BENCHMARK_DATA / "vqav2_mini"
+    questions = VQAV2.read(folder, False)
+    shutil.copy(folder / "v2_mscoco_val2014_annotations.json", tmp_path)
+    rows = [{"question_id": q.question_id, "image": "a.jpg", "text": q.prompt} for q in questions]
+    path = tmp_path / "llava_vqav2_mscoco_val2014.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    answers = read_answers(folder / "v2_OpenEnded_mscoco_val2014_results.json", VQAV2, questions)
+    found = VQAV2.score(VQAV2.read(tmp_path, False), answers)
+    assert found.value == VQAV2.score(questions, answers).value
+
+
 def write_rows(folder, questions, text="Yes"):
     path = folder / "answers.jsonl"
     rows = [answer_row(question, text, "m") for question in questions]
@@ -194,7 +206,10 @@ def test_mme_equals_the_script():
             assert row["score"] == pytest.approx(known["score"])
             assert row["accuracy"] == pytest.approx(100 * known["acc"])
             assert row["both right"] == pytest.approx(100 * known["acc_plus"])
-            assert row["neither yes nor no"] == known["other_num"]
+            assert row["neither"] == known["other_num"]
+            assert {name: row[name] for name in ("TP", "FN", "TN", "FP")} == {
+                name: known[name] for name in ("TP", "FN", "TN", "FP")
+            }
 
 
 def test_mme_submission_goes_round(tmp_path):
