@@ -125,10 +125,11 @@ def test_a_signal_reaches_every_process(tmp_path):
 
 
 def test_leftovers_of_a_killed_chain_are_ended(chain):
+    started = time.time()
     leftover = subprocess.Popen(
         [sys.executable, "-S", "-c", "import time; time.sleep(60)"], start_new_session=True
     )
-    ChainRecord(session=leftover.pid, session_started=time.time()).save(chain / "chain.json")
+    ChainRecord(session=leftover.pid, session_started=started).save(chain / "chain.json")
     said: list[str] = []
     waiter = psutil.Process(leftover.pid)
     run_chain(chain, 1, said.append)
