@@ -40,6 +40,30 @@ def test_letters_equal_the_references(case):
         assert first_letter(text) == case["lmms_seed_pred"]
 
 
+PETS = {"A": "teddy bear", "B": "rabbit", "C": "cat", "D": "dog"}
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The correct answer is **B**, as its ears are longer than those of others", "B"),
+        ("the Answer  IS c, as far as I can see it in this picture", "C"),
+        ("I think the answer is a dog", "A"),  # the first letter of a word, too: the script's rule
+        ("rabbit Z", None),  # Z, where no option's letter is: none
+        ("B or Z", "B"),
+        ("Failed to obtain answer via API: cat", "C"),  # no letter, words all the same
+        ("Cannot determine the answer, dog", None),
+    ],
+)
+def test_letters_by_vlmevalkits_script(text, letter):
+    assert infer_letter(text, PETS) == letter
+
+
+def test_lmms_reads_marks_after_an_article():
+    assert lmms_letter("A dog (B) is seen", PETS) == "B"
+    assert lmms_letter("A dog is seen", PETS) == "D"
+
+
 @given(st.text(max_size=60), st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=4))
 def test_letters_are_offered_ones_or_none(text, words):
     options = dict(zip("ABCD", words))
