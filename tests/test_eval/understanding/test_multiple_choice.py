@@ -102,6 +102,45 @@ def test_seed_upload_equals_the_reference(tmp_path):
     assert predictions(path, "prediction") == predictions(SEED_DATA / "upload.jsonl", "prediction")
 
 
+def test_seed_ids_are_those_that_llavas_script_looks_up():
+    questions = SEED.read(SEED_DATA, False)
+    rows = (SEED_DATA / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [question.question_id for question in questions] == [
+        json.loads(row)["question_id"] for row in rows
+    ]
+
+
+def test_seed_of_llavas_file_is_submitted_not_scored(tmp_path):
+    known = SEED.read(SEED_DATA, False)
+    rows = [
+        {
+            "question_id": q.question_id,
+            "image": f"SEED-Bench-{'video-image' if q.optional else 'image'}/{q.key}",
+            "text": q.prompt,
+            "category": q.category,
+        }
+        for q in known
+    ]
+    path = tmp_path / "llava-seed-bench.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = SEED.read(tmp_path, False)
+    assert [(q.key, q.question_id, q.prompt, q.category, q.optional) for q in found] == [
+        (q.key, q.question_id, q.prompt, q.category, q.optional) for q in known
+    ]
+    answers = predictions(SEED_DATA / "answers.jsonl")
+    scores = SEED.score(found, answers)
+    assert scores.value is None and "put SEED-Bench.json beside it" in scores.notes[0]
+    (upload,) = SEED.submit(found, answers, tmp_path)
+    assert predictions(upload, "prediction") == predictions(SEED_DATA / "upload.jsonl", "prediction")
+    with pytest.raises(BenchmarkError, match="line 1: no picture SEED-Bench-image/100007 in"):
+        SEED.read(tmp_path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:1] * 2), encoding="utf-8")
+    with pytest.raises(BenchmarkError, match="line 2: question_id 100007 is that of line 1"):
+        SEED.read(tmp_path, False)
+    shutil.copy(SEED_DATA / "SEED-Bench.json", tmp_path)
+    assert SEED.score(SEED.read(tmp_path, False), answers).value == 73.75
+
+
 def test_seed_videos_are_never_asked_and_change_nothing(tmp_path):
     shutil.copy(SEED_DATA / "SEED-Bench.json", tmp_path)
     content = json.loads((tmp_path / "SEED-Bench.json").read_text(encoding="utf-8"))
