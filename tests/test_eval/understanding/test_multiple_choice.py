@@ -218,7 +218,7 @@ def test_mmbench_upload_equals_the_reference(tmp_path):
 
 def test_mmbench_upload_keeps_answers_as_text(tmp_path):
     questions = MMBENCH.read(MCQ, False)[:1]
-    (path,) = MMBENCH.submit(questions, {"1": "=1+1"}, tmp_path)
+    (path,) = MMBENCH.submit(questions, {"1": "=1\x07+1"}, tmp_path)  # a control character: none in xlsx
     cell = openpyxl.load_workbook(path).active["G2"]
     assert (cell.value, cell.data_type) == ("=1+1", "s")
 
