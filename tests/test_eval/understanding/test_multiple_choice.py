@@ -264,14 +264,15 @@ def test_ai2d_by_hand(tmp_path):
         (0, "What eats grass?", "owl", "rabbit", "fox", "nan", "B", "food web", png()),
         (1, "What eats foxes?", "owl", "rabbit", "nothing", "grass", "C", "food web", "0"),
         (2, "Which is a leaf?", "x", "y", "", "", "A", "parts", png()),
+        (3, "What eats owls?", "fox", "none", "grass", "rabbit", "B", "parts", "2"),
     )
     questions = AI2D.read(tmp_path)
-    assert [question.options for question in questions] == [("A", "B", "C"), ("A", "B", "C", "D"), ("A", "B")]
+    assert ["".join(question.options) for question in questions] == ["ABC", "ABCD", "AB", "ABCD"]
     assert questions[1].image == questions[0].image  # a reference to row 0
-    found = AI2D.score(questions, {"0": "The answer is B.", "1": "grass", "2": "A"})
-    assert found.value == pytest.approx(200 / 3)
+    found = AI2D.score(questions, {"0": "The answer is B.", "1": "grass", "2": "A", "3": "None"})
+    assert found.value == 75
     assert [row["accuracy"] for row in found.tables["By category"]] == [50.0, 100.0]
-    assert AI2D.chance(questions) == pytest.approx(100 * (1 / 3 + 1 / 4 + 1 / 2) / 3)
+    assert AI2D.chance(questions) == pytest.approx(100 * (1 / 3 + 1 / 4 + 1 / 2 + 1 / 4) / 4)
     assert AI2D.score(questions, {}).value == 0
 
 
