@@ -8,13 +8,14 @@ from eval.understanding.benchmark import Benchmark, BenchmarkError, Question, Sc
 from eval.understanding.letters import infer_letter
 from eval.understanding.option_tables import chance, percent, read_option_table
 
+MISSING = ("", "nan")  # "none" is an answer to "What eats hawks?"
 NEEDS = "VLMEvalKit's table AI2D_TEST.tsv"
 
 
 def read(folder: Path, pictures: bool = True) -> list[Question]:
     """The rows of the TSV."""
     path = find_file(folder, "AI2D_TEST*.tsv", "*.tsv", what=NEEDS)
-    questions = read_option_table(path, pictures, NEEDS)
+    questions = read_option_table(path, pictures, NEEDS, MISSING)
     without = next((q for q in questions if q.truth.answer is None), None)
     if without is not None:
         raise BenchmarkError(f"{path}: index {without.question_id} has no answer; expected a letter")

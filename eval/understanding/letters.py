@@ -12,7 +12,8 @@ REFUSALS = (
 API_FAILURE = "Failed to obtain answer via API"
 SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 LAST_TOKENS = 4  # a letter earlier in a sentence may be an article
-SAID = re.compile(r"answer is ([A-Z])\b")
+SAID = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)  # of a word, too: that is the script's rule
+NO_OPTION = "Z"
 LMMS_LETTERS = "ABCDE"
 LMMS_MARKS = (
     *(("", mark) for mark in (".", ",", ":", ")", ").")),
@@ -25,9 +26,9 @@ SCIENCE_QA = re.compile(r"The answer is ([A-Z]).")
 def infer_letter(text: str, options: Mapping[str, str]) -> str | None:
     """The option that a text means, without a judge: VLMEvalKit's exact matching, which MMBench is scored by.
 
-    The one letter among the last four tokens, if no other option's letter is a token; else what follows
-    `answer is`; else the one option whose words are in the text, unless the text is more than twice as long
-    as all options together.
+    The one letter among the last four tokens, if no other option's letter is a token; none where no letter
+    is a token but Z is; else the letter A to D, in any case, that follows `answer is`; else the one option
+    whose words are in the text, unless the text is more than twice as long as all options together.
 
     Args:
         text: an answer.
@@ -36,16 +37,19 @@ def infer_letter(text: str, options: Mapping[str, str]) -> str | None:
     Returns:
         a letter of `options`, or None.
     """
-    if API_FAILURE in text or any(refusal in text for refusal in REFUSALS):
-        return None
-    tokens = text.translate(SEPARATORS).split()
-    named = [letter for letter in options if letter in tokens]
-    if len(named) == 1 and tokens.index(named[0]) >= len(tokens) - LAST_TOKENS:
-        return named[0]
-    said = SAID.search(text)
-    if said and said[1] in options:
-        return said[1]
-    if len(text) > 2 * sum(len(words) for words in options.values()):
+    if API_FAILURE not in text:
+        if any(refusal in text for refusal in REFUSALS):
+            return None
+        tokens = text.translate(SEPARATORS).split()
+        named = [letter for letter in options if letter in tokens]
+        if len(named) == 1 and tokens.index(named[0]) >= len(tokens) - LAST_TOKENS:
+            return named[0]
+        if not named and NO_OPTION in tokens:
+            return None
+        said = SAID.search(text)
+        if said and said[1].upper() in options:
+            return said[1].upper()
+    if len(text.lower()) > 2 * sum(len(words) for words in options.values()):
         return None
     return letter_by_words(text, options)
 
@@ -61,13 +65,12 @@ def lmms_letter(text: str, options: Mapping[str, str]) -> str | None:
     """The option that a text means by the rule of lmms-eval's MMBench: letters with a mark, then words."""
     if API_FAILURE not in text:
         tokens = text.split()
-        if found := _lone(tokens, "", ""):
-            if not ("A" in tokens and len(tokens) > 3):  # an article
+        found = _lone(tokens, "", "")
+        if found and not ("A" in tokens and len(tokens) > 3):  # an article
+            return found
+        for before, after in LMMS_MARKS:
+            if found := _lone(tokens, before, after):
                 return found
-        else:
-            for before, after in LMMS_MARKS:
-                if found := _lone(tokens, before, after):
-                    return found
     return letter_by_words(text, options)
 
 

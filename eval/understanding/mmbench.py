@@ -93,6 +93,7 @@ def submit(questions: Sequence[Question], answers: Mapping[str, str], folder: Pa
     """Write the xlsx that MMBench's server takes: the rows with the answers under `prediction`."""
     try:
         from openpyxl import Workbook
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
     except ImportError as error:
         raise ImportError("MMBench's submission needs openpyxl: pip install 'dualtoken[eval]'") from error
     most = max(4, max(len(question.options) for question in questions))
@@ -106,8 +107,8 @@ def submit(questions: Sequence[Question], answers: Mapping[str, str], folder: Pa
         sheet.append([row.index])
         for column, value in enumerate(values, 2):
             cell = sheet.cell(row=sheet.max_row, column=column)
-            cell.value = value
             if value is not None:
+                cell.value = ILLEGAL_CHARACTERS_RE.sub("", value)  # control characters: xlsx has none
                 cell.data_type = "s"  # an answer that begins with = is no formula
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "upload.xlsx"

@@ -21,7 +21,6 @@ QUESTIONS, LLAVA = "mm-vet.json", "llava-mm-vet.jsonl"
 
 def read(folder: Path, pictures: bool = True) -> list[Question]:
     """The questions of `mm-vet.json`, or of LLaVA's file where that one alone is there."""
-    folders = [folder / "images", folder / "mm-vet" / "images", folder]
     official = sorted(folder.rglob(QUESTIONS)) if folder.is_dir() else []
     rows: list[tuple[str, str, str, str, tuple[str, ...]]] = []  # id, image, question, where, capabilities
     if official:
@@ -44,6 +43,7 @@ def read(folder: Path, pictures: bool = True) -> list[Question]:
             rows.append(
                 (name, field_of(row, "image", str, where), field_of(row, "text", str, where), where, ())
             )
+    folders = [path.parent / "images", folder / "images", folder / "mm-vet" / "images", folder]
     questions: dict[str, Question] = {}
     for name, image, text, where, capabilities in rows:
         number = name.removeprefix("v1_")
@@ -162,7 +162,8 @@ def _table(
 
 def _percents(scores: Sequence[Sequence[float]]) -> np.ndarray:
     """Each run's mean over questions in percent [R], added as the script does: ties are rounded."""
-    return np.array([sum(run) for run in zip(*scores)]) / len(scores) * 100
+    # One after the other, which neither np.sum nor, from Python 3.12 on, sum does.
+    return np.cumsum(scores, axis=0)[-1] / len(scores) * 100
 
 
 def _rounded(value: float) -> float:

@@ -1,13 +1,13 @@
 """Tables of multiple-choice questions as VLMEvalKit gives them out: a TSV with the pictures in base64.
 
 Columns are `index, question, A, B, ..., answer, image`, and where there are any `hint`, `category`,
-`l2-category`, `split`. Options stop at the first that is missing. An `image` that is a number stands for the
-picture of the row of that index.
+`l2-category`, `split`. Options stop at the first that is missing, as in LLaVA's prompts. An `image` that is
+a number stands for the picture of the row of that index.
 """
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +35,16 @@ class OptionRow:
         return f"{self.answer}. {self.options[self.answer]}" if self.answer else "not public"
 
 
-def read_option_table(path: Path, pictures: bool, what: str) -> list[Question]:
+def read_option_table(
+    path: Path, pictures: bool, what: str, missing: Collection[str] = MISSING
+) -> list[Question]:
     """The questions of a TSV, `truth` an `OptionRow`, with LLaVA's prompt.
 
     Args:
         path: of the table.
         pictures: whether the pictures are needed.
         what: the table, for errors.
+        missing: what stands, in any case, for an option that there is not.
 
     Raises:
         BenchmarkError: the table cannot be read; the message names the line.
@@ -62,21 +65,23 @@ def read_option_table(path: Path, pictures: bool, what: str) -> list[Question]:
         raise BenchmarkError(f"{path} has no rows; expected {what}")
     images = {index: row["image"].strip() for index, _, row in rows}
     return [
-        _question(index, where, row, _image(index, images, where) if pictures else None)
+        _question(index, where, row, _image(index, images, where) if pictures else None, missing)
         for index, where, row in rows
     ]
 
 
-def present(row: dict[str, str], name: str) -> str:
+def present(row: dict[str, str], name: str, missing: Collection[str] = MISSING) -> str:
     """A column's text; empty where the column or the value is missing, `nan` or `none`."""
     text = row.get(name) or ""
-    return "" if text.strip().lower() in MISSING else text
+    return "" if text.strip().lower() in missing else text
 
 
-def _question(index: int, where: str, row: dict[str, str], image: bytes | None) -> Question:
+def _question(
+    index: int, where: str, row: dict[str, str], image: bytes | None, missing: Collection[str]
+) -> Question:
     options: dict[str, str] = {}
     for letter in LETTERS:
-        words = present(row, letter)
+        words = present(row, letter, missing)
         if not words:
             break
         options[letter] = words

@@ -66,6 +66,15 @@ def test_llavas_file_gives_the_same_questions(tmp_path):
         MMVET.read(tmp_path)
 
 
+def test_pictures_lie_beside_the_questions(tmp_path):
+    folder = tmp_path / "unpacked" / "mm-vet"
+    (folder / "images").mkdir(parents=True)
+    shutil.copy(DATA / "mm-vet.json", folder)
+    for question in MMVET.read(DATA, False):
+        (folder / "images" / f"{question.key}.png").write_bytes(b"")
+    assert all(question.image.parent == folder / "images" for question in MMVET.read(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

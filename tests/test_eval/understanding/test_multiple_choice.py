@@ -40,6 +40,30 @@ def test_letters_equal_the_references(case):
         assert first_letter(text) == case["lmms_seed_pred"]
 
 
+PETS = {"A": "teddy bear", "B": "rabbit", "C": "cat", "D": "dog"}
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The correct answer is **B**, as its ears are longer than those of others", "B"),
+        ("the Answer  IS c, as far as I can see it in this picture", "C"),
+        ("I think the answer is a dog", "A"),  # the first letter of a word, too: the script's rule
+        ("rabbit Z", None),  # Z, where no option's letter is: none
+        ("B or Z", "B"),
+        ("Failed to obtain answer via API: cat", "C"),  # no letter, words all the same
+        ("Cannot determine the answer, dog", None),
+    ],
+)
+def test_letters_by_vlmevalkits_script(text, letter):
+    assert infer_letter(text, PETS) == letter
+
+
+def test_lmms_reads_marks_after_an_article():
+    assert lmms_letter("A dog (B) is seen", PETS) == "B"
+    assert lmms_letter("A dog is seen", PETS) == "D"
+
+
 @given(st.text(max_size=60), st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=4))
 def test_letters_are_offered_ones_or_none(text, words):
     options = dict(zip("ABCD", words))
@@ -76,6 +100,45 @@ def test_seed_upload_equals_the_reference(tmp_path):
     questions = SEED.read(SEED_DATA, False)
     (path,) = SEED.submit(questions, predictions(SEED_DATA / "answers.jsonl"), tmp_path)
     assert predictions(path, "prediction") == predictions(SEED_DATA / "upload.jsonl", "prediction")
+
+
+def test_seed_ids_are_those_that_llavas_script_looks_up():
+    questions = SEED.read(SEED_DATA, False)
+    rows = (SEED_DATA / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [question.question_id for question in questions] == [
+        json.loads(row)["question_id"] for row in rows
+    ]
+
+
+def test_seed_of_llavas_file_is_submitted_not_scored(tmp_path):
+    known = SEED.read(SEED_DATA, False)
+    rows = [
+        {
+            "question_id": q.question_id,
+            "image": f"SEED-Bench-{'video-image' if q.optional else 'image'}/{q.key}",
+            "text": q.prompt,
+            "category": q.category,
+        }
+        for q in known
+    ]
+    path = tmp_path / "llava-seed-bench.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = SEED.read(tmp_path, False)
+    assert [(q.key, q.question_id, q.prompt, q.category, q.optional) for q in found] == [
+        (q.key, q.question_id, q.prompt, q.category, q.optional) for q in known
+    ]
+    answers = predictions(SEED_DATA / "answers.jsonl")
+    scores = SEED.score(found, answers)
+    assert scores.value is None and "put SEED-Bench.json beside it" in scores.notes[0]
+    (upload,) = SEED.submit(found, answers, tmp_path)
+    assert predictions(upload, "prediction") == predictions(SEED_DATA / "upload.jsonl", "prediction")
+    with pytest.raises(BenchmarkError, match="line 1: no picture SEED-Bench-image/100007 in"):
+        SEED.read(tmp_path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:1] * 2), encoding="utf-8")
+    with pytest.raises(BenchmarkError, match="line 2: question_id 100007 is that of line 1"):
+        SEED.read(tmp_path, False)
+    shutil.copy(SEED_DATA / "SEED-Bench.json", tmp_path)
+    assert SEED.score(SEED.read(tmp_path, False), answers).value == 73.75
 
 
 def test_seed_videos_are_never_asked_and_change_nothing(tmp_path):
@@ -155,7 +218,7 @@ def test_mmbench_upload_equals_the_reference(tmp_path):
 
 def test_mmbench_upload_keeps_answers_as_text(tmp_path):
     questions = MMBENCH.read(MCQ, False)[:1]
-    (path,) = MMBENCH.submit(questions, {"1": "=1+1"}, tmp_path)
+    (path,) = MMBENCH.submit(questions, {"1": "=1\x07+1"}, tmp_path)  # a control character: none in xlsx
     cell = openpyxl.load_workbook(path).active["G2"]
     assert (cell.value, cell.data_type) == ("=1+1", "s")
 
@@ -201,14 +264,15 @@ def test_ai2d_by_hand(tmp_path):
         (0, "What eats grass?", "owl", "rabbit", "fox", "nan", "B", "food web", png()),
         (1, "What eats foxes?", "owl", "rabbit", "nothing", "grass", "C", "food web", "0"),
         (2, "Which is a leaf?", "x", "y", "", "", "A", "parts", png()),
+        (3, "What eats owls?", "fox", "none", "grass", "rabbit", "B", "parts", "2"),
     )
     questions = AI2D.read(tmp_path)
-    assert [question.options for question in questions] == [("A", "B", "C"), ("A", "B", "C", "D"), ("A", "B")]
+    assert ["".join(question.options) for question in questions] == ["ABC", "ABCD", "AB", "ABCD"]
     assert questions[1].image == questions[0].image  # a reference to row 0
-    found = AI2D.score(questions, {"0": "The answer is B.", "1": "grass", "2": "A"})
-    assert found.value == pytest.approx(200 / 3)
+    found = AI2D.score(questions, {"0": "The answer is B.", "1": "grass", "2": "A", "3": "None"})
+    assert found.value == 75
     assert [row["accuracy"] for row in found.tables["By category"]] == [50.0, 100.0]
-    assert AI2D.chance(questions) == pytest.approx(100 * (1 / 3 + 1 / 4 + 1 / 2) / 3)
+    assert AI2D.chance(questions) == pytest.approx(100 * (1 / 3 + 1 / 4 + 1 / 2 + 1 / 4) / 4)
     assert AI2D.score(questions, {}).value == 0
 
 
