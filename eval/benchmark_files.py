@@ -122,7 +122,7 @@ def find_image(folders: Sequence[Path], name: str, where: str) -> Path:
         path = folder / name
         if is_below(name) and path.is_file():
             return path
-    looked = ", ".join(str(folder) for folder in folders)
+    looked = ", ".join(str(folder) for folder in dict.fromkeys(folders))
     raise BenchmarkError(f"{where}: no picture {name} in {looked}; put the benchmark's pictures there")
 
 
