@@ -5,7 +5,7 @@ from pathlib import Path
 
 from eval.benchmark_files import find_file
 from eval.understanding.benchmark import Benchmark, BenchmarkError, Question, Scores
-from eval.understanding.letters import infer_letter
+from eval.understanding.letters import infer_letter, science_qa_letter
 from eval.understanding.option_tables import chance, percent, read_option_table
 
 MISSING = ("", "nan")  # "none" is an answer to "What eats hawks?"
@@ -36,7 +36,9 @@ def score(questions: Sequence[Question], answers: Mapping[str, str]) -> Scores:
         for name, hits in sorted(categories.items())
     ]
     overall = percent(list(right.values()))
-    return Scores(overall, {"accuracy": overall}, {"By category": rows}, right)
+    llava = [science_qa_letter(answers.get(q.key, "")) == q.truth.answer for q in questions]
+    figures = {"accuracy": overall, "accuracy, letters as LLaVA's for ScienceQA": percent(llava)}
+    return Scores(overall, figures, {"By category": rows}, right)
 
 
 AI2D = Benchmark(

@@ -273,6 +273,7 @@ def test_ai2d_by_hand(tmp_path):
     assert found.value == 75
     assert [row["accuracy"] for row in found.tables["By category"]] == [50.0, 100.0]
     assert AI2D.chance(questions) == pytest.approx(100 * (1 / 3 + 1 / 4 + 1 / 2 + 1 / 4) / 4)
+    assert found.figures["accuracy, letters as LLaVA's for ScienceQA"] == 50
     assert AI2D.score(questions, {}).value == 0
 
 
