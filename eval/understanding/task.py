@@ -69,7 +69,7 @@ def result_of(
         worst=_cases([scored[place] for place in worst], answers, scores, output, folder / "worst"),
         best=_cases([scored[place] for place in best], answers, scores, output, folder / "best"),
         files=[str(path.relative_to(output)) for path in files],
-        notes=[*notes, *scores.notes, *_missing(questions, answers)],
+        notes=[*notes, *scores.notes, *_without_words(questions, answers)],
         settings=settings,
     )
 
@@ -101,7 +101,12 @@ def _cases(
     return cases
 
 
-def _missing(questions: Sequence[Question], answers: Mapping[str, str]) -> list[str]:
-    asked = [question.key in answers for question in questions if not question.optional]
-    missing = asked.count(False)
-    return [f"{missing} of {len(asked)} questions have no answer and count as wrong"] if missing else []
+def _without_words(questions: Sequence[Question], answers: Mapping[str, str]) -> list[str]:
+    """Notes on answers that are missing or empty: a table of figures does not show them."""
+    asked = [answers.get(question.key) for question in questions if not question.optional]
+    notes = []
+    if missing := asked.count(None):
+        notes.append(f"{missing} of {len(asked)} questions have no answer and count as wrong")
+    if empty := sum(answer is not None and not answer.strip() for answer in asked):
+        notes.append(f"{empty} of {len(asked)} answers are empty; they are scored as they stand")
+    return notes

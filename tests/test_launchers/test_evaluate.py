@@ -133,3 +133,19 @@ def test_local_benchmarks_run_out_of_the_box(evaluate, tmp_path):
     assert code == 0, err
     figures = results(tmp_path / "evaluation")["reconstruction"]["figures"]
     assert {"MSE", "L1", "PSNR", "SSIM"} <= set(figures)
+
+
+def test_what_was_not_answered_is_said(evaluate, tmp_path):
+    lines = (POPE / "pred_short.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows[1]["text"] = " "
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]), encoding="utf-8")
+    code, _, err = evaluate("pope", "--data", POPE / "coco", "--answers", path)
+    assert code == 2 and "lacks answers to 1 of 120 questions" in err
+    code, _, _ = evaluate("pope", "--data", POPE / "coco", "--answers", path, "--allow-missing")
+    notes = results(tmp_path / "evaluation")["pope"]["notes"]
+    assert code == 0 and notes[1:] == [
+        "1 of 120 questions have no answer and count as wrong",
+        "1 of 120 answers are empty; they are scored as they stand",
+    ]
