@@ -29,6 +29,7 @@ from eval.understanding.mmvet import aggregate_grades
 from eval.understanding.models import Answerer, load_answerer
 from eval.understanding.registry import BENCHMARKS
 from eval.understanding.task import draw_questions, result_of
+from eval.understanding.unified import UnifiedAnswerer
 from eval.visual_tokenizer import reconstruction_task, retrieval_task, zero_shot
 from eval.visual_tokenizer.batches import Fit, Share
 from eval.visual_tokenizer.tasks import TokenizerJob
@@ -41,6 +42,8 @@ OF_A_RUN = {
     "retrieval": "eval.visual_tokenizer.retrieval",
     "layers": "eval.visual_tokenizer.layers",
 }
+# Asked in one go, so that a batch is filled up as answers end; as many are lost by a kill.
+BATCHES_TOGETHER = 4
 
 
 @dataclass
@@ -174,14 +177,17 @@ def understanding(name: str, asked: Evaluation) -> TaskResult | None:
         settings = {"answers": str(asked.answers), "data": str(data)}
         return result_of(benchmark, questions, answers, asked.paths.output, settings, notes)
     questions = draw_questions(benchmark.read(data, True), asked.count, asked.seed)
+    answerer, together = asked.answerer, asked.batch_size
+    if isinstance(answerer, UnifiedAnswerer) and asked.by == "text":
+        answerer.at_a_time, together = together, BATCHES_TOGETHER * together
     path = answer_questions(
         benchmark,
         questions,
-        asked.answerer,
+        answerer,
         asked.paths.output / name,
         rank=asked.rank,
         world_size=asked.world_size,
-        batch_size=asked.batch_size,
+        batch_size=together,
         by=asked.by,
         max_new_tokens=asked.max_new_tokens,
         progress=lambda line: asked.say(f"{name}: {line}"),
