@@ -29,7 +29,6 @@ from eval.understanding.mmvet import aggregate_grades
 from eval.understanding.models import Answerer, load_answerer
 from eval.understanding.registry import BENCHMARKS
 from eval.understanding.task import draw_questions, result_of
-from eval.understanding.unified import UnifiedAnswerer
 from eval.visual_tokenizer import reconstruction_task, retrieval_task, zero_shot
 from eval.visual_tokenizer.batches import Fit, Share
 from eval.visual_tokenizer.tasks import TokenizerJob
@@ -83,7 +82,9 @@ class Evaluation:
     @cached_property
     def answerer(self) -> Answerer:
         """The model that is asked."""
-        return load_answerer(self.paths.model, self.paths.visual_tokenizer, self.template, self.precision)
+        return load_answerer(
+            self.paths.model, self.paths.visual_tokenizer, self.template, self.precision, self.batch_size
+        )
 
     @cached_property
     def artist(self) -> Artist:
@@ -177,13 +178,11 @@ def understanding(name: str, asked: Evaluation) -> TaskResult | None:
         settings = {"answers": str(asked.answers), "data": str(data)}
         return result_of(benchmark, questions, answers, asked.paths.output, settings, notes)
     questions = draw_questions(benchmark.read(data, True), asked.count, asked.seed)
-    answerer, together = asked.answerer, asked.batch_size
-    if isinstance(answerer, UnifiedAnswerer) and asked.by == "text":
-        answerer.at_a_time, together = together, BATCHES_TOGETHER * together
+    together = BATCHES_TOGETHER * asked.batch_size if asked.by == "text" else asked.batch_size
     path = answer_questions(
         benchmark,
         questions,
-        answerer,
+        asked.answerer,
         asked.paths.output / name,
         rank=asked.rank,
         world_size=asked.world_size,

@@ -35,6 +35,7 @@ def load_answerer(
     visual_tokenizer: Path | None = None,
     template: str | None = None,
     precision: str = "fp32",
+    at_a_time: int | None = None,
 ) -> Answerer:
     """Load what answers: a unified model's folder, or a model that transformers loads for pictures with text.
 
@@ -43,6 +44,8 @@ def load_answerer(
         visual_tokenizer: folder of the one that a unified model was trained with; others have no use for it.
         template: of a unified model's prompts (qwen, vicuna or none), by default as `dualtoken chat` chooses.
         precision: fp32 or bf16.
+        at_a_time: how many of the questions that it is given together it writes answers to at a time; all by
+            default.
 
     Raises:
         FileNotFoundError: the folder holds no model.
@@ -60,10 +63,10 @@ def load_answerer(
                 f"{model} is no unified model and has a chat template of its own: leave the template "
                 f"{template!r} out"
             )
-        return TransformersAnswerer(model, precision)
+        return TransformersAnswerer(model, precision, at_a_time)
     if visual_tokenizer is None:
         raise ValueError(f"{model} is a unified model: name the visual tokenizer that it was trained with")
-    return UnifiedAnswerer(folder, visual_tokenizer, template, precision)
+    return UnifiedAnswerer(folder, visual_tokenizer, template, precision, at_a_time)
 
 
 def _model_type(folder: Path) -> str | None:

@@ -41,8 +41,9 @@ def read(folder: Path, pictures: bool = True) -> list[Question]:
 
 
 def _of_authors(path: Path, folder: Path, pictures: bool) -> Iterator[Question]:
-    names = _type_names(path)
-    for where, row in _rows(path):
+    content = read_json_file(path)
+    names = _type_names(content)
+    for where, row in _rows(content, path):
         number = field_of(row, "question_type_id", int, where)
         if number not in names:
             raise BenchmarkError(f"{where}: question_type_id {number}; expected one of {sorted(names)}")
@@ -86,8 +87,7 @@ def _as_llava(question_id: str | int) -> str | int:
     return int(question_id) if str(question_id).isdecimal() else question_id
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    content = read_json_file(path)
+def _rows(content: Any, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     rows = content.get("questions") if isinstance(content, dict) else None
     if not isinstance(rows, list):
         raise BenchmarkError(f"{path} has no list `questions`; expected {NEEDS}")
@@ -106,9 +106,8 @@ def _unrepeated(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str
         yield where, row
 
 
-def _type_names(path: Path) -> dict[int, str]:
+def _type_names(content: Any) -> dict[int, str]:
     """Names of the types by number, the file's own if it has them."""
-    content = read_json_file(path)
     own = content.get("question_type") if isinstance(content, dict) else None
     if isinstance(own, dict) and all(isinstance(number, int) for number in own.values()):
         return {number: name for name, number in own.items()}

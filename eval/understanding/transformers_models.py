@@ -25,7 +25,8 @@ class TransformersAnswerer:
         ValueError: the model cannot be loaded for pictures with text, or its processor has no chat template.
     """
 
-    def __init__(self, model: str | Path, precision: str = "fp32") -> None:
+    def __init__(self, model: str | Path, precision: str = "fp32", at_a_time: int | None = None) -> None:
+        self._at_a_time = at_a_time
         transformers_logging.disable_progress_bar()
         self.name = str(model)
         try:
@@ -64,7 +65,10 @@ class TransformersAnswerer:
         ]
         greedy = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
         found = self._pipeline(
-            text=chats, batch_size=len(chats), return_full_text=False, generate_kwargs=greedy
+            text=chats,
+            batch_size=self._at_a_time or len(chats),
+            return_full_text=False,
+            generate_kwargs=greedy,
         )
         return [answers[0]["generated_text"].strip() for answers in found]
 

@@ -37,13 +37,18 @@ class UnifiedAnswerer:
     """
 
     def __init__(
-        self, model: Path, visual_tokenizer: Path, template: str | None = None, precision: str = "fp32"
+        self,
+        model: Path,
+        visual_tokenizer: Path,
+        template: str | None = None,
+        precision: str = "fp32",
+        at_a_time: int | None = None,
     ) -> None:
         template = template or default_template(model)
         if template not in TEMPLATES_TO_ASK:
             raise ValueError(f"template is {template!r}, expected one of {', '.join(TEMPLATES_TO_ASK)}")
         self.name = str(model)
-        self.at_a_time: int | None = None  # prompts under way; the next takes the place of one that ended
+        self._at_a_time = at_a_time  # prompts under way; the next takes the place of one that ended
         self.template = template_named(template)
         self.model, self.text_tokenizer, self.visual_tokenizer = load_models(
             model, visual_tokenizer, precision
@@ -82,7 +87,7 @@ class UnifiedAnswerer:
             sampling.top_k,
             sampling.top_p,
             stop=self.template.assistant[1],
-            batch_size=self.at_a_time,
+            batch_size=self._at_a_time,
         )
 
     def compare(
