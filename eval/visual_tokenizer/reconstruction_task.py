@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dualtoken.perceptual import PerceptualConfig, describe, load_lpips
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from eval.cases import CASES
 from eval.inputs import load_visual_tokenizer
 from eval.metrics.frechet import FeatureStatistics, frechet_distance
 from eval.metrics.inception import FeatureExtractor
@@ -21,7 +22,7 @@ from eval.visual_tokenizer.gathering import Part, gather
 from eval.visual_tokenizer.pictures import PictureSet, open_pictures
 from eval.visual_tokenizer.reconstruction import QUALITIES, reconstruct_batch
 from eval.visual_tokenizer.saved_pictures import SAVED, SAVED_WORDS
-from eval.visual_tokenizer.tasks import CASES, Shown, TokenizerJob, save_cases, write_result
+from eval.visual_tokenizer.tasks import Shown, TokenizerJob, save_cases, write_result
 
 TASK = "reconstruction"
 NAMES = {"psnr": "PSNR", "ssim": "SSIM", "mse": "MSE", "l1": "L1", "lpips": "LPIPS"}

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from eval.cases import CASES
 from eval.inputs import load_visual_tokenizer
 from eval.metrics.recall import first_hits, recall_at
 from eval.results import Case, TaskResult
 from eval.visual_tokenizer.gathering import Part, gather
 from eval.visual_tokenizer.matching import Matchers, load_matchers
 from eval.visual_tokenizer.pictures import Picture, PictureSet, Place, open_pictures, picture_files
-from eval.visual_tokenizer.tasks import CASES, Shown, TokenizerJob, save_cases, write_result
+from eval.visual_tokenizer.tasks import Shown, TokenizerJob, save_cases, write_result
 
 TASK = "retrieval"
 KS = (1, 5, 10)

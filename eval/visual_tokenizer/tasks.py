@@ -21,8 +21,6 @@ from eval.visual_tokenizer.batches import (
 )
 from eval.visual_tokenizer.pictures import PictureSet
 
-CASES = 6  # worst and best ones shown
-
 
 @dataclass(frozen=True)
 class TokenizerJob:

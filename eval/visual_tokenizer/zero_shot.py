@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eval.cases import CASES
 from eval.inputs import load_visual_tokenizer
 from eval.progress import with_progress
 from eval.results import Case, TaskResult
@@ -16,7 +17,7 @@ from eval.visual_tokenizer.class_names import class_names
 from eval.visual_tokenizer.gathering import Part, gather
 from eval.visual_tokenizer.matching import Matchers, load_matchers
 from eval.visual_tokenizer.pictures import PictureSet, open_pictures
-from eval.visual_tokenizer.tasks import CASES, Shown, TokenizerJob, save_cases, write_result
+from eval.visual_tokenizer.tasks import Shown, TokenizerJob, save_cases, write_result
 
 TASK = "zero_shot"
 TOP = (1, 5)
