@@ -2,7 +2,8 @@
 
 A sample is `KEY.jpg` (png, webp ...) or `KEY.0.jpg`, `KEY.1.jpg` with `KEY.txt` (a caption) or `KEY.json`:
 `{"caption": ...}`, `{"captions": {"en": ...}}`, `{"conversations": [...]}` (LLaVA), or an interleaved
-document, `{"parts": [{"text": ...}, {"image": 0}]}` or as in OBELICS and MMC4.
+document, `{"parts": [{"text": ...}, {"image": 0}]}` or as in OBELICS and MMC4. A conversation or document about
+one image may have captions beside it, for the views that read these.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class BadSampleError(ValueError):
 
 @dataclass
 class SourceSample:
-    """An image-text sample: encoded images, ordered parts that name them, captions by language of a pair."""
+    """An image-text sample: encoded images, ordered parts that name them, captions by language of one image."""
 
     key: str
     images: list[bytes]
@@ -111,12 +112,14 @@ def read_sample(key: str, parts: dict[str, bytes], settings: SourceSettings | No
     settings = settings or SourceSettings()
     images = [parts[name] for name in image_parts(parts)]
     document = _read_document(parts, len(images), settings)
-    if document is not None:
+    if document is not None and len(images) != 1:
         return SourceSample(key, images, document)
     if not images:
         raise BadSampleError(f"no image among its parts {sorted(parts)}")
     captions = read_captions(parts, settings.default_language)
     captions = {language: text for language, text in captions.items() if text.strip()}
+    if document is not None:
+        return SourceSample(key, images, document, captions or None)
     if not captions:
         raise BadSampleError("no caption")
     if len(images) > 1:

