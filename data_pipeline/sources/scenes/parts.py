@@ -30,6 +30,7 @@ class Colour:
     dark: str
 
 
+_ALL = ("red", "yellow", "green", "blue", "purple")
 THINGS: Mapping[str, Thing] = MappingProxyType(
     {
         "car": Thing("1F697", "ea5a47", drawn=("red", "blue", "yellow")),
@@ -41,10 +42,8 @@ THINGS: Mapping[str, Thing] = MappingProxyType(
         "frog": Thing("1F438", "b1cc33", drawn=("green",)),
         "bell": Thing("1F514", "fcea2b", "f1b31c", drawn=("yellow",)),
         "star": Thing("2B50", "fcea2b", drawn=("yellow",), drawn_several=True),
-        "heart": Thing(
-            "2764", "d22f27", drawn=("red", "yellow", "green", "blue", "purple"), drawn_several=True
-        ),
-        "circle": Thing("1F534", "d22f27", drawn=("red", "yellow", "green", "blue", "purple")),
+        "heart": Thing("2764", "d22f27", drawn=_ALL, drawn_several=True),
+        "circle": Thing("1F534", "d22f27", drawn=_ALL),
         "triangle": Thing("1F53A", "d22f27", drawn=("red",)),
     }
 )
@@ -90,7 +89,7 @@ class Item:
 
 @dataclass(frozen=True, order=True)
 class Scene:
-    """One thing at a place, several of one thing, or two different things side by side or one above the other.
+    """One thing at a place, several of one thing, or two things side by side or one above the other.
 
     Raises:
         ValueError: a layout that does not exist, or as many items as it has no use for.
@@ -153,7 +152,7 @@ def pair_of(thing: str, other: str) -> Combination:
 def all_combinations() -> list[Combination]:
     """Every combination that may be held out, by kind.
 
-    Left out is what OpenMoji itself draws (its purple heart, its three books): the drawings are trained on too.
+    Left out is what OpenMoji itself draws (its purple heart, its books): drawings are trained on too.
     """
     coloured = [
         Combination("colour", name, colour)
