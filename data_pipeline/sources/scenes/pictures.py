@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 from PIL import Image
 
@@ -56,7 +56,7 @@ def draw_scene(scene: Scene, size: int) -> Image.Image:
     return picture
 
 
-def encoded(picture: Image.Image, form: str = "PNG", **options: Mapping) -> bytes:
+def encoded(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     """A picture's file."""
     out = io.BytesIO()
     picture.save(out, form, **options)
