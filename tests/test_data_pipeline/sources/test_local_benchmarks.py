@@ -21,6 +21,7 @@ from data_pipeline.sources.local_benchmarks.canvas import read_drawings
 from data_pipeline.sources.local_benchmarks.canvas_facts import CANVAS_KINDS, canvas_facts
 from data_pipeline.sources.local_benchmarks.held_out import SCENE_KINDS, HeldOutScenes, in_turns
 from data_pipeline.sources.local_benchmarks.write import WRITERS, write_local_benchmarks
+from data_pipeline.sources.scenes.captions import read_caption
 from data_pipeline.sources.scenes.parts import SIDES, Item, Scene
 from tests.support.held_out_drawings import scenes, write_benchmarks, write_drawings
 
@@ -231,7 +232,7 @@ def test_vqav2(made):
     assert len({one["question_id"] for one in questions}) == len(questions) == made[1]["vqav2"]
     for one in annotations:
         answers = [answer["answer"] for answer in one["answers"]]
-        assert len(answers) == 10 and answers.count(one["multiple_choice_answer"]) >= 4
+        assert len(answers) == 10 and set(answers) == {one["multiple_choice_answer"]}
         assert (folder / "val2014" / f"COCO_val2014_{one['image_id']:012d}.jpg").is_file()
     kinds = Counter(one["answer_type"] for one in annotations)
     assert set(kinds) == {"yes/no", "number", "other"}
@@ -338,13 +339,43 @@ def test_mmvet_and_ai2d(made):
         assert row["answer"] in LETTERS and len({row[letter] for letter in LETTERS}) == 4
 
 
+def held_out_scene(caption: str, *languages: str) -> Scene:
+    """The scene that a caption says, which is one that is held out."""
+    read = (read_caption(caption, language) for language in languages or ("en",))
+    [scene] = [scene for scene in read if scene is not None]
+    assert scenes().combinations.intersection(scene.combinations())
+    return scene
+
+
+def check_geneval(row, scene):
+    wanted = {one["class"]: one for one in row["include"]}
+    assert set(wanted) == {item.thing for item in scene.items}
+    assert {one["count"] for one in row["include"]} == {scene.number}
+    [kind] = [one.kind for one in scenes().combinations.intersection(scene.combinations())]
+    match row["tag"]:
+        case "single_object":
+            assert scene.shape == "single"
+        case "two_object":
+            assert kind == "pair"
+        case "counting":
+            assert kind == "number" and row["exclude"] == [{**row["include"][0], "count": scene.number + 1}]
+        case "position":
+            other, one = row["include"]
+            assert kind == "pair" and one["class"] == scene.items[0].thing != other["class"]
+            words = {"side by side": "left of", "one above the other": "above"}
+            assert one["position"] == [words[scene.layout], 0]
+        case "colors" | "color_attr" as tag:
+            assert kind == "colour" and scene.is_pair == (tag == "color_attr")
+            assert all(wanted[item.thing]["color"] == item.colour for item in scene.items)
+
+
 def test_prompts(made):
     output = made[0]
     rows = read_lines(output / "geneval" / "evaluation_metadata.jsonl")
     tags = Counter(row["tag"] for row in rows)
     assert set(tags) == {"single_object", "two_object", "counting", "colors", "position", "color_attr"}
     for row in rows:
-        assert all(wanted["class"] in row["prompt"] for wanted in row["include"])
+        check_geneval(row, held_out_scene(row["prompt"]))
     prompts = read_json(output / "genai_bench" / "genai_image.json")
     skills = read_json(output / "genai_bench" / "genai_skills.json")
     assert list(prompts) == [f"{number:05d}" for number in range(1, len(prompts) + 1)]
@@ -354,6 +385,14 @@ def test_prompts(made):
         assert (output / "mjhq" / "mjhq30k_imgs" / row["category"] / f"{name}.jpg").is_file() and row[
             "prompt"
         ]
+        [kind] = [
+            one.kind for one in held_out_scene(row["prompt"]).combinations() if one in scenes().combinations
+        ]
+        assert kind == row["category"]
+    for one in prompts.values():
+        held_out_scene(one["prompt"])
+    lines = (output / "drawing" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert len({held_out_scene(line) for line in lines}) == len(lines) == made[1]["drawing"]
 
 
 def test_retrieval_and_classes(made):
@@ -361,6 +400,12 @@ def test_retrieval_and_classes(made):
     images = read_json(output / "retrieval" / "dataset_flickr8k.json")["images"]
     captions = [sentence["raw"] for one in images for sentence in one["sentences"]]
     assert len(captions) == 5 * len(images)
+    for one in images:
+        said = {sentence["raw"] for sentence in one["sentences"]}
+        assert len(said) == 5 and len({held_out_scene(raw, "en", "de", "es") for raw in said}) == 1
+    sentids = [sentid for one in images for sentid in one["sentids"]]
+    assert sentids == [sentence["sentid"] for one in images for sentence in one["sentences"]]
+    assert sentids == list(range(len(captions)))
     assert all((output / "retrieval" / "Flicker8k_Dataset" / one["filename"]).is_file() for one in images)
     classes = {path.name: len(list(path.iterdir())) for path in (output / "zero_shot").iterdir()}
     assert classes["cook"] == 3 and len(classes) == 20
