@@ -111,6 +111,13 @@ class Scene:
         return self.layout in SIDES
 
     @property
+    def shape(self) -> str:
+        """`single`, `several` of one thing, or a `pair` of two."""
+        if self.is_pair:
+            return "pair"
+        return "several" if self.layout in NUMBERS else "single"
+
+    @property
     def number(self) -> int:
         """How many of each thing it shows."""
         return NUMBERS.get(self.layout, 1)
