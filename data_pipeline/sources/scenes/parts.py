@@ -185,8 +185,8 @@ def all_combinations() -> list[Combination]:
 def hold_out(share: float, seed: int) -> frozenset[Combination]:
     """Choose combinations by a seeded hash of their names, so that every part stays well seen.
 
-    Of each kind the share `share` of all is held out, rounded up, or as many as these limits leave (fewer, from
-    shares of about 0.12): one colour, one number and two partners a thing, two things a colour or number.
+    Of each kind the share `share` of all is held out, rounded up, or as many as these limits leave (fewer
+    from about 0.12): one colour, one number and two partners a thing, two things a colour or number.
 
     Raises:
         ValueError: `share` outside (0, 1/4].
