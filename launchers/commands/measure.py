@@ -67,7 +67,7 @@ def ablate(
 
     Of the tokenizer: one codebook or two, and at which layers.
 
-    Of the unified model: what it reads, semantic codes alone, pixel codes alone, or both; measured by
+    Of the unified model: semantic codes alone, pixel codes alone, or both as what it reads; measured by
     answers, captions and drawn scenes of held-out combinations.
 
     Started again, it goes on after the runs that are done.
