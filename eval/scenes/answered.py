@@ -173,7 +173,7 @@ def _by_likelihood(
     right = 0
     for start in range(0, len(asked), AT_A_TIME):
         part = asked[start : start + AT_A_TIME]
-        letters = [LETTERS[: len(one.options)] for one in part]
+        letters = [list(LETTERS[: len(one.options)]) for one in part]
         scored = option_log_likelihoods(model, text_tokenizer, prompts[start : start + AT_A_TIME], letters)
         for one, options in zip(part, scored, strict=True):
             best = max(range(len(options)), key=lambda place: options[place].log_likelihood)
