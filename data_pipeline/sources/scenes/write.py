@@ -74,7 +74,7 @@ def scene_samples(
     held_out: frozenset[Combination],
     draw: random.Random,
 ) -> list[dict[str, Any]]:
-    """Samples of image-text shards: picture, a caption in each language, a conversation, and what is shown."""
+    """Samples of image-text shards: picture, a caption a language, a conversation, and what is shown."""
     samples = []
     for number, scene in enumerate(scenes):
         record = {

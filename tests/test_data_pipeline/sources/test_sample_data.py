@@ -22,6 +22,7 @@ from data_pipeline.sources.openmoji import concept_codes, concept_label, drawing
 from data_pipeline.sources.sample_data import dictionary_documents, hold_out, make_sample_data
 
 LANGUAGES = ("en", "de", "es")
+SMALL = {"image_size": 24, "progress": False, "num_ranks": 300, "scenes": 60}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def make(some, output: Path, **settings):
     """`make_sample_data` on a part of the drawings, everything else as it is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample_data, "find_pictures", lambda languages: (some[0], Counter(some[1])))
-        return make_sample_data(output, **{"image_size": 24, "progress": False, "num_ranks": 300, **settings})
+        return make_sample_data(output, **{**SMALL, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_shards_hold_pictures_names_and_disjoint_concepts(made, some):
     names: dict[str, set[str]] = {}
     total = 0
     for split in ("train", "val"):
-        files = read(output / "images" / split)
+        files = read(output / "images" / split / "drawings")
         keys = {name.split(".")[0] for name in files}
         assert len(files) == 2 * len(keys) == 2 * summary.pictures[split]
         for key in keys:
@@ -141,14 +142,40 @@ def test_shards_hold_pictures_names_and_disjoint_concepts(made, some):
     assert summary.concepts["val"] == round(0.1 * sum(summary.concepts.values()))
     assert total + summary.dropped["repeated drawings"] == len(some[0])
     assert summary.dropped["repeated drawings"] >= 1  # the man firefighter is drawn like the firefighter
-    assert summary.shards["images/train"] == -(-summary.pictures["train"] // 50)
+    assert summary.shards["images/train/drawings"] == -(-summary.pictures["train"] // 50)
 
 
 def test_folders_are_ready_for_the_streams(made):
     output, summary = made
     for split in ("train", "val"):
-        assert check_index(output / "images" / split) == summary.pictures[split]
+        images = output / "images" / split
+        assert check_index(images / "drawings") == summary.pictures[split]
+        assert check_index(images / "scenes") == summary.scenes[split]
+        assert check_index(images) == summary.pictures[split] + summary.scenes[split]  # both as one
         assert check_index(output / "text" / split) == summary.documents[split]
+
+
+def test_scenes_are_written_counted_and_told(made, some, tmp_path):
+    output, summary = made
+    for split in ("train", "val"):
+        files = read(output / "images" / split / "scenes")
+        pictures = [Image.open(io.BytesIO(data)) for name, data in files.items() if name.endswith(".png")]
+        assert len(files) == 2 * len(pictures) == 2 * summary.scenes[split]
+        assert {(image.mode, image.size) for image in pictures} == {("RGB", (24, 24))}
+        records = [json.loads(data) for name, data in files.items() if name.endswith(".json")]
+        assert all(list(record["captions"]) == list(LANGUAGES) for record in records)
+        assert len({json.dumps(record["scene"]) for record in records}) == summary.scenes[split]
+    assert summary.scenes["train"] == 60
+    assert {kind: len(names) for kind, names in summary.held_out_combinations.items()} == {
+        "colour": 6, "number": 4, "pair": 7,
+    }  # fmt: skip
+    (line,) = [line for line in summary.lines() if "scenes to train on" in line]
+    assert line.startswith(f"60 scenes to train on, {summary.scenes['val']} held out")
+    assert f"  pair: {', '.join(summary.held_out_combinations['pair'])}" in summary.lines()
+
+    foreign = make((some[0][:20], some[1]), tmp_path / "foreign", languages=("fr",))
+    assert foreign.scenes == {} and not (tmp_path / "foreign" / "images" / "train" / "scenes").exists()
+    assert "no scenes: their captions need one of the languages en, de, es" in foreign.lines()
 
 
 def test_attribution_and_text_tokenizer_are_written(made):

@@ -1,0 +1,74 @@
+"""The measure `scenes`: drawn, answered and captioned, held-out combinations beside trained ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.shards.code_shards import DatasetManifest, require_same_codes
+from data_pipeline.sources.scenes.parts import Combination, hold_out
+from eval.inputs import EvaluationPaths, load_models, to_picture
+from eval.results import write_json
+from eval.scenes.answered import measure_answers
+from eval.scenes.captioned import measure_captions
+from eval.scenes.detector import SceneDetector
+from eval.scenes.drawn import measure_detector, measure_drawn
+from eval.scenes.samples import load_scenes, read_scenes
+
+SCENES = {"held_out": 144, "seen": 72}  # at most
+GUIDANCE_SCALE = 1.0
+
+
+def held_out_combinations(sample_data: Path) -> frozenset[Combination]:
+    """The combinations that a folder of sample data holds out, by its settings.
+
+    Raises:
+        FileNotFoundError: the folder has no summary.
+    """
+    path = sample_data / "summary.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: scenes are measured of what `dualtoken sample-data` wrote")
+    settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    return hold_out(settings["held_out"], settings["seed"])
+
+
+@torch.no_grad()
+def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict:
+    """Measure scenes of held-out and of trained combinations; write `scenes.json` and the pictures.
+
+    Raises:
+        FileNotFoundError: a model or the sample data are missing.
+        ValueError: model, codes and visual tokenizer do not belong together, or a sample says no scene.
+    """
+    model, text_tokenizer, tokenizer = load_models(paths.model, paths.visual_tokenizer)
+    held_out = held_out_combinations(paths.sample_data)
+    size = tokenizer.config.image_size
+    detector = SceneDetector(size)
+    trained = [scene for _, scene in read_scenes(paths.scenes()["seen"])]
+    result: dict = {"training_scenes": len(trained), "detector": {}, "splits": {}}
+    for name, folder in paths.codes().items():
+        require_same_codes(
+            folder, DatasetManifest.load(folder).fingerprint, model.config.tokenizer_fingerprint
+        )
+        most = min(count or SCENES[name], SCENES[name])
+        samples = load_scenes(folder, paths.scenes()[name], size, most, seed)
+        pictures = paths.output / "scenes" / name
+        pictures.mkdir(parents=True, exist_ok=True)
+
+        def save(image: Tensor, title: str, pictures: Path = pictures) -> str:
+            to_picture(image * 2 - 1).save(pictures / f"{title}.png")
+            return str((pictures / f"{title}.png").relative_to(paths.output))
+
+        result["detector"][name] = measure_detector(detector, tokenizer, samples)
+        result["splits"][name] = {
+            "drawn": measure_drawn(
+                model, text_tokenizer, tokenizer, detector, samples, held_out, GUIDANCE_SCALE, save
+            ),
+            "answers": measure_answers(model, text_tokenizer, samples, trained, seed),
+            "captions": measure_captions(model, text_tokenizer, samples),
+        }
+    write_json(paths.output / "scenes.json", result)
+    return result

@@ -1,0 +1,63 @@
+"""Scenes to be measured: what each shows, its picture, its codes and its captions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.shards.code_shards import CodeSample
+from data_pipeline.shards.image_text_shards import expand_inputs, read_shard
+from data_pipeline.sources.scenes.parts import Scene
+from data_pipeline.sources.scenes.write import read_scene
+from eval.inputs import load_codes, load_pictures, stack_codes
+from eval.metrics.images import to_unit_range
+
+
+@dataclass(frozen=True)
+class SceneSamples:
+    """Some scenes of one split, in one order."""
+
+    scenes: list[Scene]
+    samples: list[CodeSample]
+    pictures: Tensor  # [N, 3, S, S] in [0, 1]
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    @property
+    def codes(self) -> Tensor:
+        """Codes [N, P, Q, D]."""
+        return stack_codes(self.samples)
+
+
+def read_scenes(images: Path) -> Iterator[tuple[str, Scene]]:
+    """Keys and scenes of image-text shards.
+
+    Raises:
+        ValueError: a sample says no scene.
+    """
+    for shard in expand_inputs([str(images)]):
+        for key, parts in read_shard(shard):
+            yield key, read_scene(json.loads(parts["json"]))
+
+
+def load_scenes(codes: Path, images: Path, size: int, count: int, seed: int) -> SceneSamples:
+    """Draw `count` scenes at random from shards of codes, with the pictures they were made from.
+
+    Raises:
+        DatasetError: `codes` holds no finished data set.
+        ValueError: a sample says no scene, or its picture is not in `images`.
+    """
+    samples = load_codes(codes, count, seed)
+    scenes = dict(read_scenes(images))
+    pictures = load_pictures(images, size)
+    place = {key: number for number, key in enumerate(pictures.keys)}
+    if missing := [sample.key for sample in samples if sample.key not in scenes]:
+        raise ValueError(f"{images} lacks the picture {missing[0]} that the codes in {codes} were made from")
+    chosen = torch.stack([pictures.images[place[sample.key]] for sample in samples])
+    return SceneSamples([scenes[sample.key] for sample in samples], samples, to_unit_range(chosen))
