@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,10 @@ from typing import Any
 
 from PIL import Image
 
-from data_pipeline.sources.scenes.pictures import encoded
 from data_pipeline.sources.scenes.questions import Fact
 
 # Chroma in full: a scene's small drawings differ by their colours.
-_JPEG = {"quality": 90, "subsampling": "4:4:4"}
+_JPEG: dict[str, Any] = {"quality": 90, "subsampling": "4:4:4"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,9 @@ class Shown:
 
 def picture_file(picture: Image.Image, form: str) -> bytes:
     """A picture as `PNG` or `JPEG`."""
-    return encoded(picture, form, **(_JPEG if form == "JPEG" else {}))
+    out = io.BytesIO()
+    picture.save(out, form, **(_JPEG if form == "JPEG" else {}))
+    return out.getvalue()
 
 
 def write_picture(path: Path, picture: Image.Image, form: str) -> None:

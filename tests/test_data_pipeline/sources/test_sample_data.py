@@ -3,6 +3,7 @@ import io
 import json
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,9 +201,12 @@ def test_benchmarks_are_written_and_counted(made, some, tmp_path):
         {path.name for path in (output / "benchmarks").iterdir()} == set(summary.benchmarks) > {"pope", "mme"}
     )
     assert any(f"pope {summary.benchmarks['pope']}," in line for line in summary.lines())
-    few = make((some[0][:8], some[1]), tmp_path / "few")
-    assert few.benchmarks == {} and not (tmp_path / "few" / "benchmarks").exists()
-    assert "no benchmarks: they need 8 held-out concepts with English names" in few.lines()
+    few = make((some[0][:8], some[1]), tmp_path / "few", scenes=0)
+    assert set(few.benchmarks) == {"textvqa", "mme", "seed", "mmbench", "mmvet"}  # of lettering alone
+    german = [replace(one, captions={"de": one.captions["de"]}) for one in some[0][:8]]
+    without = make((german, some[1]), tmp_path / "german", languages=("de",), scenes=60)
+    assert without.benchmarks == {} and not (tmp_path / "german" / "benchmarks").exists()
+    assert "no benchmarks: they ask in English, which is none of the languages" in without.lines()
 
 
 def test_a_second_run_is_done_at_once_and_equal_settings_give_equal_bytes(made, some, tmp_path):
