@@ -178,7 +178,7 @@ def all_combinations() -> list[Combination]:
 def hold_out(share: float, seed: int) -> frozenset[Combination]:
     """Choose combinations by a seeded hash of their names, so that every part stays well seen.
 
-    Of each kind the share `share` of all is held out, rounded up, or as many as these limits leave (fewer, from
+    Of each kind the share `share` of all is held out, rounded up, or what these limits leave (fewer, from
     shares of about 0.12): one colour, one number and two partners a thing, two things a colour or number.
 
     Raises:
