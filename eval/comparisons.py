@@ -175,35 +175,59 @@ def compare_captions(result: dict) -> list[Comparison]:
     return rows
 
 
-def compare_generation(result: dict) -> list[Comparison]:
-    """Whether a generated picture is nearest to its prompt's own picture, against chance."""
+SPLITS = {"held_out": "held-out combinations", "seen": "scenes trained on"}
+
+
+def compare_scenes(result: dict) -> list[Comparison]:
+    """Drawn scenes, answers and captions against chance, a constant answer, and what reconstruction keeps."""
     rows = []
-    for split, words in (("seen", "concepts seen in training"), ("held_out", "held-out concepts")):
-        for scale, found in result["pictures"][split]["recall"].items():
-            title = f"R@1 at guidance {float(scale):g}, {found['queries']} {words}"
+    for split, words in SPLITS.items():
+        found = result["splits"][split]
+        drawn, ceiling = found["drawn"], result["detector"][split]["reconstructed"]
+        for part, share in drawn["shares"].items():
+            baselines = [
+                Baseline("other scenes' pictures", drawn["chance"][part]),
+                Baseline("true pictures after reconstruction", ceiling[part], bound=True),
+            ]
+            title = f"Drawn, {'everything at once' if part == 'all' else part}, {words}"
+            rows.append(Comparison(title, share, "share", baselines, trials=drawn["scenes"]))
+        for kind, answers in found["answers"]["kinds"].items():
+            baselines = [
+                Baseline("guessing", answers["chance"]),
+                Baseline("the commonest answer", answers["majority"]),
+            ]
+            title = f"Answers, {kind}, {words}"
             rows.append(
-                Comparison(
-                    title,
-                    found["recall"],
-                    "share",
-                    [Baseline("chance", found["chance"])],
-                    trials=found["queries"],
-                )
+                Comparison(title, answers["accuracy"], "share", baselines, trials=answers["questions"])
+            )
+        for category, figures in found["answers"]["pope"].items():
+            title = f"F1 of yes, {category} absent things, {words}"
+            baselines = [Baseline("always yes", figures["f1_of_always_yes"])]
+            rows.append(Comparison(title, figures["f1"], "share", baselines))
+        options = found["answers"]["choice_by_likelihood"]
+        title = f"Options by likelihood, {words}"
+        guessing = Baseline("guessing", options["chance"])
+        rows.append(Comparison(title, options["accuracy"], "share", [guessing], trials=options["questions"]))
+        for language, captions in found["captions"].items():
+            title = f"Captions, all parts right ({language_name(language)}), {words}"
+            other = Baseline("other scenes' captions", captions["chance"]["all"])
+            rows.append(
+                Comparison(title, captions["shares"]["all"], "share", [other], trials=captions["scenes"])
             )
     return rows
 
 
 HEADINGS = {
+    "scenes": "Scenes: drawn, asked about, captioned",
     "reconstruction": "Reconstruction",
     "retrieval": "Zero-shot retrieval",
     "likelihood": "Negative log-likelihood under the unified model",
-    "generation": "Generated pictures: is the nearest true picture the prompt's own?",
 }
 COMPARISONS = {
+    "scenes": compare_scenes,
     "reconstruction": compare_reconstruction,
     "retrieval": compare_retrieval,
     "likelihood": lambda result: [*compare_visual_likelihood(result), *compare_captions(result)],
-    "generation": compare_generation,
 }
 
 

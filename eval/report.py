@@ -13,11 +13,15 @@ from eval.html import PictureFolder, template_environment, write_html
 from eval.page import result_rows
 from eval.results import RESULTS_FILE, read_json, write_json
 
-MEASURES = ("reconstruction", "retrieval", "likelihood", "generation", "layers")
+MEASURES = ("scenes", "reconstruction", "retrieval", "likelihood", "layers")
 JOBS = {"siglip": "SigLIP", "tokenizer": "Visual tokenizer", "mllm": "Unified model"}
 OF_A_DEPTH = re.compile(r"(.+?)(?:/depth)?_(\d+)")  # nll_pixel/depth_1, codebook_pixel/usage_1
 RECONSTRUCTIONS_SHOWN = 40
 WORST_SHOWN = 8
+DRAWN_SHOWN = 18
+ASKED_SHOWN = 9  # scenes
+CAPTIONED_SHOWN = 9
+SCENE_PARTS = ("object", "colour", "count", "position", "background")
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,44 @@ def evenly(items: list, count: int) -> list:
     return [items[index * len(items) // count] for index in range(count)]
 
 
+def asked_about(results: dict[str, dict]) -> list[dict]:
+    """The first held-out scenes with the questions asked about them, for people to look at."""
+    if "scenes" not in results:
+        return []
+    held_out = results["scenes"]["splits"]["held_out"]
+    pictures = held_out["drawn"]["rows"]
+    return [
+        {
+            "picture": pictures[number]["true_picture"],
+            "questions": [row for row in held_out["answers"]["rows"] if row["scene"] == number],
+        }
+        for number in range(min(ASKED_SHOWN, len(pictures)))
+    ]
+
+
+def short_question(question: str) -> str:
+    """A question without the line that says in which form an answer is wanted, on one line."""
+    return " ".join(question.splitlines()[:-1])
+
+
+def captioned(results: dict[str, dict]) -> list[dict]:
+    """Held-out scenes, those after the ones asked about, with the captions written for them by language."""
+    if "scenes" not in results:
+        return []
+    held_out = results["scenes"]["splits"]["held_out"]
+    pictures = held_out["drawn"]["rows"][ASKED_SHOWN : ASKED_SHOWN + CAPTIONED_SHOWN]
+    return [
+        {
+            "picture": row["true_picture"],
+            "written": {
+                language: (found["written"][number], found["right"][number])
+                for language, found in held_out["captions"].items()
+            },
+        }
+        for number, row in enumerate(pictures, ASKED_SHOWN)
+    ]
+
+
 def missing_parts(run: Path, results: dict[str, dict]) -> list[str]:
     """Sentences on what the run folder does not hold yet."""
     missing = [
@@ -145,6 +187,7 @@ def render(run: Path, data: dict) -> str:
     """The page as HTML."""
     environment = template_environment()
     environment.filters["language"] = language_name
+    environment.filters["asked_as"] = short_question
     environment.filters["minutes"] = lambda seconds: f"{seconds / 60:.1f} min"
     environment.filters["gib"] = lambda count: f"{count / 2**30:.1f} GiB"
     results = data["results"]
@@ -170,6 +213,10 @@ def render(run: Path, data: dict) -> str:
         layers_svg=layers
         and heatmap("similarity of layers", layers["matrix"], [str(n) for n in layers["layers"]]),
         shown=evenly(reconstructions, RECONSTRUCTIONS_SHOWN),
+        scene_parts=SCENE_PARTS,
+        drawn_shown=DRAWN_SHOWN,
+        asked=asked_about(results),
+        captioned=captioned(results),
         worst=sorted(reconstructions, key=lambda row: row["psnr"])[:WORST_SHOWN],
     )
 

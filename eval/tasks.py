@@ -35,7 +35,7 @@ from eval.visual_tokenizer.tasks import TokenizerJob
 
 # Measures of a run's own data. The longest first, so that the last ones fill the gaps.
 OF_A_RUN = {
-    "generation": "eval.generation.samples",
+    "scenes": "eval.scenes.measure",
     "likelihood": "eval.likelihood",
     "reconstruction": "eval.visual_tokenizer.reconstruction",
     "retrieval": "eval.visual_tokenizer.retrieval",

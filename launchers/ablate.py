@@ -1,26 +1,24 @@
-"""`dualtoken ablate`: which layers for pixels and meaning (arXiv 2503.14324, tables 2 and 6), over seeds."""
+"""`dualtoken ablate`: variants of a model trained over seeds, measured, and compared in a table."""
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from eval.results import read_json, write_json
 from launchers import processes
 from launchers.errors import UserError
 
-RECIPE = "quickstart_tokenizer"
-NO_MEANING = ("losses.semantic_tokens=0", "losses.pooled=0", "losses.commitment_semantic=0")
-
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to build the tokenizer."""
+    """One way to build the model."""
 
     name: str
     meaning: str
     words: tuple[str, ...]  # settings that differ from the recipe's
-    has_meaning: bool = True  # whether its semantic features are trained
+    left_out: tuple[str, ...] = ()  # figures that say nothing of it
 
 
 @dataclass(frozen=True)
@@ -31,117 +29,74 @@ class Figure:
     title: str
     scale: float
     digits: int
-    semantic: bool = False  # empty for variants without trained semantic features
+    chance: str = ""  # which of the measured values guessing would have
 
 
-FIGURES = (
-    Figure("psnr", "PSNR, dB", 1.0, 2),
-    Figure("ssim", "SSIM", 1.0, 3),
-    Figure("usage_pixel", "pixel codes used, %", 100.0, 1),
-    Figure("usage_semantic", "semantic codes used, %", 100.0, 1, semantic=True),
-    Figure("quantized_r1", "R@1 quantized, %", 100.0, 1, semantic=True),
-    Figure("continuous_r1", "R@1 teacher, %", 100.0, 1, semantic=True),
-)
+@dataclass(frozen=True)
+class Ordering:
+    """A claim of the paper: one variant is above another in a figure."""
+
+    above: str
+    below: str
+    key: str
+    claim: str
 
 
-def variants(num_layers: int, semantic_layer: int) -> list[Variant]:
-    """The paper's comparisons for a tower of so many layers: (a) to (d), and the depth of the pixel layer."""
+@dataclass(frozen=True)
+class Ablation:
+    """What is compared: everything that differs from one model to another."""
 
-    def read_pixels_at(layer: int) -> str:
-        return f"model.overrides.reconstruction_layer={layer}"
-
-    quarter, half, three_quarters = (max(1, round(num_layers * part / 4)) for part in (1, 2, 3))
-    return [
-        Variant("merged", "(a) one codebook in one layer", ("model.overrides.merged_codebook=true",)),
-        Variant("deep", "(b) pixels alone, deep layer", (read_pixels_at(semantic_layer), *NO_MEANING), False),
-        Variant("shallow", "(c) pixels alone, shallow layer", (read_pixels_at(quarter), *NO_MEANING), False),
-        Variant("dual", f"(d) DualToken, pixels at 1/4 (layer {quarter})", (read_pixels_at(quarter),)),
-        Variant("half", f"DualToken, pixels at 1/2 (layer {half})", (read_pixels_at(half),)),
-        Variant(
-            "three_quarters",
-            f"DualToken, pixels at 3/4 (layer {three_quarters})",
-            (read_pixels_at(three_quarters),),
-        ),
-    ]
-
-
-def measure(export: Path, siglip: Path, images: dict[str, Path]) -> dict[str, float]:
-    """Figures of one trained tokenizer: reconstruction of held-out pictures, retrieval among seen ones."""
-    from transformers import AutoTokenizer
-
-    from dualtoken.visual_tokenizer.backbone import FrozenTeacher
-    from eval.inputs import load_pictures, load_visual_tokenizer
-    from eval.metrics.codebooks import codebook_statistics
-    from eval.visual_tokenizer.reconstruction import reconstruct
-    from eval.visual_tokenizer.retrieval import compare
-
-    tokenizer = load_visual_tokenizer(export)
-    config = tokenizer.config
-    held_out = load_pictures(images["held_out"], config.image_size)
-    seen = load_pictures(images["seen"], config.image_size, len(held_out))
-    found = reconstruct(tokenizer, held_out.images)
-    usage = [codebook_statistics(found.codes[:, :, q], config.codebook_size).usage for q in (0, 1)]
-    teacher = FrozenTeacher.from_pretrained(siglip, config.semantic_layer).to(tokenizer.device)
-    by_language = compare(tokenizer, teacher, AutoTokenizer.from_pretrained(siglip), seen).values()
-
-    def recall(features: str) -> float:
-        directions = ("text_to_image", "image_to_text")
-        return statistics.mean(one[features][direction] for one in by_language for direction in directions)
-
-    return {
-        **found.summary(),
-        "usage_pixel": usage[0],
-        "usage_semantic": usage[1],
-        "quantized_r1": recall("quantized"),
-        "continuous_r1": recall("continuous"),
-        "chance_r1": statistics.mean(one["quantized"]["chance"] for one in by_language),
-    }
+    recipe: str
+    variants: Sequence[Variant]
+    figures: Sequence[Figure]
+    orderings: Sequence[Ordering]
+    steps: int  # optimizer steps of each training
+    settings: Callable[[Path, int], list[str]]  # words of a training in a folder with a seed
+    measure: Callable[[Path], dict[str, float]]  # figures of the training in a folder
+    chance: str = "by chance"  # title of the row of chances
+    made_from: Mapping[str, str] = field(default_factory=dict)  # fingerprints of what the trainings read
 
 
 def ablate(
-    run: Path, output: Path, steps: int, seeds: int, ranks: int, say: Callable[[str], None]
-) -> list[dict]:
-    """Train and measure every variant with every seed on a quickstart's data; write the table.
+    ablation: Ablation, output: Path, seeds: int, ranks: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Train and measure every variant with every seed; write the table.
 
     A run that is done is not repeated. Writes `ablation.json` and `ablation.md` in `output`.
 
     Args:
-        run: folder of a quickstart with sample data and SigLIP.
+        ablation: what is compared.
         output: folder for the runs and the table.
-        steps: optimizer steps of each training.
         seeds: trainings of each variant.
         ranks: processes of a training.
         say: called with each line for the user.
 
     Returns:
-        the rows of the table, with mean and spread (standard deviation over seeds) of every figure.
+        the rows of the table, with mean and spread (standard deviation over seeds) of every figure; at the
+        end, where chances are known, their row.
 
     Raises:
-        UserError: the sample data or the SigLIP is missing, or a training failed.
+        UserError: a training failed, or `output` holds one with other settings.
     """
-    from dualtoken.visual_tokenizer.config import preset_config
-
-    siglip, data = run / "siglip" / "export", run / "sample_data" / "images"
-    if not (siglip / "config.json").is_file():
-        raise UserError(f"no SigLIP in {siglip}: run `dualtoken quickstart` first or give --run")
-    preset = preset_config("quickstart")
-    todo = variants(preset.vision.num_hidden_layers, preset.semantic_layer)
-    results: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in todo}
+    results: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in ablation.variants}
     for seed in range(seeds):
-        for variant in todo:
+        for variant in ablation.variants:
             folder = output / f"{variant.name}-seed{seed}"
-            words = [*_words(folder, siglip, data, steps, seed), *variant.words]
+            words = [*ablation.settings(folder, seed), *variant.words]
+            asked = {"words": words, "made_from": dict(ablation.made_from)}
             figures = read_json(folder / "ablation.json")
-            if figures is None or figures["words"] != words:
+            _require_same(folder, figures, asked)
+            if figures is None:
                 say(f"{variant.name}, seed {seed}: {variant.meaning}")
-                figures = _train_and_measure(folder, words, ranks, siglip, data)
+                figures = _train_and_measure(folder, asked, ranks, ablation)
             results[variant.name].append(figures)
-    rows = [_row(variant, results[variant.name]) for variant in todo]
-    verdicts = orderings({row["name"]: row for row in rows})
-    write_json(
-        output / "ablation.json", {"steps": steps, "seeds": seeds, "rows": rows, "orderings": verdicts}
-    )
-    table = [*table_lines(rows), "", f"{steps} steps, {seeds} seed(s); spread: standard deviation.", ""]
+    rows = [_row(variant, results[variant.name], ablation.figures) for variant in ablation.variants]
+    verdicts = orderings(ablation.orderings, {row["name"]: row for row in rows})
+    rows += chance_rows(ablation, [one for runs in results.values() for one in runs])
+    content = {"steps": ablation.steps, "seeds": seeds, "rows": rows, "orderings": verdicts}
+    write_json(output / "ablation.json", content)
+    table = [*table_lines(rows, ablation.figures), ""]
+    table += [f"{ablation.steps} steps, {seeds} seed(s); spread: standard deviation.", ""]
     table += [f"- {verdict}" for verdict in verdicts]
     (output / "ablation.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     for line in table:
@@ -150,40 +105,41 @@ def ablate(
     return rows
 
 
-def _words(folder: Path, siglip: Path, data: Path, steps: int, seed: int) -> list[str]:
-    """Every loss but the adversarial one, which hides differences of this size; no stops on the way."""
-    return [
-        f"recipe={RECIPE}",
-        f"run_dir={folder}",
-        f"model.backbone={siglip}",
-        f"data.path={data / 'train'}",
-        f"validation_data.path={data / 'val'}",
-        "wandb.mode=disabled",
-        f"steps={steps}",
-        "losses.gan=0",
-        f"losses.perceptual_start_step={steps * 4 // 5}",
-        "validate_every=0",
-        "checkpoint_every=0",
-        f"seed={seed}",
-        f"model.overrides.codebook_seed={seed}",
-    ]
+def _require_same(folder: Path, figures: dict | None, asked: dict[str, Any]) -> None:
+    """Raise UserError if a run was asked for otherwise: trained on, it would be neither of the two."""
+    before = figures or read_json(folder / "asked.json")
+    if before is None:
+        return
+    found = {"words": before["words"], "made_from": before.get("made_from", {})}
+    if found == asked:
+        return
+    words = [word for word in found["words"] if word not in asked["words"]]
+    difference = ", ".join(words) or "fewer settings"
+    if found["words"] == asked["words"]:
+        difference = (
+            ", ".join(f"{name} {value}" for name, value in found["made_from"].items()) or "other data"
+        )
+    raise UserError(
+        f"{folder} holds a run with {difference}, which is not what is asked for now; choose another --out, "
+        "or remove that folder to make it anew"
+    )
 
 
-def _train_and_measure(folder: Path, words: list[str], ranks: int, siglip: Path, data: Path) -> dict:
+def _train_and_measure(folder: Path, asked: dict[str, Any], ranks: int, ablation: Ablation) -> dict:
     """Train one variant with one seed; measure it and keep the figures in its folder."""
-    finished = processes.run(processes.deepspeed_command("pretrain.train", words, ranks), ranks)
+    write_json(folder / "asked.json", asked)
+    finished = processes.run(processes.deepspeed_command("pretrain.train", asked["words"], ranks), ranks)
     if finished.returncode or not (folder / "done.json").is_file():
         raise UserError(f"the training in {folder} failed; see above, then start this again")
-    images = {"held_out": data / "val", "seen": data / "train"}
-    figures = {"words": words, **measure(folder / "export", siglip, images)}
+    figures = {**asked, **ablation.measure(folder)}
     write_json(folder / "ablation.json", figures)
     return figures
 
 
-def _row(variant: Variant, runs: Sequence[dict[str, float]]) -> dict:
-    row: dict = {"name": variant.name, "meaning": variant.meaning}
-    for figure in FIGURES:
-        if figure.semantic and not variant.has_meaning:
+def _row(variant: Variant, runs: Sequence[dict[str, float]], figures: Sequence[Figure]) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": variant.name, "meaning": variant.meaning}
+    for figure in figures:
+        if figure.key in variant.left_out:
             row[figure.key] = None
             continue
         values = [one[figure.key] for one in runs]
@@ -192,15 +148,28 @@ def _row(variant: Variant, runs: Sequence[dict[str, float]]) -> dict:
     return row
 
 
-def table_lines(rows: Sequence[dict]) -> list[str]:
+def chance_rows(ablation: Ablation, runs: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
+    """The row of what guessing gives, its mean over all runs; none where no figure has a chance."""
+    if not any(figure.chance for figure in ablation.figures):
+        return []
+    row: dict[str, Any] = {"name": "chance", "meaning": ablation.chance}
+    for figure in ablation.figures:
+        row[figure.key] = None
+        if figure.chance:
+            values = [one[figure.chance] for one in runs]
+            row[figure.key] = {"mean": statistics.mean(values), "spread": None, "values": values}
+    return [row]
+
+
+def table_lines(rows: Sequence[dict[str, Any]], figures: Sequence[Figure]) -> list[str]:
     """The table in Markdown."""
     lines = [
-        "| variant | " + " | ".join(figure.title for figure in FIGURES) + " |",
-        "|---|" + "---|" * len(FIGURES),
+        "| variant | " + " | ".join(figure.title for figure in figures) + " |",
+        "|---|" + "---|" * len(figures),
     ]
     for row in rows:
         cells = []
-        for figure in FIGURES:
+        for figure in figures:
             found = row[figure.key]
             if found is None:
                 cells.append("-")
@@ -213,25 +182,18 @@ def table_lines(rows: Sequence[dict]) -> list[str]:
     return lines
 
 
-def orderings(rows: dict[str, dict]) -> list[str]:
+def orderings(claims: Sequence[Ordering], rows: Mapping[str, dict[str, Any]]) -> list[str]:
     """Say which of the paper's orderings appear, and whether beyond twice the standard error."""
+    return [_verdict(one, rows[one.above][one.key], rows[one.below][one.key]) for one in claims]
 
-    def compared(first: str, second: str, key: str, claim: str) -> str:
-        a, b = rows[first][key], rows[second][key]
-        difference = a["mean"] - b["mean"]
-        spreads = [one["spread"] for one in (a, b)]
-        if None in spreads:
-            sure = "one seed: no spread known"
-        else:
-            error = (sum(spread**2 for spread in spreads) / len(a["values"])) ** 0.5
-            sure = "beyond the spread" if abs(difference) > 2 * error else "within the spread"
-        return f"{claim}: {'appears' if difference > 0 else 'does not appear'} ({difference:+.3g}, {sure})"
 
-    return [
-        compared("dual", "shallow", "psnr", "(d) reconstructs at least as well as (c)"),
-        compared("shallow", "merged", "psnr", "(c) reconstructs better than (a)"),
-        compared("shallow", "deep", "psnr", "(c) reconstructs better than (b)"),
-        compared("dual", "merged", "quantized_r1", "(d) keeps meaning better than (a)"),
-        compared("dual", "half", "psnr", "pixels at 1/4 beat 1/2"),
-        compared("half", "three_quarters", "psnr", "pixels at 1/2 beat 3/4"),
-    ]
+def _verdict(ordering: Ordering, above: dict[str, Any], below: dict[str, Any]) -> str:
+    difference = above["mean"] - below["mean"]
+    spreads = [one["spread"] for one in (above, below)]
+    if None in spreads:
+        sure = "one seed: no spread known"
+    else:
+        error = (sum(spread**2 for spread in spreads) / len(above["values"])) ** 0.5
+        sure = "beyond the spread" if abs(difference) > 2 * error else "within the spread"
+    appears = "appears" if difference > 0 else "does not appear"
+    return f"{ordering.claim}: {appears} ({difference:+.3g}, {sure})"

@@ -86,9 +86,9 @@ def pretokenize_arguments(inputs: Sequence[str | Path], visual_tokenizer: Path, 
     ]
 
 
-def learned_shard(root: Path) -> Path:
-    """The image-text shard whose pictures the quickstart's unified model learns."""
-    return root / "sample_data" / "images" / "train" / "shard-000000.tar"
+def scenes_to_learn(root: Path) -> Path:
+    """The image-text shards that the quickstart's unified model learns from."""
+    return root / "sample_data" / "images" / "train" / "scenes"
 
 
 def relocated_settings(recipe: str, root: Path) -> list[str]:
@@ -125,13 +125,14 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
         arguments = [f"recipe={recipe}", f"run_dir={run_dir}", *relocated_settings(recipe, root)]
         return tuple(processes.deepspeed_command("pretrain.train", arguments, ranks))
 
-    def pretokenize(split: str, shards: Path) -> list[str]:
-        return pretokenize_arguments([shards], tokenizer / "export", codes / split)
+    def pretokenize(split: str, shards: Path) -> tuple[str, ...]:
+        arguments = pretokenize_arguments([shards], tokenizer / "export", codes / split)
+        return tuple(processes.deepspeed_command("data_pipeline.pretokenize", arguments, ranks))
 
     return [
         Step(
             "sample-data",
-            "pictures with names in three languages, as shards; a tenth of the concepts held out",
+            "drawings with names and scenes with captions and questions, as shards; a tenth held out",
             ("dualtoken", "sample-data", str(data)),
             data / "summary.json",
         ),
@@ -153,19 +154,16 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
         ),
         Step(
             "pretokenize-train",
-            "one shard of training pictures as codes: as many as a small model learns well in minutes",
-            ("python", "-m", "data_pipeline.pretokenize", *pretokenize("train", learned_shard(root))),
+            "the scenes to train on as codes",
+            pretokenize("train", scenes_to_learn(root)),
             codes / "train" / "dataset.json",
             ("sample-data", "tokenizer"),
+            ranks,
         ),
         Step(
             "pretokenize-val",
-            "the held-out pictures as codes",
-            tuple(
-                processes.deepspeed_command(
-                    "data_pipeline.pretokenize", pretokenize("val", data / "images" / "val"), ranks
-                )
-            ),
+            "the scenes of held-out combinations as codes",
+            pretokenize("val", data / "images" / "val" / "scenes"),
             codes / "val" / "dataset.json",
             ("sample-data", "tokenizer"),
             ranks,
@@ -180,7 +178,7 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
         ),
         Step(
             "evaluate",
-            "reconstruction, retrieval, likelihood, pictures and captions, layers, small local benchmarks",
+            "scenes drawn, asked about, captioned; reconstruction, retrieval, likelihood, small benchmarks",
             ("dualtoken", "evaluate", "--run", str(root)),
             results / "done.json",
             ("siglip", "mllm"),

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.languages import LANGUAGE_NAMES
-from data_pipeline.sources.local_benchmarks.write import FEWEST, write_local_benchmarks
+from data_pipeline.sources.local_benchmarks.held_out import HeldOutScenes
+from data_pipeline.sources.local_benchmarks.write import write_local_benchmarks
 from data_pipeline.sources.openmoji import (
     Picture,
     attribution,
@@ -29,7 +30,7 @@ from data_pipeline.sources.openmoji import (
     render,
 )
 from data_pipeline.sources.scenes.captions import WORDS
-from data_pipeline.sources.scenes.parts import KINDS, THINGS, Combination
+from data_pipeline.sources.scenes.parts import KINDS, THINGS, Combination, Scene
 from data_pipeline.sources.scenes.parts import hold_out as hold_out_combinations
 from data_pipeline.sources.scenes.write import held_out_scenes, scene_samples, training_scenes
 from data_pipeline.sources.text_tokenizer import build_text_tokenizer
@@ -88,9 +89,9 @@ class SampleDataSummary:
 
     def _benchmarks_line(self) -> str:
         if not self.benchmarks:
-            return f"no benchmarks: they need {FEWEST} held-out concepts with English names"
+            return "no benchmarks: they ask in English, which is none of the languages"
         counts = ", ".join(f"{name} {count}" for name, count in self.benchmarks.items())
-        return f"{len(self.benchmarks)} small benchmarks about the held-out pictures: {counts}"
+        return f"{len(self.benchmarks)} small benchmarks about held-out scenes and drawings: {counts}"
 
 
 def _render(task: tuple[str, int]) -> bytes:
@@ -187,7 +188,7 @@ def make_sample_data(
     Below `output`: `images/{train,val}/{drawings,scenes}` (tars of `KEY.png` and `KEY.json`; `images/train`
     can be read as one set of both), `text/{train,val}` (tars of `KEY.txt`), `text_tokenizer/`,
     `benchmarks/TASK/`, `ATTRIBUTION.md` and `summary.json`. Equal settings give equal shards and benchmarks.
-    These ask in English; without English names there are none.
+    These ask in English, mostly about held-out scenes; without English names there are none.
     Everything is written to a folder beside `output` that is renamed at the end, so `output` is complete or
     absent; a second call with the same settings finds it done.
 
@@ -309,7 +310,11 @@ def _write_all(
     benchmarks = {}
     if "en" in settings["languages"]:
         benchmarks = write_local_benchmarks(
-            folder / "images" / "val" / "drawings", folder / "benchmarks", settings["image_size"], seed
+            folder / "images" / "val" / "drawings",
+            HeldOutScenes(combinations, scenes["train"], _captioned(settings)) if scenes else None,
+            folder / "benchmarks",
+            settings["image_size"],
+            seed,
         )
     build_text_tokenizer(folder / "text_tokenizer", settings["num_ranks"])
     tokenizer = json.loads((folder / "text_tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
@@ -334,7 +339,7 @@ def _write_all(
         concepts=counts["concepts"],
         documents=counts["documents"],
         shards=counts["shards"],
-        scenes=scenes,
+        scenes={split: len(of_it) for split, of_it in scenes.items()},
         held_out_combinations={
             kind: [str(one) for one in sorted(combinations) if one.kind == kind] for kind in KINDS
         },
@@ -342,11 +347,16 @@ def _write_all(
     )
 
 
-def _write_scenes(folder: Path, held_out: frozenset[Combination], settings: dict) -> dict[str, int]:
+def _captioned(settings: dict) -> list[str]:
+    """The languages that the grammar of captions knows."""
+    return [language for language in settings["languages"] if language in WORDS]
+
+
+def _write_scenes(folder: Path, held_out: frozenset[Combination], settings: dict) -> dict[str, list[Scene]]:
     """Write scenes to train on and held-out ones; nothing without a language the grammar knows."""
     from data_pipeline.shards.index import prepare_dataset
 
-    languages = [language for language in settings["languages"] if language in WORDS]
+    languages = _captioned(settings)
     if not languages or not settings["scenes"]:
         return {}
     draw = random.Random(f"{settings['seed']}:scenes")
@@ -358,4 +368,4 @@ def _write_scenes(folder: Path, held_out: frozenset[Combination], settings: dict
         samples = scene_samples(scenes, f"scene-{split}", settings["image_size"], languages, held_out, draw)
         _write_shards(folder / split / "scenes", samples, settings["samples_per_shard"])
         prepare_dataset(folder / split / "scenes")
-    return {split: len(scenes) for split, scenes in chosen.items()}
+    return chosen

@@ -41,12 +41,11 @@ class DualTokenConfig(PretrainedConfig):
         codebook_depths: 1 if all depths share a codebook, else D.
         positions_per_image: P.
         image_size: pixels a side of the visual tokenizer's images.
-        visual_input: which codebook's vectors the decoder reads: "both", "pixel" or "semantic". Both are
-        always
-            generated.
+        visual_input: which codebook's vectors the decoder reads, in training, in prompts and while it
+            draws: "both", "pixel" or "semantic". It writes both in any case; there are no weights for
+            vectors that are not read.
         embedder: "concat_mlp" joins the two vectors of a position and maps them to the decoder's width by
-        one MLP;
-            "mlp_concat" has an MLP each, for half the width.
+            one MLP; "mlp_concat" has an MLP each, for half the width.
         visual_features: what the decoder reads of a position: "code_vectors", the sums of its code vectors,
             or "post_quantization", what the visual tokenizer's frozen causal projections make of them and of
             the positions before.

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from data_pipeline.sources.scenes.captions import captions, read_caption
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from eval.generation.samples import write_captions
-from eval.scenes.correctness import shares
+from eval.scenes.correctness import ALL, shares
 from eval.scenes.detector import Found
 from eval.scenes.drawn import by_chance, judge
 from eval.scenes.samples import SceneSamples
@@ -31,14 +31,16 @@ def measure_captions(
         written = write_captions(model, text_tokenizer, list(samples.codes), language, MOST_TOKENS)
         scenes = [read_caption(text, language) for text in written]
         read = [None if scene is None else Found.of(scene) for scene in scenes]
+        judged = judge(samples.scenes, read)
         exact = [
             text in captions(scene, language) for text, scene in zip(written, samples.scenes, strict=True)
         ]
         found[language] = {
             "scenes": len(samples),
-            "shares": {**shares(judge(samples.scenes, read)), "exact": sum(exact) / len(exact)},
+            "shares": {**shares(judged), "exact": sum(exact) / len(exact)},
             "chance": by_chance(samples.scenes, read),
             "unreadable": sum(scene is None for scene in scenes) / len(scenes),
             "written": written,
+            "right": [one[ALL] for one in judged],
         }
     return found

@@ -14,7 +14,7 @@ commands = typer.Typer()
 class Task(StrEnum):
     """What `evaluate` can measure."""
 
-    GENERATION = "generation"
+    SCENES = "scenes"
     LIKELIHOOD = "likelihood"
     RECONSTRUCTION = "reconstruction"
     RETRIEVAL = "retrieval"
@@ -83,7 +83,7 @@ def evaluate(
             metavar="TASK",
             help="Understanding: vqav2, textvqa, pope, mme, seed, mmbench, mmvet, ai2d. Visual tokenizer: "
             "reconstruction, zero_shot, retrieval. Generation: geneval, genai_bench, mjhq, drawing, frechet, "
-            "clip_score. Of a run: generation, likelihood, reconstruction, retrieval, layers. Without one, "
+            "clip_score. Of a run: scenes, likelihood, reconstruction, retrieval, layers. Without one, "
             "everything that a quickstart leaves behind.",
         ),
     ] = None,

@@ -1,5 +1,6 @@
 """Commands that measure: layers, variants, the state of a run, the report."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -31,25 +32,58 @@ def analyze_layers(
         say(line)
 
 
+class Of(StrEnum):
+    """What `ablate` trains variants of."""
+
+    TOKENIZER = "tokenizer"
+    UNIFIED = "unified"
+
+
 @commands.command(rich_help_panel="Measure")
 def ablate(
+    of: Annotated[Of, typer.Option(help="What is trained in variants.")] = Of.TOKENIZER,
     run: RunOption = RUN,
     output: Annotated[
-        Path, typer.Option("--out", "--output", help="Folder for the runs and the table.")
-    ] = Path("runs/ablation"),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each training.")] = 200,
+        Path | None,
+        typer.Option(
+            "--out",
+            "--output",
+            help="Folder for the runs and the table: by default runs/ablation, or runs/ablation_unified.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimizer steps of each training: by default 200, or those of the unified model's recipe.",
+            show_default=False,
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each variant.")] = 3,
     ranks: RanksOption = None,
 ) -> None:
-    """Compare ways to build the tokenizer on a quickstart's data: one codebook or two, which layers.
+    """Compare ways to build a model on a quickstart's data, over seeds: do the paper's orderings appear?
 
-    Example: [bold]dualtoken ablate --steps 200 --seeds 3[/] (about half an hour on two cores)
+    Of the tokenizer: one codebook or two, and at which layers.
+
+    Of the unified model: semantic codes alone, pixel codes alone, or both as what it reads; measured by
+    answers, captions and drawn scenes of held-out combinations.
+
+    Started again, it goes on after the runs that are done.
+
+    Example: [bold]dualtoken ablate --of unified --seeds 3[/] (nine trainings as the quickstart's last)
     """
-    from launchers.ablate import RECIPE
     from launchers.ablate import ablate as run_all
+    from launchers.ablate_tokenizer import tokenizer_ablation
+    from launchers.ablate_unified import unified_ablation
     from launchers.processes import default_ranks
 
-    run_all(run, output, steps, seeds, ranks or default_ranks(RECIPE), say)
+    if of is Of.UNIFIED:
+        ablation, folder = unified_ablation(run, steps), Path("runs/ablation_unified")
+    else:
+        ablation, folder = tokenizer_ablation(run, steps), Path("runs/ablation")
+    run_all(ablation, output or folder, seeds, ranks or default_ranks(ablation.recipe), say)
 
 
 @commands.command(rich_help_panel="Measure")

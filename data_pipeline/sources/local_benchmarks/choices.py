@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.sources.local_benchmarks.facts import draw_facts
 from data_pipeline.sources.local_benchmarks.files import (
     in_base64,
     write_json,
@@ -14,15 +13,14 @@ from data_pipeline.sources.local_benchmarks.files import (
     write_picture,
     write_table,
 )
-from data_pipeline.sources.local_benchmarks.scenes import Drawings
-
-LETTERS = "ABCD"
+from data_pipeline.sources.local_benchmarks.material import Material
+from data_pipeline.sources.scenes.questions import LETTERS
 
 # Kind of fact -> how the benchmarks call it.
 SEED_TYPES = {
-    "name": ("Instance Identity", 2),
+    "what": ("Instance Identity", 2),
     "colour": ("Instance Attributes", 3),
-    "corner": ("Instance Location", 4),
+    "place": ("Instance Location", 4),
     "count": ("Instances Counting", 5),
     "side": ("Spatial Relation", 6),
     "text": ("Text Understanding", 9),
@@ -33,31 +31,33 @@ SEED_NAMES = (
     *("Text Understanding", "Action Recognition", "Action Prediction", "Procedure Understanding"),
 )
 MMBENCH_CATEGORIES = {
-    "name": ("image_topic", "coarse_perception"),
+    "what": ("image_topic", "coarse_perception"),
     "colour": ("attribute_recognition", "finegrained_perception (instance-level)"),
     "count": ("object_localization", "finegrained_perception (instance-level)"),
     "text": ("ocr", "finegrained_perception (instance-level)"),
     "side": ("spatial_relationship", "finegrained_perception (cross-instance)"),
 }
 MMBENCH_ROTATION = 1_000_000  # between the rows of a question
+SEED_EACH, MMBENCH_EACH, MMVET_EACH, AI2D_QUESTIONS = 10, 8, 4, 30  # questions, of each kind
 MMVET_CAPABILITIES = {
-    "name": ["rec"],
+    "what": ["rec"],
+    "colour": ["rec"],
     "count": ["rec"],
-    "corner": ["rec", "spat"],
+    "where": ["rec", "spat"],
     "text": ["ocr"],
     "sum": ["ocr", "math"],
     "meaning": ["ocr", "know"],
 }
 
 
-def write_seed(drawings: Drawings, folder: Path, draw: random.Random) -> int:
+def write_seed(material: Material, folder: Path, draw: random.Random) -> int:
     """SEED-Bench, image part: one file of questions, pictures without an extension."""
     questions: list[dict[str, Any]] = []
     for kind, (_, type_id) in SEED_TYPES.items():
-        for fact in draw_facts(kind, drawings, draw, 8):
-            options, place = fact.options(draw)
+        for shown in material.facts(kind, draw, SEED_EACH):
+            options, place = shown.fact.options(draw)
             number = str(len(questions) + 1)
-            write_picture(folder / "SEED-Bench-image" / f"{number}_1", fact.scene, "JPEG")
+            write_picture(folder / "SEED-Bench-image" / f"{number}_1", shown.picture, "JPEG")
             questions.append(
                 {
                     "answer": LETTERS[place],
@@ -67,7 +67,7 @@ def write_seed(drawings: Drawings, folder: Path, draw: random.Random) -> int:
                     },
                     "data_id": f"{number}_1",
                     "data_type": "image",
-                    "question": fact.question,
+                    "question": shown.fact.question,
                     "question_id": number,
                     "question_type_id": type_id,
                 }
@@ -77,20 +77,20 @@ def write_seed(drawings: Drawings, folder: Path, draw: random.Random) -> int:
     return len(questions)
 
 
-def write_mmbench(drawings: Drawings, folder: Path, draw: random.Random) -> int:
+def write_mmbench(material: Material, folder: Path, draw: random.Random) -> int:
     """MMBench dev: a table with pictures in base64, each question once for each rotation of its options."""
     rows: list[dict[str, Any]] = []
     asked = 0
     for kind, (category, above) in MMBENCH_CATEGORIES.items():
-        for fact in draw_facts(kind, drawings, draw, 6):
-            options, place = fact.options(draw)
-            image = in_base64(fact.scene)
+        for shown in material.facts(kind, draw, MMBENCH_EACH):
+            options, place = shown.fact.options(draw)
+            image = in_base64(shown.picture)
             for turn in range(len(options)):
                 turned = options[turn:] + options[:turn]
                 rows.append(
                     {
                         "index": asked + turn * MMBENCH_ROTATION,
-                        "question": fact.question,
+                        "question": shown.fact.question,
                         "hint": "",
                         **dict(zip(LETTERS, turned, strict=True)),
                         "answer": LETTERS[(place - turn) % len(options)],
@@ -107,39 +107,44 @@ def write_mmbench(drawings: Drawings, folder: Path, draw: random.Random) -> int:
     return asked
 
 
-def write_mmvet(drawings: Drawings, folder: Path, draw: random.Random) -> int:
+def write_mmvet(material: Material, folder: Path, draw: random.Random) -> int:
     """MM-Vet: questions with capabilities, and LLaVA's file of the same; grades come from elsewhere."""
     entries: dict[str, dict[str, Any]] = {}
     rows: list[dict[str, Any]] = []
     for kind, capability in MMVET_CAPABILITIES.items():
-        for fact in draw_facts(kind, drawings, draw, 4):
+        for shown in material.facts(kind, draw, MMVET_EACH):
             number = len(rows)
             name = f"v1_{number}"
-            write_picture(folder / "images" / f"{name}.png", fact.scene, "PNG")
+            write_picture(folder / "images" / f"{name}.png", shown.picture, "PNG")
             entries[name] = {
                 "imagename": f"{name}.png",
-                "question": fact.question,
-                "answer": fact.answer,
+                "question": shown.fact.question,
+                "answer": shown.fact.answer,
                 "capability": capability,
                 "imagesource": "OpenMoji",
             }
-            row = {"image": f"{name}.png", "text": fact.question, "category": "conv", "question_id": number}
+            row = {
+                "image": f"{name}.png",
+                "text": shown.fact.question,
+                "category": "conv",
+                "question_id": number,
+            }
             rows.append(row)
     write_json(folder / "mm-vet.json", entries)
     write_json_lines(folder / "llava-mm-vet.jsonl", rows)
     return len(rows)
 
 
-def write_ai2d(drawings: Drawings, folder: Path, draw: random.Random) -> int:
+def write_ai2d(material: Material, folder: Path, draw: random.Random) -> int:
     """AI2D as VLMEvalKit's table: which label stands at what."""
     rows: list[dict[str, Any]] = []
-    for number, fact in enumerate(draw_facts("label", drawings, draw, 30)):
-        options, place = fact.options(draw)
+    for number, shown in enumerate(material.facts("label", draw, AI2D_QUESTIONS)):
+        options, place = shown.fact.options(draw)
         rows.append(
             {
                 "index": number,
-                "image": in_base64(fact.scene),
-                "question": fact.question,
+                "image": in_base64(shown.picture),
+                "question": shown.fact.question,
                 **dict(zip(LETTERS, options, strict=True)),
                 "answer": LETTERS[place],
                 "category": "labels",

@@ -1,4 +1,4 @@
-"""Writing the files of a benchmark."""
+"""What benchmarks put into their files, and writing it: pictures, objects, tables."""
 
 from __future__ import annotations
 
@@ -6,21 +6,41 @@ import base64
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.sources.local_benchmarks.scenes import Scene
+from PIL import Image
+
+from data_pipeline.sources.scenes.pictures import encoded
+from data_pipeline.sources.scenes.questions import Fact
+
+# Chroma in full: a scene's small drawings differ by their colours.
+_JPEG = {"quality": 90, "subsampling": "4:4:4"}
 
 
-def write_picture(path: Path, scene: Scene, form: str) -> None:
-    """A scene as `PNG` or `JPEG`."""
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """A fact with the picture that it is true of."""
+
+    fact: Fact
+    picture: Image.Image
+
+
+def picture_file(picture: Image.Image, form: str) -> bytes:
+    """A picture as `PNG` or `JPEG`."""
+    return encoded(picture, form, **(_JPEG if form == "JPEG" else {}))
+
+
+def write_picture(path: Path, picture: Image.Image, form: str) -> None:
+    """A picture as a file, `PNG` or `JPEG`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(scene.encoded(form))
+    path.write_bytes(picture_file(picture, form))
 
 
-def in_base64(scene: Scene) -> str:
-    """A scene as JPEG, for a field of a table."""
-    return base64.b64encode(scene.encoded("JPEG")).decode("ascii")
+def in_base64(picture: Image.Image) -> str:
+    """A picture as JPEG, for a field of a table."""
+    return base64.b64encode(picture_file(picture, "JPEG")).decode("ascii")
 
 
 def write_text(path: Path, text: str) -> None:

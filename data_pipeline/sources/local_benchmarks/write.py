@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 
 from data_pipeline.sources.local_benchmarks import choices, prompts, short_answers
-from data_pipeline.sources.local_benchmarks.scenes import read_drawings
+from data_pipeline.sources.local_benchmarks.canvas import read_drawings
+from data_pipeline.sources.local_benchmarks.held_out import HeldOutScenes
+from data_pipeline.sources.local_benchmarks.material import Material
 
-FEWEST = 8  # held-out concepts: fewer give no wrong answers to choose from
+FEWEST = 8  # held-out concepts: fewer make no task of what is about drawings
+ABOUT_DRAWINGS = ("ai2d", "zero_shot")
 
 WRITERS = {
     "vqav2": short_answers.write_vqav2,
@@ -29,31 +32,37 @@ WRITERS = {
 }
 
 
-def write_local_benchmarks(shards: Path, output: Path, image_size: int, seed: int) -> dict[str, int]:
-    """Write every benchmark that the held-out drawings suffice for; equal arguments give equal bytes.
+def write_local_benchmarks(
+    shards: Path, scenes: HeldOutScenes | None, output: Path, image_size: int, seed: int
+) -> dict[str, int]:
+    """Write every benchmark that there is something to ask about; equal arguments give equal bytes.
 
-    Answers are true by the drawings' names, by their pixels, or because the picture was composed so.
+    Questions and prompts are about held-out scenes, in the words of the conversations to train on. Lettering,
+    labels and classes, which scenes do not have, are shown by drawings. Answers are true because the picture
+    was composed so.
 
     Args:
-        shards: folder of the sample data's held-out image-text shards.
+        shards: folder of the sample data's held-out drawings.
+        scenes: what is held out of scenes, and the scenes to train on; None leaves out what needs scenes.
         output: folder that gets one folder for each benchmark.
-        image_size: side of a drawing in pixels; composed pictures are twice as wide.
+        image_size: side of a scene or a drawing in pixels; drawings put together are twice as wide.
         seed: of what is asked.
 
     Returns:
-        questions, prompts or pictures by benchmark; nothing where there are fewer than 8 held-out concepts.
+        questions, prompts or pictures by benchmark; none of AI2D and of classes of drawings where there are
+        fewer than 8 held-out concepts.
 
     Raises:
         ImportError: a package of the extra `sample` is missing.
-        ValueError: a drawing has no English name.
+        ValueError: a drawing has no English name, or scenes cannot be drawn in this size.
     """
-    drawings = read_drawings(shards, image_size)
-    if len(drawings.things) < FEWEST:
-        return {}
+    material = Material(read_drawings(shards, image_size), scenes, image_size)
     written = {}
     for name, write in WRITERS.items():
+        if name in ABOUT_DRAWINGS and len(material.drawings.things) < FEWEST:
+            continue
         # A draw of its own, so that a change of one benchmark leaves the others as they are.
-        count = write(drawings, output / name, random.Random(f"{seed}:{name}"))
+        count = write(material, output / name, random.Random(f"{seed}:{name}"))
         if count:
             written[name] = count
         else:

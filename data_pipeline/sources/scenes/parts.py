@@ -111,6 +111,13 @@ class Scene:
         return self.layout in SIDES
 
     @property
+    def shape(self) -> str:
+        """`single`, `several` of one thing, or a `pair` of two."""
+        if self.is_pair:
+            return "pair"
+        return "several" if self.layout in NUMBERS else "single"
+
+    @property
     def number(self) -> int:
         """How many of each thing it shows."""
         return NUMBERS.get(self.layout, 1)
@@ -178,8 +185,8 @@ def all_combinations() -> list[Combination]:
 def hold_out(share: float, seed: int) -> frozenset[Combination]:
     """Choose combinations by a seeded hash of their names, so that every part stays well seen.
 
-    Of each kind the share `share` of all is held out, rounded up, or what these limits leave (fewer, from
-    shares of about 0.12): one colour, one number and two partners a thing, two things a colour or number.
+    Of each kind the share `share` of all is held out, rounded up, or as many as these limits leave (fewer
+    from about 0.12): one colour, one number and two partners a thing, two things a colour or number.
 
     Raises:
         ValueError: `share` outside (0, 1/4].

@@ -11,8 +11,6 @@ from typing import Any
 from data_pipeline.sources.scenes.captions import captions
 from data_pipeline.sources.scenes.parts import (
     KINDS,
-    NUMBERS,
-    SIDES,
     Combination,
     Item,
     Scene,
@@ -35,7 +33,7 @@ def training_scenes(count: int, held_out: frozenset[Combination], draw: random.R
     groups: dict[str, list[Scene]] = {name: [] for name in _SHARES}
     for scene in all_scenes():
         if held_out.isdisjoint(scene.combinations()):
-            groups[_group(scene)].append(scene)
+            groups[scene.shape].append(scene)
     if count > sum(map(len, groups.values())):
         raise ValueError(f"{count} scenes asked for, there are {sum(map(len, groups.values()))} to train on")
     chosen: list[Scene] = []
@@ -66,12 +64,6 @@ def held_out_scenes(held_out: frozenset[Combination], draw: random.Random) -> li
     chosen = [scene for several in zip(*pools, strict=False) for scene in several]
     draw.shuffle(chosen)
     return chosen
-
-
-def _group(scene: Scene) -> str:
-    if scene.layout in SIDES:
-        return "pair"
-    return "several" if scene.layout in NUMBERS else "single"
 
 
 def scene_samples(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dualtoken.generation.generators import generate, generate_images, generate_text, stream, stream_text
-from dualtoken.generation.likelihood import document_nll
+from dualtoken.generation.likelihood import document_nll, option_log_likelihoods
 from dualtoken.generation.sampling import Sampling, row_noise
 from dualtoken.unified_model.sequence import Document, ImagePart, TextPart, pack_documents, tokenize_document
 from tests.support.unified_support import (
@@ -86,6 +86,29 @@ def test_cached_batched_images_equal_recomputed_single_ones(model, guidance_scal
         alone = generate_images(model, TOKENIZER, [prompt], guidance_scale=guidance_scale, temperature=0)
         assert torch.equal(got, alone[0])
     assert len(codes.unique(dim=0)) == len(PROMPTS)  # the prompts matter
+
+
+@pytest.mark.parametrize("visual_input", ["pixel", "semantic"])
+def test_a_model_that_reads_one_codebook_draws_and_scores_with_that_one_alone(visual_input):
+    model = tiny_model(seed=5, sharpen=30.0, initializer_range=0.3, visual_input=visual_input)
+    codes = generate_images(model, TOKENIZER, PROMPTS[:2], guidance_scale=3.0, temperature=0)
+    for prompt, got in zip(PROMPTS, codes):
+        assert torch.equal(got, naive_image(model, prompt, 3.0)), prompt
+    # With a wrong code in the book that is not read, prompts and likelihoods are what they were.
+    unread = 1 - ["pixel", "semantic"].index(visual_input)
+    shown = random_codes(torch.Generator().manual_seed(1))
+    other = shown.clone()
+    other[:, unread] = (other[:, unread] + 1) % CODES
+    prefixes = [Document([ImagePart(one), TextPart("Say: ")]) for one in (shown, other)]
+    texts = generate_text(model, TOKENIZER, prefixes, max_new_tokens=8)
+    assert texts[0] == texts[1] == naive_text(model, prefixes[0], 8)
+    drawn = generate_images(model, TOKENIZER, prefixes, temperature=0)
+    assert torch.equal(drawn[0], drawn[1])
+    options = [option_log_likelihoods(model, TOKENIZER, [prefix], [["a", "bc"]])[0] for prefix in prefixes]
+    assert options[0] == options[1]
+    other[:, 1 - unread] = (other[:, 1 - unread] + 1) % CODES
+    changed = Document([ImagePart(other), TextPart("Say: ")])
+    assert option_log_likelihoods(model, TOKENIZER, [changed], [["a", "bc"]])[0] != options[0]
 
 
 def test_guidance_of_one_is_no_guidance_bit_for_bit(model, monkeypatch):

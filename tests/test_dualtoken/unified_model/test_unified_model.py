@@ -1,5 +1,6 @@
 """The unified model's loss against equations (5) to (8) written out, and its behaviour around them."""
 
+import json
 import math
 import re
 
@@ -18,6 +19,7 @@ from tests.support.unified_support import (
     DEPTH,
     DIM,
     IDS,
+    POSITIONS,
     caption,
     generation,
     plain,
@@ -146,6 +148,48 @@ def test_the_loss_is_the_sum_written_out_gradients_included(overrides):
         naive = [naive_losses(model, document) for document in documents()]
         expected = gradients(model, weigh(sum(n[0] for n in naive), sum(n[1] for n in naive)))
         assert_same_gradients(got, expected)
+
+
+READ = {"both": [0, 1], "pixel": [0], "semantic": [1]}
+
+
+@pytest.mark.parametrize("visual_input", READ)
+def test_only_codes_that_are_read_matter_to_what_comes_after(visual_input):
+    model = tiny_model(sharpen=8.0, initializer_range=0.3, visual_input=visual_input)
+    batch = pack_documents(tokenized(caption("cat"), generation("dog", 1))).model_inputs()
+    expected = model(**batch)
+    for book in (0, 1):
+        codes = batch["codes"].clone()
+        codes[:POSITIONS, book] = (codes[:POSITIONS, book] + 1) % CODES  # the picture with a caption
+        codes[POSITIONS, book] = (codes[POSITIONS, book] + 1) % CODES  # first position of the drawn one
+        output = model(**{**batch, "codes": codes})
+        is_read = book in READ[visual_input]
+        assert torch.equal(output.text_position_nll, expected.text_position_nll) != is_read
+        later, before = output.visual_position_nll[1:], expected.visual_position_nll[1:]
+        for written in (0, 1):
+            assert torch.equal(later[:, written], before[:, written]) != is_read, (book, written)
+        # Both are written, read or not.
+        assert not torch.equal(output.visual_position_nll[0, book], expected.visual_position_nll[0, book])
+
+
+def test_all_that_is_read_goes_through_one_embedding():
+    default = tiny_model(seed=2)
+    for visual_input, read in READ.items():
+        model = tiny_model(seed=2, visual_input=visual_input)
+        codes = random_codes(torch.Generator().manual_seed(4))
+        sums = model.codebooks(codes).sum(dim=2)  # [P, Q, E]
+        joined = torch.cat([sums[:, book] for book in read], dim=1)
+        (mlp,) = model.visual_embedder.mlps
+        expected = mlp.down(torch.nn.functional.gelu(mlp.up(joined)))
+        ids = torch.tensor([[IDS.image_pad] * POSITIONS])
+        torch.testing.assert_close(model.embed(ids, model.codebooks(codes))[0], expected)
+        drawn = torch.stack([model.embed_next(code[None], None)[0] for code in codes])
+        torch.testing.assert_close(drawn, expected)
+        assert mlp.up.in_features == len(read) * DIM
+        if visual_input == "both":
+            assert torch.equal(
+                default.embed(ids, default.codebooks(codes))[0], model.embed(ids, model.codebooks(codes))[0]
+            )
 
 
 def test_counts_of_right_guesses():
@@ -359,12 +403,16 @@ def test_codebooks_stay_fp32(tmp_path):
     assert loaded.pixel_head.classifier.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("decoder", ["qwen2", "llama"])
-def test_saved_and_loaded(tmp_path, decoder):
-    model = tiny_model(decoder=decoder)
+@pytest.mark.parametrize(
+    "decoder, visual_input", [("qwen2", "both"), ("llama", "pixel"), ("qwen2", "semantic")]
+)
+def test_saved_and_loaded(tmp_path, decoder, visual_input):
+    model = tiny_model(decoder=decoder, visual_input=visual_input)
     model.config.tokenizer_fingerprint = "abc"
     model.save_pretrained(tmp_path)
     assert {"model.safetensors", "config.json"} <= {f.name for f in tmp_path.iterdir()}
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert written["visual_input"] == visual_input
     batch = pack_documents(documents()).model_inputs()
     expected = model(**batch)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), DualTokenConfig)

@@ -32,7 +32,7 @@ SCENARIOS = {
     # (config overrides, frozen parts, gradient checkpointing)
     "joint": ({}, (), True),
     "frozen_llm": ({"decoder": "llama", "embedder": "mlp_concat"}, ("llm",), True),
-    "frozen_heads": ({"decoder": "llama"}, ("pixel_head", "semantic_head"), False),
+    "frozen_heads": ({"decoder": "llama", "visual_input": "pixel"}, ("pixel_head", "semantic_head"), False),
     "features": (FEATURES, ("llm",), True),
     "heads_only": ({}, ("llm", "visual_embedder", "pixel_projector", "semantic_projector"), False),
 }
