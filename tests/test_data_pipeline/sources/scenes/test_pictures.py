@@ -73,3 +73,5 @@ def test_a_file_holds_the_picture():
     picture = draw_scene(scene("four", "green frog"), 32)
     again = Image.open(io.BytesIO(encoded(picture)))
     assert again.format == "PNG" and np.array_equal(np.asarray(again), np.asarray(picture))
+    small, large = (len(encoded(picture, "JPEG", quality=quality)) for quality in (10, 95))
+    assert small < large
