@@ -1,13 +1,14 @@
 """An independent detector of scenes: which true drawings, put together, are nearest to a picture.
 
-It knows the true pictures' parts and nothing of any model: every layout is tried on every background, with
-the nearest thing and colour in each of its cells, and the picture nearest to the one looked at is the answer.
+It knows the true pictures' parts and nothing of any model: every set of cells that do not overlap is tried on
+every background, with the nearest thing and colour in each cell, and the picture nearest to the one looked at
+is the answer.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
+from itertools import combinations, starmap
 
 import torch
 from torch import Tensor
@@ -17,14 +18,12 @@ from data_pipeline.sources.scenes.parts import (
     BACKGROUNDS,
     COLOURS,
     LAYOUTS,
-    PLACES,
     THINGS,
     Item,
     Scene,
 )
 from data_pipeline.sources.scenes.pictures import tile
 
-_CORNERS = tuple(cell for name, cell in PLACES.items() if name != "middle")
 CELLS = tuple(dict.fromkeys(cell for cells in LAYOUTS.values() for cell in cells))
 ITEMS = tuple(Item(thing, colour) for thing in THINGS for colour in COLOURS)
 BATCH = 32
@@ -51,6 +50,10 @@ class Found:
         return f"{items or 'nothing'} on {self.background}"
 
 
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return abs(one[0] - other[0]) < 2 and abs(one[1] - other[1]) < 2
+
+
 class SceneDetector:
     """Reads pictures by the exact drawings.
 
@@ -69,9 +72,8 @@ class SceneDetector:
         # On each background: [G, I, 3, h, h]
         self.tiles = tiles[:, :3] * alpha + self.backgrounds[:, None, :, None, None] * (1 - alpha)
         # Also those that no scene has, so that one drawing too many or too few is seen as that.
-        corners = (several for count in range(5) for several in itertools.combinations(_CORNERS, count))
-        others = [*LAYOUTS.values(), *((cell,) for cell in CELLS)]
-        self.layouts = list(dict.fromkeys([*corners, *map(tuple, others)]))
+        sets = (several for count in range(5) for several in combinations(CELLS, count))
+        self.layouts = [several for several in sets if not any(starmap(_overlap, combinations(several, 2)))]
 
     def read(self, images: Tensor) -> list[Found]:
         """Read pictures [N, 3, S, S] with values in [0, 1]."""

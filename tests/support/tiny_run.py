@@ -76,8 +76,8 @@ def write_codes(folder, tokenizer, first, count):
 def make_tiny_run(folder):
     """Fill a folder: 12 pictures seen, 5 held out, a SigLIP, a visual tokenizer, codes, a unified model."""
     torch.manual_seed(0)
-    write_images(folder / "sample_data" / "images" / "train", 0, 12)
-    write_images(folder / "sample_data" / "images" / "val", 12, 5)
+    write_images(folder / "sample_data" / "images" / "train" / "drawings", 0, 12)
+    write_images(folder / "sample_data" / "images" / "val" / "drawings", 12, 5)
     words = text_tokenizer()
     config = preset_config("tiny")
     siglip = SiglipModel(config.backbone_config())

@@ -89,7 +89,7 @@ def test_array_of_workers_shares_out_shards(tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
     for number in range(4):
-        shutil.copy(run / "sample_data/images/train/shard-000000.tar", shards / f"{number}.tar")
+        shutil.copy(run / "sample_data/images/train/drawings/shard-000000.tar", shards / f"{number}.tar")
     script = str(ROOT / "launchers" / "slurm" / "pretokenize.sbatch")
     words = [
         "--inputs",

@@ -40,7 +40,7 @@ def words(folder: Path, run: str, job: str, steps: int) -> list[str]:
             "gradient_clipping=0",
             "model.preset=tiny",
             f"model.backbone={folder / 'siglip' / 'export'}",
-            f"data.path={folder / 'sample_data' / 'images' / 'train'}",
+            f"data.path={folder / 'sample_data' / 'images' / 'train' / 'drawings'}",
             "perceptual_network.trunk=none",
             "losses.gan_start_step=0",
             "discriminator.channels=8",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from functools import cache
+from typing import Any
 
 from PIL import Image
 
@@ -55,8 +56,8 @@ def draw_scene(scene: Scene, size: int) -> Image.Image:
     return picture
 
 
-def encoded(picture: Image.Image, form: str = "PNG") -> bytes:
-    """A picture's file."""
+def encoded(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    """A picture's file; `options` are PIL's of its format."""
     out = io.BytesIO()
-    picture.save(out, form)
+    picture.save(out, form, **options)
     return out.getvalue()

@@ -30,9 +30,11 @@ from data_pipeline.pretokenize.claims import Claims
 from data_pipeline.pretokenize.command import dry_run, main, place_among_workers, pretokenize
 from data_pipeline.pretokenize.run import plan_outputs
 from data_pipeline.pretokenize.shard_tokenizer import Settings
-from data_pipeline.shards.code_shards import DatasetManifest, iterate_shard, verify_dataset
+from data_pipeline.shards.code_shards import CodeSample, DatasetManifest, iterate_shard, verify_dataset
 from data_pipeline.shards.image_text_shards import expand_inputs, read_shard, source_address
 from data_pipeline.shards.tar_members import iterate_samples, locate_samples
+from data_pipeline.streams.views import LeftOut, build_document
+from dualtoken.unified_model.sequence import ImagePart, TextPart
 from tests.support.command import call
 from tests.test_data_pipeline.streams.test_streams import write_tar
 
@@ -161,6 +163,44 @@ def test_each_sample_is_out_or_rejected(tmp_path: Path) -> None:
     assert sample.parts == [{"image": 0, "loss": False}, {"text": "thing 12"}]
     images = build_image_decoder(SIZE, "pil")([picture(12)]).images
     assert np.array_equal(sample.codes, StandInTokenizer().encode(images).numpy())
+
+
+def test_a_conversation_with_captions_beside_it_serves_all_three_views(tmp_path: Path) -> None:
+    """As the sample data's scenes: one picture is captioned, generated and asked about."""
+    members: list[tuple[str, bytes]] = []
+    for index in range(3):
+        talk = [
+            {"from": "human", "value": "<image>\nHow many?"},
+            {"from": "gpt", "value": f"{index}."},
+        ]
+        captions = {"en": f"thing {index}", "de": f"Ding {index}"}
+        record = {"captions": captions, "conversations": talk, "scene": {"layout": "two"}}
+        # The last has no captions: it is asked about only.
+        record = {"conversations": talk} if index == 2 else record
+        members += [(f"k{index}.png", picture(index)), (f"k{index}.json", json.dumps(record).encode())]
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "in-000.tar", members)
+    manifest = run(tmp_path / "in", tmp_path / "out")
+    assert (manifest.samples_out, manifest.rejected) == (3, 0)
+    samples = list(iterate_shard(tmp_path / "out" / "in-000.tar"))
+    draw = random.Random(0)
+
+    def texts(sample: CodeSample, view: str, language: str) -> list[str]:
+        document = build_document(sample, view, draw, [language])
+        (image,) = [part for part in document.parts if isinstance(part, ImagePart)]
+        assert np.array_equal(image.codes, sample.codes[0]) and image.loss == (view == "generate")
+        return [part.text for part in document.parts if isinstance(part, TextPart)]
+
+    for index, sample in enumerate(samples[:2]):
+        for language, caption in {"en": f"thing {index}", "de": f"Ding {index}"}.items():
+            assert texts(sample, "caption", language)[-1] == f" {caption}"
+            assert texts(sample, "generate", language) == [caption]
+            asked = texts(sample, "document", language)
+            assert "\nHow many?" in asked and f"{index}." in asked and caption not in "".join(asked)
+    assert "2." in texts(samples[2], "document", "en")
+    for view in ("caption", "generate"):
+        with pytest.raises(LeftOut, match="^no caption$"):
+            texts(samples[2], view, "en")
 
 
 def test_a_finished_run_is_left_alone_and_another_refused(tmp_path: Path) -> None:

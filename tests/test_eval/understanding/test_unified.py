@@ -65,7 +65,7 @@ def test_vicuna_prompts_are_those_of_llavas_scripts(run, files):
 def test_prompts_begin_the_documents_of_training(run, files, template):
     answerer = load(run, template=template)
     pictures = load_pictures(
-        run / "sample_data" / "images" / "val", answerer.visual_tokenizer.config.image_size
+        run / "sample_data" / "images" / "val" / "drawings", answerer.visual_tokenizer.config.image_size
     )
     codes = answerer.visual_tokenizer.encode(pictures.images[:2]).numpy()
     asked = [files[0], files[1].read_bytes(), files[0]]

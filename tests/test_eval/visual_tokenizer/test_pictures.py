@@ -153,6 +153,6 @@ def test_centre_crop_is_torchvisions(tmp_path, index):
 
 
 def test_square_is_what_training_sees(run):
-    shards = run / "sample_data" / "images" / "val"
+    shards = run / "sample_data" / "images" / "val" / "drawings"
     found = read_batch(open_pictures(shards), range(5), build_decoder(16, "square"))
     assert torch.equal(found, load_pictures(shards, 16).images)

@@ -1,4 +1,4 @@
-"""No held-out combination is in what is trained on: proved from the files, by word lists of the test's own."""
+"""No held-out combination is in what is trained on: by the files and word lists of the test's own."""
 
 import io
 import itertools
@@ -269,7 +269,7 @@ def test_every_part_of_a_held_out_combination_is_in_training(made, held_out):
 
 
 def test_held_out_scenes_are_found_by_the_same_search(made, held_out):
-    """The search finds what is there: each held-out combination, in every language, in metadata and captions."""
+    """The search finds what is there: every held-out combination, in metadata and every language."""
     found = Counter()
     for record in records(made / "images" / "val" / "scenes").values():
         here = shown(record) & held_out
