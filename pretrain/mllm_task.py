@@ -57,6 +57,9 @@ class MllmLossConfig:
     text: float = 1.0
     pixel: float = 1.0
     semantic: float = 1.0
+    # Weight of each depth of the codes, relative to the depth before it: 1 is the sum of equations 5 to 8.
+    # Less lets a short training look at the first depths, where the picture is; the last are mostly noise.
+    depth_decay: float = 1.0
     # Weight of the squared log-partition of every classifier, within its modality; PaLM 1e-4, UniTok 5e-5.
     z_loss: float = 0.0
 
@@ -219,7 +222,8 @@ class MllmTask:
         text, visual = output.text_nll, output.visual_nll
         if weights.z_loss:
             text, visual = text + output.text_z_loss, visual + output.visual_z_loss
-        pixel, semantic = visual.sum(dim=1)  # [Q, D] -> [Q]
+        by_depth = weights.depth_decay ** torch.arange(visual.shape[1], device=visual.device)
+        pixel, semantic = (visual * by_depth).sum(dim=1)  # [Q, D] -> [Q]
         return weights.text * text + weights.pixel * pixel + weights.semantic * semantic
 
     def validate(self) -> dict[str, float]:

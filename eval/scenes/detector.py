@@ -22,7 +22,7 @@ from data_pipeline.sources.scenes.parts import (
     Item,
     Scene,
 )
-from data_pipeline.sources.scenes.pictures import tile
+from data_pipeline.sources.scenes.pictures import paper, tile
 
 CELLS = tuple(dict.fromkeys(cell for cells in LAYOUTS.values() for cell in cells))
 ITEMS = tuple(Item(thing, colour) for thing in THINGS for colour in COLOURS)
@@ -66,11 +66,13 @@ class SceneDetector:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.backgrounds = torch.tensor(list(BACKGROUNDS.values())) / 255  # [G, 3]
+        papers = [pil_to_tensor(paper(name, size)) for name in BACKGROUNDS]
+        self.backgrounds = torch.stack(papers) / 255  # [G, 3, S, S]
         tiles = torch.stack([pil_to_tensor(tile(item, size // 2)) for item in ITEMS]) / 255  # [I, 4, h, h]
         alpha = tiles[:, 3:]
         # On each background: [G, I, 3, h, h]
-        self.tiles = tiles[:, :3] * alpha + self.backgrounds[:, None, :, None, None] * (1 - alpha)
+        half = self.backgrounds[:, None, :, : size // 2, : size // 2]  # patterns are the same in every cell
+        self.tiles = tiles[:, :3] * alpha + half * (1 - alpha)
         # Also those that no scene has, so that one drawing too many or too few is seen as that.
         sets = (several for count in range(5) for several in combinations(CELLS, count))
         self.layouts = [several for several in sets if not any(starmap(_overlap, combinations(several, 2)))]
@@ -80,7 +82,7 @@ class SceneDetector:
         return [found for part in images.float().cpu().split(BATCH) for found in self._read(part)]
 
     def _read(self, images: Tensor) -> list[Found]:
-        differences = (images[:, None] - self.backgrounds[:, :, None, None]).square().sum(2)  # [N, G, S, S]
+        differences = (images[:, None] - self.backgrounds).square().sum(2)  # [N, G, S, S]
         empty = differences.sum((2, 3))  # [N, G]
         # What is gained (below 0) by the nearest drawing in each cell over bare background.
         gains, nearest = {}, {}

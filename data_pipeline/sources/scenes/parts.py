@@ -56,8 +56,25 @@ COLOURS: Mapping[str, Colour] = MappingProxyType(
         "purple": Colour("#b399c8", "#8967aa"),
     }
 )
-BACKGROUNDS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
-    {"white": (255, 255, 255), "grey": (208, 207, 206), "pink": (255, 213, 226)}
+
+
+@dataclass(frozen=True)
+class Background:
+    """Paper with a pattern on it, eight times across a picture."""
+
+    ground: tuple[int, int, int]
+    ink: tuple[int, int, int]
+    pattern: str  # `dots`, `checks` or `stripes`
+
+
+# Not plain: what a shallow layer says of a patch with nothing in it is about the patches around it, and the
+# codes of that are as good as random.
+BACKGROUNDS: Mapping[str, Background] = MappingProxyType(
+    {
+        "white": Background((255, 255, 255), (188, 208, 224), "dots"),
+        "grey": Background((222, 222, 220), (190, 189, 188), "checks"),
+        "pink": Background((255, 224, 233), (248, 187, 208), "stripes"),
+    }
 )
 
 # Where things stand: the upper left corners of their cells, (right, down), in quarters of the picture's side.

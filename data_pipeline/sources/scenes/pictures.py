@@ -7,12 +7,14 @@ import re
 from functools import cache
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from data_pipeline.sources.openmoji import drawings_folder, render_svg
 from data_pipeline.sources.scenes.parts import BACKGROUNDS, COLOURS, THINGS, Item, Scene
 
 _VIEW_BOX = 72  # of OpenMoji's drawings
+_REPEATS = 8  # of a background's pattern across a picture
 _MARGIN = 2  # of its units around a thing
 
 
@@ -40,6 +42,21 @@ def tile(item: Item, size: int) -> Image.Image:
     return render_svg(svg.replace(whole, f'viewBox="{x} {y} {side} {side}"'), size)
 
 
+@cache
+def paper(name: str, size: int) -> Image.Image:
+    """A background without anything on it, RGB."""
+    chosen = BACKGROUNDS[name]
+    across = (np.arange(size) * _REPEATS / size) % 1  # within the pattern
+    x, y = np.meshgrid(across, across)
+    inked = {
+        "dots": (x - 0.45) ** 2 + (y - 0.45) ** 2 < 0.06,
+        "checks": (x < 0.5) != (y < 0.5),
+        "stripes": x < 0.5,
+    }[chosen.pattern]
+    pixels = np.where(inked[..., None], chosen.ink, chosen.ground).astype(np.uint8)
+    return Image.fromarray(pixels)
+
+
 def draw_scene(scene: Scene, size: int) -> Image.Image:
     """A scene as an RGB picture of `size` x `size` pixels, each thing half as wide.
 
@@ -49,7 +66,7 @@ def draw_scene(scene: Scene, size: int) -> Image.Image:
     """
     if size % 4:
         raise ValueError(f"size is {size}, expected a multiple of 4")
-    picture = Image.new("RGB", (size, size), BACKGROUNDS[scene.background])
+    picture = paper(scene.background, size).copy()
     for item, (right, down) in scene.placed():
         drawn = tile(item, size // 2)
         picture.paste(drawn, (right * size // 4, down * size // 4), drawn)
