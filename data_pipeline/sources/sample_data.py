@@ -210,10 +210,13 @@ def make_sample_data(
         ValueError: an argument is out of range, or `output` holds something else.
     """
     output = Path(output)
-    if image_size < 16 or samples_per_shard < 1:
+    if image_size < 16 or image_size % 4 or samples_per_shard < 1 or scenes < 0:
         raise ValueError(
-            f"image_size is {image_size} (at least 16), samples_per_shard {samples_per_shard} (at least 1)"
+            f"image_size is {image_size} (at least 16, a multiple of 4), "
+            f"samples_per_shard {samples_per_shard} (at least 1), scenes {scenes} (at least 0)"
         )
+    # Said before all drawings are rendered.
+    training_scenes(scenes, hold_out_combinations(held_out, seed), random.Random(seed))
     settings = {
         "format_version": FORMAT_VERSION,
         "image_size": image_size,

@@ -176,6 +176,8 @@ def test_scenes_are_written_counted_and_told(made, some, tmp_path):
     foreign = make((some[0][:20], some[1]), tmp_path / "foreign", languages=("fr",))
     assert foreign.scenes == {} and not (tmp_path / "foreign" / "images" / "train" / "scenes").exists()
     assert "no scenes: their captions need one of the languages en, de, es" in foreign.lines()
+    assert foreign.benchmarks == {} and not (tmp_path / "foreign" / "benchmarks").exists()
+    assert "no benchmarks: they ask in English, which is none of the languages" in foreign.lines()
 
 
 def test_attribution_and_text_tokenizer_are_written(made):
@@ -195,7 +197,7 @@ def test_attribution_and_text_tokenizer_are_written(made):
     assert any("held out" in line for line in summary.lines())
 
 
-def test_benchmarks_are_written_and_counted(made, some, tmp_path):
+def test_benchmarks_are_written_and_counted(made):
     output, summary = made
     assert (
         {path.name for path in (output / "benchmarks").iterdir()} == set(summary.benchmarks) > {"pope", "mme"}
@@ -232,8 +234,24 @@ def test_other_settings_and_foreign_folders_are_refused(made, some, tmp_path):
         make(some, tmp_path)
     with pytest.raises(ValueError, match="languages are .*'xx'.*expected different ones of ar, de, en"):
         make_sample_data(tmp_path / "new", languages=("en", "xx"))
-    with pytest.raises(ValueError, match="image_size is 4"):
-        make_sample_data(tmp_path / "new", image_size=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 4}, r"image_size is 4 \(at least 16, a multiple of 4\)"),
+        ({"image_size": 30}, r"image_size is 30 \(at least 16, a multiple of 4\)"),
+        ({"samples_per_shard": 0}, r"samples_per_shard 0 \(at least 1\)"),
+        ({"scenes": -1}, r"scenes -1 \(at least 0\)"),
+        ({"scenes": 10**6}, "1000000 scenes asked for, there are [0-9]+ to train on"),
+        ({"held_out": 0.3}, "held_out is 0.3, expected a share above 0 and at most 0.25"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_anything_is_drawn(tmp_path, monkeypatch, settings, message):
+    monkeypatch.setattr(sample_data, "find_pictures", lambda languages: pytest.fail("drawings looked for"))
+    with pytest.raises(ValueError, match=message):
+        make_sample_data(tmp_path / "new", **settings)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_failing_run_leaves_nothing_behind(some, tmp_path, monkeypatch):
