@@ -14,7 +14,7 @@ from dualtoken.generation.generators import generate_images
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from eval.comparisons import Baseline, Comparison
-from eval.generation.samples import decode_codes, write_captions
+from eval.generation.writing import decode_codes, write_captions
 from eval.html import data_uri
 from eval.inputs import draw_prompts, stack_codes, to_picture
 from eval.metrics.recall import recall_at_1

@@ -95,7 +95,7 @@ def caption_files(
     images: Sequence[Path], model: Path, visual_tokenizer: Path, language: str, max_new_tokens: int
 ) -> Iterator[str]:
     """Yield a line with a caption for each picture."""
-    from eval.generation.samples import write_captions
+    from eval.generation.writing import write_captions
 
     unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
     pictures = read_pictures(images, tokenizer.config.image_size)

@@ -39,6 +39,7 @@ ROOMS = {
     "eval.metrics": set(),
     "eval.understanding": set(),
     "eval.visual_tokenizer": {"eval.metrics"},
+    "eval.scenes": {"eval.metrics", "eval.generation"},
     "eval.generation": {"eval.metrics", "eval.visual_tokenizer"},
 }
 ABOVE_THE_ROOMS = {"dualtoken.processing", "pretrain.trainer", "pretrain.train"}

@@ -23,7 +23,7 @@ from dualtoken.generation.sampling import Sampling
 from eval.agreement import agree
 from eval.benchmark_files import BenchmarkError, field_of, find_image, read_json_lines
 from eval.generation.prompts import GENEVAL, Layout, Prompt, PromptSet
-from eval.generation.samples import decode_codes
+from eval.generation.writing import decode_codes
 from eval.inputs import PRECISIONS, load_models, to_picture
 from eval.model_files import fingerprint_of_files
 from eval.progress import counted

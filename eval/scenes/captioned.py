@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_pipeline.sources.scenes.captions import captions, read_caption
 from dualtoken.unified_model.model import DualTokenForCausalLM
-from eval.generation.samples import write_captions
+from eval.generation.writing import write_captions
 from eval.scenes.correctness import ALL, shares
 from eval.scenes.detector import Found
 from eval.scenes.drawn import by_chance, judge

@@ -14,7 +14,7 @@ from data_pipeline.sources.scenes.parts import KINDS, Combination, Scene
 from dualtoken.generation.generators import generate_images
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
-from eval.generation.samples import decode_codes
+from eval.generation.writing import decode_codes
 from eval.inputs import draw_prompts
 from eval.metrics.images import to_unit_range
 from eval.scenes.correctness import right_parts, shares
