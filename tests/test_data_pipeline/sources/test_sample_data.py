@@ -197,7 +197,7 @@ def test_attribution_and_text_tokenizer_are_written(made):
     assert any("held out" in line for line in summary.lines())
 
 
-def test_benchmarks_are_written_and_counted(made):
+def test_benchmarks_are_written_and_counted(made, some, tmp_path):
     output, summary = made
     assert (
         {path.name for path in (output / "benchmarks").iterdir()} == set(summary.benchmarks) > {"pope", "mme"}
