@@ -161,7 +161,10 @@ def training_words(
     output: Path,
     ranks: int,
 ) -> list[str]:
-    """Words for the trainer: the recipe on these pairs alone, always prompted, nothing validated."""
+    """Words for the trainer: the recipe on these pairs alone, always prompted, nothing validated.
+
+    Every code counts alike: a picture has come back when its last code has.
+    """
     from pretrain.config import load_job_config
 
     blend = [
@@ -175,6 +178,9 @@ def training_words(
         f"model.text_tokenizer={text_tokenizer}",
         f"data.blend={json.dumps(blend)}",
         "data.prompt_dropout=0",
+        "losses.pixel=1",
+        "losses.semantic=1",
+        "losses.depth_decay=1",
         "validation_data=null",
         "validate_every=0",
         "wandb.mode=disabled",
