@@ -73,11 +73,16 @@ class MllmJobConfig(JobConfig):
     losses: MllmLossConfig = field(default_factory=MllmLossConfig)
     frozen: list[str] = field(default_factory=list)  # patterns of parameter names
     gradient_checkpointing: bool = False  # of the language model's layers; the heads keep nothing in any case
+    # Of an image that is drawn, a training step hides a share of the codes from what reads them, drawn for
+    # each image between 0 and this: else a small model tells codes from those before, not from the prompt.
+    hidden_codes: float = 0.0
     data: DocumentStreamConfig = MISSING
     validation_data: DocumentStreamConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.hidden_codes <= 1:
+            raise ConfigError(f"hidden_codes={self.hidden_codes}: expected a share, 0 to 1")
         if self.micro_batch_size != 1:
             raise ConfigError(
                 f"micro_batch_size={self.micro_batch_size}: expected 1, a forward pass takes one pack; "
@@ -192,7 +197,10 @@ class MllmTask:
         averages = Averages(self.runtime.device)
         tokens = 0
         for batch in micro_batches:
-            output = self.engines["model"](**batch.model_inputs(), z_loss=self.config.losses.z_loss)
+            inputs = {**batch.model_inputs(), "z_loss": self.config.losses.z_loss}
+            if self.config.hidden_codes and batch.visual_loss_mask.any():
+                inputs["unread"] = self.draw_unread(batch.visual_loss_mask)
+            output = self.engines["model"](**inputs)
             # Summed over tokens and depths, divided by the positions of the whole step: every supervised
             # position weighs the same, whichever rank and micro-batch it fell into.
             backward(self.engines["model"], self.weighted_sum(output) / positions, reduction="sum")
@@ -206,6 +214,12 @@ class MllmTask:
         for name, total in self.train_loader.statistics.figures().items():
             averages.add(name, total, 1 / self.runtime.world_size)
         return take_step(self.engines, averages)
+
+    def draw_unread(self, drawn: Tensor) -> Tensor:
+        """Choose codes to hide among the positions of images that are drawn: [V] bool of [V] bool."""
+        images = drawn.view(-1, self.model.config.positions_per_image)
+        shares = self.config.hidden_codes * torch.rand(len(images), 1, device=drawn.device)
+        return (images & (torch.rand(images.shape, device=drawn.device) < shares)).flatten()
 
     def supervised_positions(self, micro_batches: list[PackedBatch]) -> Tensor:
         """Count the supervised text and visual positions of this step over all ranks, at least 1."""

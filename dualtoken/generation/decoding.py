@@ -55,7 +55,7 @@ def write_images(
             if progress is not None:
                 progress(position + 1, positions)
             if position + 1 < positions:
-                embedded = model.embed_next(codes[:, position], features)
+                embedded = model.embed_next(codes[:, position], position, features)
                 rows.feed(embedded.repeat(2, 1) if guided else embedded)
     return codes
 

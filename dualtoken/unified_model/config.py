@@ -46,6 +46,9 @@ class DualTokenConfig(PretrainedConfig):
             vectors that are not read.
         embedder: "concat_mlp" joins the two vectors of a position and maps them to the decoder's width by
             one MLP; "mlp_concat" has an MLP each, for half the width.
+        place_embedding: add a learned embedding of a position's place in its image to what the embedder
+            makes of its codes. The published models have none: their decoders learn places from rotary
+            positions, which takes a small one long.
         visual_features: what the decoder reads of a position: "code_vectors", the sums of its code vectors,
             or "post_quantization", what the visual tokenizer's frozen causal projections make of them and of
             the positions before.
@@ -73,6 +76,7 @@ class DualTokenConfig(PretrainedConfig):
     image_size: int = 384
     visual_input: str = "both"
     embedder: str = "concat_mlp"
+    place_embedding: bool = False
     visual_features: str = "code_vectors"
     post_quantization_dim: int | None = None
     head_hidden_size: int = 2048
@@ -101,6 +105,8 @@ class DualTokenConfig(PretrainedConfig):
                 raise ValueError(
                     f"{field}={getattr(self, field)!r}; expected one of {', '.join(map(repr, choices))}"
                 )
+        if not isinstance(self.place_embedding, bool):
+            raise ValueError(f"place_embedding={self.place_embedding!r}; expected true or false")
         if (self.visual_features == "post_quantization") != bool(self.post_quantization_dim):
             raise ValueError(
                 f"visual_features={self.visual_features!r} with post_quantization_dim="

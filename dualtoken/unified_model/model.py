@@ -112,7 +112,11 @@ class DualTokenForCausalLM(PreTrainedModel):
         if config.post_quantization_dim is not None:
             self.post_quantization = PostQuantization(config.codebook_dim, config.post_quantization_dim)
         self.visual_embedder = VisualEmbedder(
-            config.visual_input, config.embedder, config.post_quantization_dim or config.codebook_dim, width
+            config.visual_input,
+            config.embedder,
+            config.post_quantization_dim or config.codebook_dim,
+            width,
+            config.positions_per_image if config.place_embedding else 0,
         )
         self.pixel_projector = GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
         self.semantic_projector = GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
@@ -128,6 +132,8 @@ class DualTokenForCausalLM(PreTrainedModel):
             # One loaded in part under ZeRO-3 is not whole here; `load_strictly` refuses it.
             if all(parameter.numel() for parameter in module.parameters()):
                 module.init_weights()
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.2)  # what an MLP makes of codes is about as large
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
@@ -249,6 +255,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         labels: torch.Tensor | None = None,
         visual_loss_mask: torch.Tensor | None = None,
         z_loss: float = 0.0,
+        unread: torch.Tensor | None = None,
     ) -> DualTokenOutput:
         """Score a pack of documents: equations (5) to (8) of arXiv 2503.14324, as sums.
 
@@ -263,6 +270,8 @@ class DualTokenForCausalLM(PreTrainedModel):
                 is never a target.
             visual_loss_mask: [V] bool, which visual positions are targets; None for none.
             z_loss: weight of the squared log-partition at each target (see `chunked_loss`); 0 for none.
+            unread: [V] bool, which visual positions are read as if their code vectors were zero, to learn
+                what to draw from the prompt too; they are targets all the same. None for none.
 
         Raises:
             ValueError: on more than one row, or numbers of codes and image-pad positions that differ.
@@ -289,9 +298,10 @@ class DualTokenForCausalLM(PreTrainedModel):
         supervised = labels != IGNORE_INDEX
         codes, counts = self.checked_codes(input_ids, codes, supervised, visual_loss_mask)
         vectors = self.codebooks(codes)  # [V, Q, D, E]
+        read = vectors if unread is None else vectors * ~unread[:, None, None, None]
         visual_positions = self.visual_positions(input_ids[0], len(codes))
         hidden = self.decoder(
-            inputs_embeds=self.embed(input_ids, vectors),
+            inputs_embeds=self.embed(input_ids, read),
             position_ids=position_ids,
             use_cache=False,
             cu_seq_lens_q=cu_seqlens,
@@ -316,12 +326,15 @@ class DualTokenForCausalLM(PreTrainedModel):
         embeddings = self.get_input_embeddings()(input_ids)
         positions = self.visual_positions(input_ids.flatten(), len(vectors))
         images = vectors[None]
+        per_image = self.config.positions_per_image
         if len(vectors) == 0:
             images = self._no_vectors(1)[None]
-        elif self.post_quantization is not None:
-            require_whole_images(positions, self.config.positions_per_image)
-            images = vectors.unflatten(0, (-1, self.config.positions_per_image))
-        visual = self.visual_embedder(self._features(images).flatten(0, 1)).to(embeddings.dtype)
+        elif self.post_quantization is not None or self.config.place_embedding:
+            require_whole_images(positions, per_image)
+            images = vectors.unflatten(0, (-1, per_image))
+        features = self._features(images).flatten(0, 1)
+        places = torch.arange(len(features), device=features.device) % per_image
+        visual = self.visual_embedder(features, places).to(embeddings.dtype)
         if len(vectors) == 0:
             return embeddings + 0.0 * visual.sum()
         return embeddings.flatten(0, 1).index_copy(0, positions, visual).view_as(embeddings)
@@ -330,9 +343,10 @@ class DualTokenForCausalLM(PreTrainedModel):
         """Return what `embed_next` needs from one position to the next; to be had anew for each image."""
         return None if self.post_quantization is None else FeatureCache()
 
-    def embed_next(self, codes: torch.Tensor, cache: FeatureCache | None) -> torch.Tensor:
-        """Embed the next position's codes [N, Q, D] of N images that are being generated: [N, H]."""
-        return self.visual_embedder(self._features(self.codebooks(codes)[:, None], cache)[:, 0])
+    def embed_next(self, codes: torch.Tensor, place: int, cache: FeatureCache | None) -> torch.Tensor:
+        """Embed the codes [N, Q, D] at one place, from 0, of N images that are being generated: [N, H]."""
+        places = torch.full((len(codes),), place, device=codes.device)
+        return self.visual_embedder(self._features(self.codebooks(codes)[:, None], cache)[:, 0], places)
 
     def _features(self, vectors: torch.Tensor, cache: FeatureCache | None = None) -> torch.Tensor:
         """Turn code vectors [I, N, Q, D, E] of images into what the embedder reads, [I, N, Q, E or W]."""

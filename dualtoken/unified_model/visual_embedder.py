@@ -79,9 +79,11 @@ class GeluMLP(nn.Module):
 
 
 class VisualEmbedder(nn.Module):
-    """Summed code vectors [V, Q, E] -> inputs of the decoder [V, H]."""
+    """Summed code vectors [V, Q, E] -> inputs of the decoder [V, H]; of `places` P, also by place."""
 
-    def __init__(self, visual_input: str, embedder: str, codebook_dim: int, hidden_size: int) -> None:
+    def __init__(
+        self, visual_input: str, embedder: str, codebook_dim: int, hidden_size: int, places: int = 0
+    ) -> None:
         super().__init__()
         self.read = [q for q, name in enumerate(CODEBOOKS) if visual_input in ("both", name)]
         self.joined = embedder == "concat_mlp" or len(self.read) == 1
@@ -91,10 +93,15 @@ class VisualEmbedder(nn.Module):
         self.mlps = nn.ModuleList(
             GeluMLP(width, hidden_size // mlps, hidden_size // mlps) for _ in range(mlps)
         )
+        self.place_embedding = nn.Embedding(places, hidden_size) if places else None
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Join the features that are read, before or after the MLPs."""
+    def forward(self, features: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Join the features that are read, before or after the MLPs; `places` [V] are counted from 0."""
         features = features[:, self.read]
         if self.joined:
-            return self.mlps[0](features.flatten(1))
-        return torch.cat([mlp(features[:, i]) for i, mlp in enumerate(self.mlps)], dim=-1)
+            embedded = self.mlps[0](features.flatten(1))
+        else:
+            embedded = torch.cat([mlp(features[:, i]) for i, mlp in enumerate(self.mlps)], dim=-1)
+        if self.place_embedding is None:
+            return embedded
+        return embedded + self.place_embedding(places)

@@ -87,5 +87,5 @@ def require_whole_images(positions: torch.Tensor, per_image: int) -> None:
     if not whole:
         raise ValueError(
             f"{len(positions)} image-pad tokens do not come in runs of {per_image}, an image each; "
-            "post-quantization features need whole images: do not cut documents inside one"
+            "post-quantization features and places need whole images: do not cut documents inside one"
         )

@@ -91,6 +91,10 @@ def _codebooks_read(model: Path, config: DualTokenConfig, files: WeightFiles) ->
             f"{model} has embedder={config.embedder!r}, an MLP for each codebook; LLaVA's mlp2x_gelu is one "
             "MLP over both, which only embedder='concat_mlp' is; train a model with that"
         )
+    if config.place_embedding:
+        raise UserError(
+            f"{model} has place_embedding=true, for which LLaVA's layout has no place; train without"
+        )
     found = {name: shape for name, shape in files.shapes().items() if name.startswith("visual_embedder.")}
     require_fit(model, found, _shapes(config, len(read)))
     return read
