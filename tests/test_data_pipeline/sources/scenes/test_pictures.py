@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.sources.scenes import pictures
-from data_pipeline.sources.scenes.parts import BACKGROUNDS, COLOURS, THINGS, Item, Thing
-from data_pipeline.sources.scenes.pictures import draw_scene, encoded, recoloured_svg, tile
+from data_pipeline.sources.scenes.parts import COLOURS, THINGS, Item, Thing
+from data_pipeline.sources.scenes.pictures import draw_scene, encoded, paper, recoloured_svg, tile
 from tests.support.any_scene import scene
 
 
@@ -51,12 +51,12 @@ def test_each_drawing_is_in_its_cell_and_nowhere_else(size):
     one = scene("one above the other", "blue fish", "red heart", background="pink")
     picture = draw_scene(one, size)
     assert (picture.mode, picture.size) == ("RGB", (size, size))
-    drawn = (np.asarray(picture) != BACKGROUNDS["pink"]).any(2)
+    drawn = (np.asarray(picture) != np.asarray(paper("pink", size))).any(2)
     quarter = size // 4
     assert not drawn[:, :quarter].any() and not drawn[:, 3 * quarter :].any()
     for number, item in enumerate(one.items):
         half = slice(number * size // 2, (number + 1) * size // 2)
-        expected = Image.new("RGB", (size // 2, size // 2), BACKGROUNDS["pink"])
+        expected = paper("pink", size).crop((0, 0, size // 2, size // 2))
         alone = tile(item, size // 2)
         expected.paste(alone, (0, 0), alone)
         assert np.array_equal(np.asarray(picture)[half, quarter : 3 * quarter], np.asarray(expected))
