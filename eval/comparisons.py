@@ -184,7 +184,9 @@ def compare_scenes(result: dict) -> list[Comparison]:
     for split, words in SPLITS.items():
         found = result["splits"][split]
         drawn, ceiling = found["drawn"], result["detector"][split]["reconstructed"]
-        for part, share in drawn["shares"].items():
+        # What stands first is the figure of the table of all tasks.
+        for part in sorted(drawn["shares"], key=lambda part: part != "all"):
+            share = drawn["shares"][part]
             baselines = [
                 Baseline("other scenes' pictures", drawn["chance"][part]),
                 Baseline("true pictures after reconstruction", ceiling[part], bound=True),

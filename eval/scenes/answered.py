@@ -112,10 +112,12 @@ def measure_answers(
     )
     answers = [text.strip() for _, text in sorted(zip(order, written, strict=True))]
     right = [text.lower() == one.answer.lower() for text, one in zip(answers, asked, strict=True)]
-    kinds = {
-        kind: _accuracy([(one, ok) for one, ok in zip(asked, right, strict=True) if one.kind == kind])
+    by_kind = {
+        kind: [(one, ok) for one, ok in zip(asked, right, strict=True) if one.kind == kind]
         for kind in (*KINDS, YES_NO, CHOICE)
     }
+    # A few scenes may have nothing of a kind: where several of one thing are, for example.
+    kinds = {kind: _accuracy(judged) for kind, judged in by_kind.items() if judged}
     rows = [
         {"scene": one.scene, "kind": one.kind, "question": one.text, "answer": text, "right": one.answer}
         for one, text in zip(asked, answers, strict=True)

@@ -43,7 +43,10 @@ def read_scenes(images: Path) -> Iterator[tuple[str, Scene]]:
     """
     for shard in expand_inputs([str(images)]):
         for key, parts in read_shard(shard):
-            yield key, read_scene(json.loads(parts["json"]))
+            try:
+                yield key, read_scene(json.loads(parts["json"]))
+            except ValueError as error:
+                raise ValueError(f"{shard}: {key}: {error}") from None
 
 
 def load_scenes(codes: Path, images: Path, size: int, count: int, seed: int) -> SceneSamples:
@@ -51,9 +54,14 @@ def load_scenes(codes: Path, images: Path, size: int, count: int, seed: int) -> 
 
     Raises:
         DatasetError: `codes` holds no finished data set.
-        ValueError: a sample says no scene, or its picture is not in `images`.
+        ValueError: a sample says no scene, its picture is not in `images`, or it is the only one.
     """
     samples = load_codes(codes, count, seed)
+    if len(samples) < 2:
+        raise ValueError(
+            f"{len(samples)} scene from {codes}, expected at least 2: what is right by chance is what other "
+            "scenes have; give a --count of 2 or more, or codes of more scenes"
+        )
     scenes = dict(read_scenes(images))
     pictures = load_pictures(images, size)
     place = {key: number for number, key in enumerate(pictures.keys)}

@@ -13,7 +13,6 @@ from data_pipeline.shards.code_shards import CodeSample
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from eval import inputs, likelihood
-from eval.generation import samples
 from eval.inputs import EvaluationPaths
 from eval.visual_tokenizer import layers, reconstruction, retrieval
 from tests.support.tiny_run import captions_of, make_tiny_run, text_tokenizer, write_codes
@@ -159,25 +158,6 @@ def test_unigram_by_hand():
     assert found.item() == pytest.approx(-(math.log(4 / 6) + math.log(2 / 6)) / 2)
 
 
-def test_generation(paths):
-    result = samples.run(paths, count=3, guidance_scales=(1.0, 2.5))
-    assert json.loads((paths.output / "generation.json").read_text(encoding="utf-8")) == json.loads(
-        json.dumps(result)
-    )
-    for split in ("seen", "held_out"):
-        part = result["pictures"][split]
-        assert len(part["prompts"]) == 3
-        assert [row["language"] for row in part["prompts"]] == ["en", "de", "en"]
-        for row in part["prompts"]:
-            for name in (row["true_picture"], *row["pictures"].values()):
-                with Image.open(paths.output / name) as image:
-                    assert image.size == (16, 16)
-            assert set(row["pictures"]) == {"1.0", "2.5"} == set(part["recall"])
-        assert part["recall"]["1.0"]["queries"] == 3
-        assert all(set(row["written"]) == {"en", "de"} for row in result["captions"][split])
-        assert result["caption_exact"][split]["en"]["pictures"] == 3
-
-
 def test_layers(paths):
     result = layers.run(paths)
     assert result["layers"] == [1, 2, 3, 4] and result["pictures"] == 5
@@ -186,38 +166,6 @@ def test_layers(paths):
     assert result["read"] == {"reconstruction_layer": 1, "semantic_layer": 3}
     assert result == json.loads((paths.output / "layers.json").read_text(encoding="utf-8"))
     assert (paths.output / "layers.png").is_file()
-
-
-def test_generated_pictures_are_scored_by_what_they_show(paths, monkeypatch):
-    """With the true codes in the place of generated ones every picture finds its own."""
-    tokenizer = inputs.load_visual_tokenizer(paths.visual_tokenizer)
-    pictures = inputs.load_pictures(paths.held_out_images, 16)
-    codes = tokenizer.encode(pictures.images)
-    monkeypatch.setattr(samples, "generate_images", lambda *_, **__: codes)
-    shown = inputs.Pictures(
-        pictures.keys, pictures.captions, samples.decode_codes(tokenizer, codes).clamp(-1, 1)
-    )
-
-    def load(folder, size):
-        return shown if folder == paths.held_out_images else inputs.load_pictures(folder, size)
-
-    monkeypatch.setattr(samples, "load_pictures", load)
-    result = samples.run(paths, count=5, guidance_scales=(3.0,))
-    assert result["pictures"]["held_out"]["recall"]["3.0"]["recall"] == 1.0
-
-
-def test_captions_answer_in_the_language_asked(paths, monkeypatch):
-    asked = []
-
-    def answer(model, words, prefixes, **settings):
-        asked.extend((prefix.parts[-1].text, prefix.parts[-1].loss) for prefix in prefixes)
-        assert settings == {"max_new_tokens": 5, "temperature": 0.0}
-        return [" rot "] * len(prefixes)
-
-    monkeypatch.setattr(samples, "generate_text", answer)
-    codes = torch.zeros(16, 2, 2, dtype=torch.long)
-    assert samples.write_captions(None, None, [codes, codes], "de", 5) == ["rot", "rot"]
-    assert asked == [("German:", False)] * 2
 
 
 def test_missing_models_are_named(paths, tmp_path):

@@ -120,6 +120,52 @@ def test_gradients_and_optimizer_state_are_those_of_the_phase(recipe):
     assert with_state == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def weighted(words, losses):
+    """Loss and gradients of all documents under a recipe's weights, and of `losses` of the model's output."""
+    task = MllmTask.__new__(MllmTask)  # its loss needs the settings alone
+    task.config = recipe_of("mllm_joint", *words)
+    found = []
+    for loss_of in (task.weighted_sum, losses):
+        model = tiny_model(decoder="llama", sharpen=3.0).train()
+        batch = pack_documents(tokenized(*DOCUMENTS.values()), 128).model_inputs()
+        loss = loss_of(model(**batch, z_loss=task.config.losses.z_loss))
+        loss.backward()
+        found.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    return found
+
+
+def test_without_a_decay_every_depth_weighs_the_same():
+    def plain_sum(output):
+        return output.text_nll + output.visual_nll.sum()
+
+    (loss, gradients), (expected, by_hand) = weighted([], plain_sum)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients, by_hand)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_a_decay_weighs_each_depth_half_of_the_one_before(z_loss):
+    """By hand, beside the weights of modalities: text three times, pixels twice."""
+
+    def by_hand(output):
+        text, (pixel, semantic) = output.text_nll, output.visual_nll
+        if z_loss:
+            text = text + output.text_z_loss
+            pixel, semantic = pixel + output.visual_z_loss[0], semantic + output.visual_z_loss[1]
+        assert len(pixel) == len(semantic) == 3
+        return (
+            3 * text
+            + 2 * (pixel[0] + pixel[1] / 2 + pixel[2] / 4)
+            + (semantic[0] + semantic[1] / 2 + semantic[2] / 4)
+        )
+
+    words = ["losses.depth_decay=0.5", "losses.pixel=2", "losses.text=3", f"losses.z_loss={z_loss}"]
+    (loss, gradients), (expected, expected_gradients) = weighted(words, by_hand)
+    torch.testing.assert_close(loss, expected)
+    assert {"pixel_head", "semantic_head", "llm"} <= {name.split(".")[0] for name in gradients}
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
 def test_each_part_can_have_a_rate_of_its_own():
     config = recipe_of("mllm_joint", "optimizer.lr_scales={'llm.*': 0.1, '*_head.*': 3.0}")
     model = tiny_model(decoder="llama")
