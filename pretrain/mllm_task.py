@@ -73,9 +73,9 @@ class MllmJobConfig(JobConfig):
     losses: MllmLossConfig = field(default_factory=MllmLossConfig)
     frozen: list[str] = field(default_factory=list)  # patterns of parameter names
     gradient_checkpointing: bool = False  # of the language model's layers; the heads keep nothing in any case
-    # Of an image that is drawn, a training step hides a share of the codes from what reads them: else a small
-    # model tells codes from those before, not from the prompt. The share is drawn for each image between 0 and
-    # this and is 1 at most: by 3, two images of three are hidden whole.
+    # Of an image that is drawn, a training step hides a share of the codes from what reads them: else a
+    # small model tells codes from those before, not from the prompt. The share is drawn for each image, up to
+    # this, and is 1 at most: by 3, two images of three are hidden whole.
     hidden_codes: float = 0.0
     data: DocumentStreamConfig = MISSING
     validation_data: DocumentStreamConfig | None = None

@@ -18,7 +18,7 @@ from eval.scenes.detector import SceneDetector
 from eval.scenes.drawn import measure_detector, measure_drawn
 from eval.scenes.samples import load_scenes, read_scenes
 
-SCENES = {"held_out": 144, "seen": 72}  # at most
+SCENES = {"held_out": 144, "seen": 48}  # at most
 GUIDANCE_SCALE = 1.0
 
 
