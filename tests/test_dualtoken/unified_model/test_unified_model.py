@@ -183,13 +183,53 @@ def test_all_that_is_read_goes_through_one_embedding():
         expected = mlp.down(torch.nn.functional.gelu(mlp.up(joined)))
         ids = torch.tensor([[IDS.image_pad] * POSITIONS])
         torch.testing.assert_close(model.embed(ids, model.codebooks(codes))[0], expected)
-        drawn = torch.stack([model.embed_next(code[None], None)[0] for code in codes])
+        drawn = torch.stack(
+            [model.embed_next(code[None], place, None)[0] for place, code in enumerate(codes)]
+        )
         torch.testing.assert_close(drawn, expected)
         assert mlp.up.in_features == len(read) * DIM
         if visual_input == "both":
             assert torch.equal(
                 default.embed(ids, default.codebooks(codes))[0], model.embed(ids, model.codebooks(codes))[0]
             )
+
+
+def test_places_are_embedded_alike_in_prompts_and_while_drawing():
+    model = tiny_model(seed=2, place_embedding=True)
+    without = tiny_model(seed=2)
+    without.visual_embedder.mlps.load_state_dict(model.visual_embedder.mlps.state_dict())
+    without.set_codebooks(model.codebooks.vectors)
+    codes = random_codes(torch.Generator().manual_seed(4))
+    two = torch.cat([codes, codes])
+    ids = torch.tensor([[IDS.image_pad] * POSITIONS + [1] + [IDS.image_pad] * POSITIONS])
+    embedded = model.embed(ids, model.codebooks(two))[0]
+    first, second = embedded[:POSITIONS], embedded[POSITIONS + 1 :]
+    assert torch.equal(first, second)  # places are counted anew in each image
+    alone = without.embed(ids[:, :POSITIONS], without.codebooks(codes))[0]
+    torch.testing.assert_close(first - alone, model.visual_embedder.place_embedding.weight)
+    drawn = torch.stack([model.embed_next(code[None], place, None)[0] for place, code in enumerate(codes)])
+    torch.testing.assert_close(drawn, first)
+    with pytest.raises(ValueError, match="places need whole images"):
+        model.embed(ids[:, :3], model.codebooks(codes[:3]))
+    with pytest.raises(ValueError, match="place_embedding='yes'; expected true or false"):
+        tiny_model(place_embedding="yes")
+
+
+def test_unread_codes_say_nothing_and_are_learned_all_the_same():
+    model = tiny_model(seed=2)
+    batch = pack_documents(documents(), 128).model_inputs()
+    drawn = batch["visual_loss_mask"]
+    assert drawn.any()
+    other = {**batch, "codes": batch["codes"].clone()}
+    other["codes"][drawn] = (other["codes"][drawn] + 1) % CODES
+    hidden, changed = (model(**inputs, unread=drawn) for inputs in (batch, other))
+    seen = model(**batch)
+    # What follows an image that is not read does not depend on it, the image's own codes are still scored.
+    torch.testing.assert_close(hidden.text_position_nll, changed.text_position_nll)
+    assert not torch.equal(hidden.text_position_nll, seen.text_position_nll)
+    assert not torch.equal(hidden.visual_position_nll, changed.visual_position_nll)
+    nothing = model(**batch, unread=torch.zeros_like(drawn))
+    assert torch.equal(nothing.visual_position_nll, seen.visual_position_nll)
 
 
 def test_counts_of_right_guesses():
