@@ -96,7 +96,7 @@ class VisualEmbedder(nn.Module):
         self.place_embedding = nn.Embedding(places, hidden_size) if places else None
 
     def forward(self, features: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
-        """Join the features that are read, before or after the MLPs; `places` [V], from 0, where they count."""
+        """Join the features that are read, before or after the MLPs; `places` [V] count from 0."""
         features = features[:, self.read]
         if self.joined:
             embedded = self.mlps[0](features.flatten(1))
