@@ -87,8 +87,8 @@ def pretokenize_arguments(inputs: Sequence[str | Path], visual_tokenizer: Path, 
 
 
 def scenes_to_learn(root: Path) -> Path:
-    """The image-text shards that the quickstart's unified model learns from, as a pattern: 256 scenes."""
-    return root / "sample_data" / "images" / "train" / "scenes" / "shard-00000[0-3].tar"
+    """The image-text shard that the quickstart's unified model learns from: 64 scenes."""
+    return root / "sample_data" / "images" / "train" / "scenes" / "shard-000000.tar"
 
 
 def relocated_settings(recipe: str, root: Path) -> list[str]:
@@ -154,7 +154,7 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
         ),
         Step(
             "pretokenize-train",
-            "256 of the scenes to train on as codes: as many as a small model learns in minutes",
+            "one shard of scenes as codes: as many as a small model learns well in minutes",
             pretokenize("train", scenes_to_learn(root)),
             codes / "train" / "dataset.json",
             ("sample-data", "tokenizer"),
