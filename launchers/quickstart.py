@@ -87,8 +87,8 @@ def pretokenize_arguments(inputs: Sequence[str | Path], visual_tokenizer: Path, 
 
 
 def scenes_to_learn(root: Path) -> Path:
-    """The image-text shard that the quickstart's unified model learns from: 64 scenes."""
-    return root / "sample_data" / "images" / "train" / "scenes" / "shard-000000.tar"
+    """The image-text shards that the quickstart's unified model learns from."""
+    return root / "sample_data" / "images" / "train" / "scenes"
 
 
 def relocated_settings(recipe: str, root: Path) -> list[str]:
@@ -154,7 +154,7 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
         ),
         Step(
             "pretokenize-train",
-            "one shard of scenes as codes: as many as a small model learns well in minutes",
+            "the scenes to train on as codes",
             pretokenize("train", scenes_to_learn(root)),
             codes / "train" / "dataset.json",
             ("sample-data", "tokenizer"),
