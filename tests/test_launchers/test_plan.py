@@ -142,7 +142,7 @@ def test_shards_are_as_large_as_said(tmp_path):
         ),
         (["mllm_joint", "model.init_from=gone"], "model.init_from=gone is not there, and no recipe makes it"),
         (
-            ["quickstart_mllm", "--gpus", "2", "--visual-tokenizer", "so400m_384"],
+            ["quickstart_mllm", "data.context_length=640", "--gpus", "2", "--visual-tokenizer", "so400m_384"],
             "a document of a picture of 729 positions and 64 tokens is longer than data.context_length=640",
         ),
     ],
