@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
 from typing import TypeVar
 
-from data_pipeline.sources.scenes.parts import Combination, Scene, all_scenes, pair_of
-from data_pipeline.sources.scenes.questions import Fact, colour, count, what, where
+from data_pipeline.sources.scenes.parts import Combination, Scene, all_scenes
+from data_pipeline.sources.scenes.questions import AbsentThings, Fact, colour, count, what, where
 
 SHAPES = ("single", "several", "pair")
 # Kind of question -> (kind of combination, shape) of the scenes that are asked so.
@@ -84,15 +83,9 @@ class HeldOutScenes:
         return ask(scene, nothing)
 
     @cached_property
-    def frequent(self) -> Counter[str]:
-        """How many training scenes a thing is in."""
-        return Counter(item.thing for scene in self.trained for item in scene.items)
-
-    @cached_property
-    def beside(self) -> Counter[Combination]:
-        """How many training scenes two things are in together."""
-        pairs = (scene for scene in self.trained if scene.is_pair)
-        return Counter(pair_of(*(item.thing for item in scene.items)) for scene in pairs)
+    def absent(self) -> AbsentThings:
+        """How often things, and pairs of them, are in the training scenes."""
+        return AbsentThings(self.trained)
 
 
 def in_turns(lists: Iterable[Sequence[_Any]]) -> list[_Any]:

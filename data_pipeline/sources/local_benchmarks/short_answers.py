@@ -18,7 +18,7 @@ from data_pipeline.sources.local_benchmarks.files import (
 )
 from data_pipeline.sources.local_benchmarks.held_out import HeldOutScenes
 from data_pipeline.sources.local_benchmarks.material import Material
-from data_pipeline.sources.scenes.parts import Scene, pair_of
+from data_pipeline.sources.scenes.parts import Scene
 from data_pipeline.sources.scenes.questions import IN_A_WORD, absent_things, is_there
 
 VOTES = 10
@@ -117,11 +117,11 @@ def write_pope(material: Material, folder: Path, draw: random.Random) -> int:
     scenes = _scenes_to_name(material.scenes, draw, POPE_SCENES)
     for number, scene in enumerate(scenes, 1):
         write_picture(folder / "val2014" / _coco_name(number), material.picture(scene), "JPEG")
-    frequent, beside = material.scenes.frequent, material.scenes.beside
+    trained = material.scenes.absent
     ranks: dict[str, Callable[[str, str], float]] = {
         "random": lambda present, absent: 0,
-        "popular": lambda present, absent: frequent[absent],
-        "adversarial": lambda present, absent: beside[pair_of(present, absent)],
+        "popular": lambda present, absent: trained.often[absent],
+        "adversarial": lambda present, absent: trained.together[present, absent],
     }
     asked = 0
     for category, rank in ranks.items():

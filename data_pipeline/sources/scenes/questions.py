@@ -161,12 +161,12 @@ class AbsentThings:
     CATEGORIES = ("random", "popular", "adversarial")
 
     def __init__(self, trained: Iterable[Scene]) -> None:
-        self._often: Counter[str] = Counter()
-        self._together: Counter[tuple[str, str]] = Counter()
+        self.often: Counter[str] = Counter()
+        self.together: Counter[tuple[str, str]] = Counter()
         for scene in trained:
             things = [item.thing for item in scene.items]
-            self._often.update(things)
-            self._together.update(itertools.permutations(things, 2))
+            self.often.update(things)
+            self.together.update(itertools.permutations(things, 2))
 
     def draw(self, scene: Scene, category: str, draw: random.Random) -> str:
         """Draw a thing that is not there: any, one of the three most frequent, or of the commonest partners.
@@ -179,8 +179,8 @@ class AbsentThings:
         there = [item.thing for item in scene.items]
         rank = {
             "random": lambda name: 0,
-            "popular": lambda name: -self._often[name],
-            "adversarial": lambda name: -sum(self._together[name, other] for other in there),
+            "popular": lambda name: -self.often[name],
+            "adversarial": lambda name: -sum(self.together[name, other] for other in there),
         }[category]
         return draw.choice(sorted(absent, key=rank)[:3]) if category != "random" else absent[0]
 

@@ -22,7 +22,7 @@ from data_pipeline.sources.local_benchmarks.canvas_facts import CANVAS_KINDS, ca
 from data_pipeline.sources.local_benchmarks.held_out import SCENE_KINDS, HeldOutScenes, in_turns
 from data_pipeline.sources.local_benchmarks.write import WRITERS, write_local_benchmarks
 from data_pipeline.sources.scenes.captions import read_caption
-from data_pipeline.sources.scenes.parts import SIDES, Item, Scene
+from data_pipeline.sources.scenes.parts import SIDES, Item, Scene, pair_of
 from tests.support.held_out_drawings import scenes, write_benchmarks, write_drawings
 
 SIZE = 32
@@ -152,8 +152,10 @@ def test_facts_about_scenes_are_true_and_every_answer_is_as_often(kind):
 def test_training_scenes_say_what_is_frequent():
     pair = Scene("side by side", (Item("car", "red"), Item("bell", "blue")))
     held_out = HeldOutScenes(frozenset(), [pair, pair, Scene("two", (Item("car", "red"),))], ("en",))
-    assert held_out.frequent == {"car": 3, "bell": 2}
-    assert {str(one): count for one, count in held_out.beside.items()} == {"bell with car": 2}
+    assert held_out.absent.often == {"car": 3, "bell": 2}
+    assert {str(pair_of(*pair)): count for pair, count in held_out.absent.together.items()} == {
+        "bell with car": 2
+    }
     assert in_turns(["ad", "b", "ce"]) == ["a", "b", "c", "d", "e"]
 
 
