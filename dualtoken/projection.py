@@ -89,13 +89,17 @@ class AttentionProjection(nn.Module):
 
     ``y = proj(norm3(x)) + attn(norm1(x)); out = y + mlp(norm2(y))``. Full attention in front of the
     quantizer; causal attention behind it lets the features be computed while the codes are still being
-    generated.
+    generated. With ``attend=False`` every position is projected alone: ``y = proj(norm3(x))``.
     """
 
-    def __init__(self, in_features: int, out_features: int, causal: bool = False) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, causal: bool = False, attend: bool = True
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(in_features)
-        self.attn = ProjectionAttention(in_features, out_features, causal)
+        self.attend = attend
+        if attend:
+            self.norm1 = nn.LayerNorm(in_features)
+            self.attn = ProjectionAttention(in_features, out_features, causal)
         self.proj = nn.Linear(in_features, out_features)
         self.norm3 = nn.LayerNorm(in_features)
         self.norm2 = nn.LayerNorm(out_features)
@@ -107,5 +111,6 @@ class AttentionProjection(nn.Module):
         With a cache, causal projections take the positions of a sequence one after the other.
         """
         x = x.to(self.proj.weight.dtype)
-        x = self.proj(self.norm3(x)) + self.attn(self.norm1(x), cache)
+        projected = self.proj(self.norm3(x))
+        x = projected + self.attn(self.norm1(x), cache) if self.attend else projected
         return x + self.mlp(self.norm2(x))

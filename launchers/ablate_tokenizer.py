@@ -89,6 +89,7 @@ def _words(folder: Path, siglip: Path, data: Path, steps: int, seed: int) -> lis
         f"model.backbone={siglip}",
         f"data.path={data / 'train'}",
         f"validation_data.path={data / 'val'}",
+        "model.overrides.pixel_attention=true",  # as in the paper
         "wandb.mode=disabled",
         f"steps={steps}",
         "losses.gan=0",

@@ -180,7 +180,6 @@ def training_words(
         "data.prompt_dropout=0",
         "losses.pixel=1",
         "losses.semantic=1",
-        "losses.depth_decay=1",
         "validation_data=null",
         "validate_every=0",
         "wandb.mode=disabled",

@@ -36,11 +36,13 @@ def encoder_layer_activations(config: Any, weight: int) -> float:
     return weight * vectors + FP32 * config.num_attention_heads
 
 
-def projection_activations(wide: int, narrow: int, weight: int, widens: bool) -> float:
+def projection_activations(wide: int, narrow: int, weight: int, widens: bool, attends: bool = True) -> float:
     """Bytes that an `AttentionProjection` keeps for each position from forward to backward pass."""
     inner, outer = (narrow, wide) if widens else (wide, narrow)
+    if not attends:
+        return weight * (2 * inner + 11 * outer)
     attended = 4 * wide + (0 if widens else outer)
-    return weight * (3 * inner + attended + 3 * outer + 8 * outer) + FP32 * (wide // narrow)
+    return weight * (3 * inner + attended + 11 * outer) + FP32 * (wide // narrow)
 
 
 def head_chunk_bytes(
@@ -97,7 +99,7 @@ def tokenizer_activations(model: Any, weight: int, paint: bool) -> tuple[float, 
     paint = paint and (pixel or learns(model.postquant_pixel) or learns(model.decoder))
     projections += [model.postquant_pixel] if paint else []
     other = sum(
-        positions * projection_activations(width, dim, weight, p.proj.out_features == width)
+        positions * projection_activations(width, dim, weight, p.proj.out_features == width, p.attend)
         for p in projections
     )
     whole, checkpointed = (

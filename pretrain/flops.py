@@ -188,9 +188,10 @@ def run_visual_head(chain: Chain, part: str, head: VisualHead, positions: float)
 def run_projection(
     chain: Chain, part: str, projection: nn.Module, rows: float, pairs: float, width: int
 ) -> None:
-    """Add an `AttentionProjection`, whose heads are `width` features together."""
+    """Add an `AttentionProjection`; its heads, if it attends, are `width` features together."""
     chain.run_linears(part, projection, rows)
-    chain.run(part, attention(pairs, width))
+    if projection.attend:
+        chain.run(part, attention(pairs, width))
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

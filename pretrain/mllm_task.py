@@ -57,9 +57,6 @@ class MllmLossConfig:
     text: float = 1.0
     pixel: float = 1.0
     semantic: float = 1.0
-    # Weight of each depth of the codes, relative to the depth before it: 1 is the sum of equations 5 to 8.
-    # Less lets a short training look at the first depths, where the picture is; the last are mostly noise.
-    depth_decay: float = 1.0
     # Weight of the squared log-partition of every classifier, within its modality; PaLM 1e-4, UniTok 5e-5.
     z_loss: float = 0.0
 
@@ -73,17 +70,11 @@ class MllmJobConfig(JobConfig):
     losses: MllmLossConfig = field(default_factory=MllmLossConfig)
     frozen: list[str] = field(default_factory=list)  # patterns of parameter names
     gradient_checkpointing: bool = False  # of the language model's layers; the heads keep nothing in any case
-    # Of an image that is drawn, a training step hides a share of the codes from what reads them: else a
-    # small model tells codes from those before, not from the prompt. The share is drawn for each image, up to
-    # this, and is 1 at most: by 3, two images of three are hidden whole.
-    hidden_codes: float = 0.0
     data: DocumentStreamConfig = MISSING
     validation_data: DocumentStreamConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hidden_codes < 0:
-            raise ConfigError(f"hidden_codes={self.hidden_codes}: expected 0 for none, or more")
         if self.micro_batch_size != 1:
             raise ConfigError(
                 f"micro_batch_size={self.micro_batch_size}: expected 1, a forward pass takes one pack; "
@@ -199,8 +190,6 @@ class MllmTask:
         tokens = 0
         for batch in micro_batches:
             inputs = {**batch.model_inputs(), "z_loss": self.config.losses.z_loss}
-            if self.config.hidden_codes and batch.visual_loss_mask.any():
-                inputs["unread"] = self.draw_unread(batch.visual_loss_mask)
             output = self.engines["model"](**inputs)
             # Summed over tokens and depths, divided by the positions of the whole step: every supervised
             # position weighs the same, whichever rank and micro-batch it fell into.
@@ -215,12 +204,6 @@ class MllmTask:
         for name, total in self.train_loader.statistics.figures().items():
             averages.add(name, total, 1 / self.runtime.world_size)
         return take_step(self.engines, averages)
-
-    def draw_unread(self, drawn: Tensor) -> Tensor:
-        """Choose codes to hide among the positions of images that are drawn: [V] bool of [V] bool."""
-        images = drawn.view(-1, self.model.config.positions_per_image)
-        shares = self.config.hidden_codes * torch.rand(len(images), 1, device=drawn.device)
-        return (images & (torch.rand(images.shape, device=drawn.device) < shares)).flatten()
 
     def supervised_positions(self, micro_batches: list[PackedBatch]) -> Tensor:
         """Count the supervised text and visual positions of this step over all ranks, at least 1."""
@@ -237,8 +220,7 @@ class MllmTask:
         text, visual = output.text_nll, output.visual_nll
         if weights.z_loss:
             text, visual = text + output.text_z_loss, visual + output.visual_z_loss
-        by_depth = weights.depth_decay ** torch.arange(visual.shape[1], device=visual.device)
-        pixel, semantic = (visual * by_depth).sum(dim=1)  # [Q, D] -> [Q]
+        pixel, semantic = visual.sum(dim=1)  # [Q, D] -> [Q]
         return weights.text * text + weights.pixel * pixel + weights.semantic * semantic
 
     def validate(self) -> dict[str, float]:

@@ -180,7 +180,7 @@ def make_sample_data(
     languages: Sequence[str] = ("en", "de", "es"),
     samples_per_shard: int = 64,
     num_ranks: int | None = 8184,
-    scenes: int = 2400,
+    scenes: int = 6000,
     progress: bool = True,
 ) -> SampleDataSummary:
     """Render OpenMoji and write image-text shards, text shards, a small text tokenizer and small benchmarks.
@@ -216,7 +216,7 @@ def make_sample_data(
             f"samples_per_shard {samples_per_shard} (at least 1), scenes {scenes} (at least 0)"
         )
     # Said before all drawings are rendered.
-    training_scenes(scenes, hold_out_combinations(held_out, seed), random.Random(seed))
+    hold_out_combinations(held_out, seed)
     settings = {
         "format_version": FORMAT_VERSION,
         "image_size": image_size,

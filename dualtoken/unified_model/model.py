@@ -255,7 +255,6 @@ class DualTokenForCausalLM(PreTrainedModel):
         labels: torch.Tensor | None = None,
         visual_loss_mask: torch.Tensor | None = None,
         z_loss: float = 0.0,
-        unread: torch.Tensor | None = None,
     ) -> DualTokenOutput:
         """Score a pack of documents: equations (5) to (8) of arXiv 2503.14324, as sums.
 
@@ -270,8 +269,6 @@ class DualTokenForCausalLM(PreTrainedModel):
                 is never a target.
             visual_loss_mask: [V] bool, which visual positions are targets; None for none.
             z_loss: weight of the squared log-partition at each target (see `chunked_loss`); 0 for none.
-            unread: [V] bool, which visual positions are read as if their code vectors were zero, to learn
-                what to draw from the prompt too; they are targets all the same. None for none.
 
         Raises:
             ValueError: on more than one row, or numbers of codes and image-pad positions that differ.
@@ -298,10 +295,9 @@ class DualTokenForCausalLM(PreTrainedModel):
         supervised = labels != IGNORE_INDEX
         codes, counts = self.checked_codes(input_ids, codes, supervised, visual_loss_mask)
         vectors = self.codebooks(codes)  # [V, Q, D, E]
-        read = vectors if unread is None else vectors * ~unread[:, None, None, None]
         visual_positions = self.visual_positions(input_ids[0], len(codes))
         hidden = self.decoder(
-            inputs_embeds=self.embed(input_ids, read),
+            inputs_embeds=self.embed(input_ids, vectors),
             position_ids=position_ids,
             use_cache=False,
             cu_seq_lens_q=cu_seqlens,

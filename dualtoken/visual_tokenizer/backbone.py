@@ -73,6 +73,12 @@ def hidden_states_after(
     return found
 
 
+def patches_alone(vision_model: SiglipVisionModel, images: Tensor) -> Tensor:
+    """Return the embedded patches ``[B, P, C]`` of ``images [B, 3, H, W]``, without their positions."""
+    embed = vision_model.embeddings.patch_embedding
+    return embed(images.to(embed.weight.dtype)).flatten(2).transpose(1, 2)
+
+
 def pool(vision_model: SiglipVisionModel, hidden: Tensor, layer: int) -> Tensor:
     """Run the layers behind ``layer``, the norm and the pooling head: ``[B, P, C]`` to ``[B, C]``."""
     for block in vision_model.encoder.layers[layer:]:

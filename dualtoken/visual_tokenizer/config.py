@@ -19,6 +19,10 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
         semantic_layer: layer read by the semantic branch; the layers behind it run on its quantized features.
         shortcut_layer: second, shallower layer of the pixel branch, or None.
         shortcut_weight: its weight in the sum.
+        pixel_attention: attention between positions in the pixel branch's projections in front of the
+            quantizer, as in the released models. Without it, pixel codes say less of what is elsewhere in
+            the picture and are easier to predict; with ``reconstruction_layer=0`` besides, a position's
+            pixel codes are a function of its patch alone.
         merged_codebook: ablation: the pixel branch reads the codes of the semantic branch, one codebook for
             both.
         quantizer: "rvq" (residual) or "mcq" (multi-codebook).
@@ -56,6 +60,7 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
     semantic_layer: int = 26
     shortcut_layer: int | None = 4
     shortcut_weight: float | int = 0.6
+    pixel_attention: bool = True
     merged_codebook: bool = False
     quantizer: str = "rvq"
     codebook_size: int = 16384
@@ -235,7 +240,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "image_size": 64,
-            "patch_size": 8,
+            "patch_size": 16,
         },
         "text_config": {
             "hidden_size": 128,
@@ -248,16 +253,18 @@ PRESETS: dict[str, dict[str, Any]] = {
             "pad_token_id": None,
             "max_position_embeddings": 16,
         },
-        "reconstruction_layer": 1,
+        # Pixel codes of a patch alone: those of the first layer are hard to predict (docs/quickstart.md).
+        "reconstruction_layer": 0,
         "semantic_layer": 3,
         "shortcut_layer": None,
+        "pixel_attention": False,
         "codebook_size": 512,
-        "codebook_dim": 32,
-        "num_quantizers": 4,
+        "codebook_dim": 64,
+        "num_quantizers": 6,
         "latent_norm": True,
         "decoder_in_channels": 64,
         "decoder_channels": 32,
-        "decoder_channel_multipliers": (1, 1, 2),
+        "decoder_channel_multipliers": (1, 1, 2, 2),
         "decoder_num_res_blocks": 0,
         "decoder_attention_resolutions": (),
         "decoder_latent_size": None,

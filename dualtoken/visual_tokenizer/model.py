@@ -24,7 +24,13 @@ from transformers.utils import ModelOutput
 
 from dualtoken.projection import AttentionProjection, ProjectionAttention
 from dualtoken.strict_loading import load_strictly
-from dualtoken.visual_tokenizer.backbone import Backbone, hidden_states_after, load_backbone, pool
+from dualtoken.visual_tokenizer.backbone import (
+    Backbone,
+    hidden_states_after,
+    load_backbone,
+    patches_alone,
+    pool,
+)
 from dualtoken.visual_tokenizer.config import VISION_SIZES, DualTokenVisualTokenizerConfig
 from dualtoken.visual_tokenizer.fingerprint import fingerprint_of_codes
 from dualtoken.visual_tokenizer.nearest import NonFiniteError
@@ -68,9 +74,9 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         width, dim = config.vision.hidden_size, config.codebook_dim
         self.backbone = Backbone(config.vision, config.text)
         if not config.merged_codebook:
-            self.prequant_pixel = AttentionProjection(width, dim)
+            self.prequant_pixel = AttentionProjection(width, dim, attend=config.pixel_attention)
             if config.shortcut_layer is not None:
-                self.prequant_shortcut = AttentionProjection(width, dim)
+                self.prequant_shortcut = AttentionProjection(width, dim, attend=config.pixel_attention)
             self.quantizer_pixel = self._build_quantizer("pixel")
         self.prequant_semantic = AttentionProjection(width, dim)
         self.quantizer_semantic = self._build_quantizer("semantic")
@@ -138,7 +144,10 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         semantic = self._normalise(self.prequant_semantic(hidden[config.semantic_layer]))
         if config.merged_codebook:
             return None, semantic
-        pixel = self.prequant_pixel(hidden[config.reconstruction_layer])
+        shallow = hidden[config.reconstruction_layer]
+        if config.reconstruction_layer == 0 and not config.pixel_attention:
+            shallow = patches_alone(self.backbone.vision_model, images)
+        pixel = self.prequant_pixel(shallow)
         if config.shortcut_layer is not None:
             pixel = pixel + config.shortcut_weight * self.prequant_shortcut(hidden[config.shortcut_layer])
         return self._normalise(pixel), semantic

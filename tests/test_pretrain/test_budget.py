@@ -1,5 +1,6 @@
 """Bytes by formula: against engines on two ranks, what autograd keeps, and figures known from the papers."""
 
+import itertools
 import json
 
 import pytest
@@ -207,11 +208,11 @@ def test_activations_are_what_autograd_keeps(dtype, weight):
     kept = kept_bytes(block, lambda: block(x, None))
     assert kept == pytest.approx(tokens * encoder_layer_activations(config, weight), rel=0.02)
 
-    for widths in ((64, 16), (16, 64)):
-        projection = AttentionProjection(*widths).to(dtype)
+    for widths, attends in itertools.product(((64, 16), (16, 64)), (True, False)):
+        projection = AttentionProjection(*widths, attend=attends).to(dtype)
         x = torch.randn(1, tokens, widths[0], dtype=dtype, requires_grad=True)
         kept = kept_bytes(projection, lambda p=projection, x=x: p(x))
-        estimate = tokens * projection_activations(64, 16, weight, widths[1] == 64)
+        estimate = tokens * projection_activations(64, 16, weight, widths[1] == 64, attends)
         assert kept == pytest.approx(estimate, rel=0.06)
 
 

@@ -109,11 +109,17 @@ SEMANTIC = ["backbone.text_model.*", "backbone.logit_*", "backbone.vision_model.
             "post_quant_conv.*", "decoder.*"]  # fmt: skip
 
 
-@pytest.mark.parametrize(("frozen", "paint"), [(["backbone.text_model.*"], True), (SEMANTIC, False)])
-def test_visual_tokenizer(frozen, paint):
+ALONE = {"reconstruction_layer": 0, "pixel_attention": False}
+
+
+@pytest.mark.parametrize(
+    ("frozen", "paint", "overrides"),
+    [(["backbone.text_model.*"], True, {}), (["backbone.text_model.*"], True, ALONE), (SEMANTIC, False, {})],
+)
+def test_visual_tokenizer(frozen, paint, overrides):
     # Few codes: a search looks twice at a block of them and sometimes once more in fp64, which the formula
     # leaves out; of 16384 codes a block is one in 128.
-    models = tiny_tokenizer(decoder_attention_resolutions=[4], codebook_size=8)
+    models = tiny_tokenizer(decoder_attention_resolutions=[4], codebook_size=8, **overrides)
     for model in models:
         freeze_parameters(model, frozen)
     real, planned = models

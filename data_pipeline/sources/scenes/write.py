@@ -19,27 +19,30 @@ from data_pipeline.sources.scenes.parts import (
 from data_pipeline.sources.scenes.pictures import draw_scene, encoded
 from data_pipeline.sources.scenes.questions import conversation
 
-# Of each scene one conversation asks so; the questions of a kind are few, its pictures are many.
+# Of each scene a conversation asks some of these. Few, for a question tells something of the ones before it,
+# and what is asked first should be of every kind often.
 ASKED = ("what", "colour", "count", "where", "yesno", "yesno", "choice")
-_SHARES = {"single": 0.3, "several": 0.3, "pair": 0.4}
+_TURNS = 3
+_SHARES = {"single": 0.2, "several": 0.2, "pair": 0.6}  # pairs are hardest
 
 
 def training_scenes(count: int, held_out: frozenset[Combination], draw: random.Random) -> list[Scene]:
-    """Draw different scenes without any held-out combination: one thing, several of one, or two things.
+    """Draw scenes without any held-out combination: of one thing, of several of one, and of two things.
 
-    Raises:
-        ValueError: more than there are.
+    There are fewer of the first two than of pairs: when all are drawn, they are drawn again, to be captioned
+    and asked about in other words.
     """
     groups: dict[str, list[Scene]] = {name: [] for name in _SHARES}
     for scene in all_scenes():
         if held_out.isdisjoint(scene.combinations()):
             groups[scene.shape].append(scene)
-    if count > sum(map(len, groups.values())):
-        raise ValueError(f"{count} scenes asked for, there are {sum(map(len, groups.values()))} to train on")
     chosen: list[Scene] = []
-    for name in ("single", "several"):
-        chosen += draw.sample(groups[name], min(round(count * _SHARES[name]), len(groups[name])))
-    chosen += draw.sample(groups["pair"], min(count - len(chosen), len(groups["pair"])))
+    for name, share in _SHARES.items():
+        wanted = round(count * share) if name != "pair" else count - len(chosen)
+        while wanted:
+            drawn = draw.sample(groups[name], min(wanted, len(groups[name])))
+            chosen += drawn
+            wanted -= len(drawn)
     draw.shuffle(chosen)
     return chosen
 
@@ -79,7 +82,7 @@ def scene_samples(
     for number, scene in enumerate(scenes):
         record = {
             "captions": {language: draw.choice(captions(scene, language)) for language in languages},
-            "conversations": conversation(scene, draw, ASKED, held_out),
+            "conversations": conversation(scene, draw, draw.sample(ASKED, _TURNS), held_out),
             "scene": asdict(scene),
         }
         samples.append(

@@ -215,23 +215,6 @@ def test_places_are_embedded_alike_in_prompts_and_while_drawing():
         tiny_model(place_embedding="yes")
 
 
-def test_unread_codes_say_nothing_and_are_learned_all_the_same():
-    model = tiny_model(seed=2)
-    batch = pack_documents(documents(), 128).model_inputs()
-    drawn = batch["visual_loss_mask"]
-    assert drawn.any()
-    other = {**batch, "codes": batch["codes"].clone()}
-    other["codes"][drawn] = (other["codes"][drawn] + 1) % CODES
-    hidden, changed = (model(**inputs, unread=drawn) for inputs in (batch, other))
-    seen = model(**batch)
-    # What follows an image that is not read does not depend on it, the image's own codes are still scored.
-    torch.testing.assert_close(hidden.text_position_nll, changed.text_position_nll)
-    assert not torch.equal(hidden.text_position_nll, seen.text_position_nll)
-    assert not torch.equal(hidden.visual_position_nll, changed.visual_position_nll)
-    nothing = model(**batch, unread=torch.zeros_like(drawn))
-    assert torch.equal(nothing.visual_position_nll, seen.visual_position_nll)
-
-
 def test_counts_of_right_guesses():
     model = tiny_model(sharpen=50.0)
     output = model(**pack_documents(documents(), 128).model_inputs())

@@ -20,6 +20,7 @@ from dualtoken.visual_tokenizer.quantizer import MultiCodebookVQ
 OPTIONS = {
     "plain": {},
     "shortcut": {"shortcut_layer": 0},
+    "patches_alone": {"reconstruction_layer": 0, "pixel_attention": False},
     "mcq": {"quantizer": "mcq"},
     "unshared": {"shared_codebook": False},
     "merged": {"merged_codebook": True},
@@ -65,6 +66,20 @@ def test_encode_and_decode_agree_with_the_forward_bit_for_bit(options):
     assert torch.equal(model.encode_semantic(codes), output.pooled)
     with torch.no_grad():
         assert torch.equal(model.decoder.paint(output.decoder_features), output.reconstruction)
+
+
+def test_codes_of_patches_alone_depend_on_nothing_else():
+    model = build(**OPTIONS["patches_alone"]).eval()
+    one = images(1)
+    patches = one.unfold(2, 4, 4).unfold(3, 4, 4)  # [1, 3, 4, 4, 4, 4]
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    moved = patches.flatten(2, 3)[:, :, order].unflatten(2, (4, 4))
+    codes, codes_moved = model.encode(one)[0], model.encode(moved.transpose(3, 4).reshape(1, 3, 16, 16))[0]
+    assert torch.equal(codes_moved[:, 0], codes[order, 0])  # pixels: moved with their patch
+    assert not torch.equal(codes_moved[:, 1], codes[order, 1])  # meaning: of the whole picture
+    away = build(reconstruction_layer=0, pixel_attention=True).eval()
+    codes, codes_moved = away.encode(one)[0], away.encode(moved.transpose(3, 4).reshape(1, 3, 16, 16))[0]
+    assert not torch.equal(codes_moved[:, 0], codes[order, 0])
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -25,23 +25,23 @@ from tests.support.any_scene import ALL_SCENES, scene
 HELD_OUT = hold_out(0.1, 0)
 
 
-def test_training_scenes_are_different_ones_of_all_shapes_without_anything_held_out():
+def test_training_scenes_are_of_all_shapes_without_anything_held_out():
     chosen = training_scenes(1000, HELD_OUT, random.Random(0))
-    assert len(set(chosen)) == 1000
+    assert len(chosen) == len(set(chosen)) == 1000
     assert all(HELD_OUT.isdisjoint(one.combinations()) for one in chosen)
-    shapes = Counter("pair" if one.is_pair else "several" if one.number > 1 else "single" for one in chosen)
-    assert shapes == {"single": 300, "several": 300, "pair": 400}
+    assert Counter(one.shape for one in chosen) == {"single": 200, "several": 200, "pair": 600}
     assert chosen == training_scenes(1000, HELD_OUT, random.Random(0))
     assert set(chosen) != set(training_scenes(1000, HELD_OUT, random.Random(1)))
 
 
-def test_all_scenes_can_be_trained_on_but_no_more():
-    may = {one for one in ALL_SCENES if HELD_OUT.isdisjoint(one.combinations())}
-    assert set(training_scenes(len(may), HELD_OUT, random.Random(0))) == may
-    with pytest.raises(
-        ValueError, match=f"{len(may) + 1} scenes asked for, there are {len(may)} to train on"
-    ):
-        training_scenes(len(may) + 1, HELD_OUT, random.Random(0))
+def test_scenes_are_drawn_again_when_all_of_a_shape_are_drawn():
+    may = Counter(one.shape for one in ALL_SCENES if HELD_OUT.isdisjoint(one.combinations()))
+    times = Counter(training_scenes(10_000, HELD_OUT, random.Random(0)))
+    assert sum(times.values()) == 10_000
+    for shape, wanted in (("single", 2000), ("several", 2000), ("pair", 6000)):
+        drawn = [count for one, count in times.items() if one.shape == shape]
+        assert sum(drawn) == wanted and len(drawn) == min(wanted, may[shape])
+        assert max(drawn) - min(drawn) <= 1
 
 
 @pytest.mark.parametrize("seed", range(5))
