@@ -19,7 +19,8 @@ class Words:
     colours: Mapping[str, str]
     numbers: Mapping[str, str]
     backgrounds: Mapping[str, Sequence[str]]  # what ends a caption
-    templates: Mapping[str, Sequence[str]]  # by layout; {one} and {other} are things in colours
+    # By layout; {one} and {other} are things in colours, the left or upper one first, as pictures are read.
+    templates: Mapping[str, Sequence[str]]
     openings: Sequence[str]
 
 
@@ -63,8 +64,8 @@ WORDS: Mapping[str, Words] = MappingProxyType(
                     middle="in the middle",
                 ),
                 **_NUMBERED,
-                "side by side": ("{one} left of {other}", "{other} right of {one}"),
-                "one above the other": ("{one} above {other}", "{other} below {one}"),
+                "side by side": ("{one} left of {other}", "on the left {one}, on the right {other}"),
+                "one above the other": ("{one} above {other}", "at the top {one}, at the bottom {other}"),
             },
             openings=("", "a picture: "),
         ),
@@ -103,8 +104,8 @@ WORDS: Mapping[str, Words] = MappingProxyType(
                     middle="in der Mitte",
                 ),
                 **_NUMBERED,
-                "side by side": ("links {one}, rechts {other}", "rechts {other}, links {one}"),
-                "one above the other": ("oben {one}, unten {other}", "unten {other}, oben {one}"),
+                "side by side": ("links {one}, rechts {other}", "{one} links, {other} rechts"),
+                "one above the other": ("oben {one}, unten {other}", "{one} oben, {other} unten"),
             },
             openings=("", "ein Bild: "),
         ),
@@ -145,9 +146,9 @@ WORDS: Mapping[str, Words] = MappingProxyType(
                 **_NUMBERED,
                 "side by side": (
                     "{one} a la izquierda de {other}",
-                    "{other} a la derecha de {one}",
+                    "a la izquierda {one}, a la derecha {other}",
                 ),
-                "one above the other": ("{one} encima de {other}", "{other} debajo de {one}"),
+                "one above the other": ("{one} encima de {other}", "arriba {one}, abajo {other}"),
             },
             openings=("", "un dibujo: "),
         ),

@@ -23,7 +23,7 @@ from data_pipeline.sources.scenes.questions import conversation
 # and what is asked first should be of every kind often.
 ASKED = ("what", "colour", "count", "where", "yesno", "yesno", "choice")
 _TURNS = 3
-_SHARES = {"single": 0.2, "several": 0.2, "pair": 0.6}  # pairs are hardest
+_SHARES = {"single": 0.3, "several": 0.3, "pair": 0.4}
 
 
 def training_scenes(count: int, held_out: frozenset[Combination], draw: random.Random) -> list[Scene]:

@@ -48,7 +48,7 @@ def test_every_caption_of_the_grammar_is_right(captioned):
             assert part["shares"] == EVERYTHING and part["unreadable"] == 0, language
             assert part["chance"][ALL] == 0
             assert part["right"] == [True] * 4 and part["scenes"] == 4
-    assert found["de"]["written"][2] == "ein Bild: rechts eine gelbe Glocke, links ein grüner Frosch"
+    assert found["de"]["written"][2] == "ein Bild: ein grüner Frosch links, eine gelbe Glocke rechts"
 
 
 def test_another_scenes_caption_has_the_parts_it_shares(captioned):

@@ -29,7 +29,7 @@ def test_training_scenes_are_of_all_shapes_without_anything_held_out():
     chosen = training_scenes(1000, HELD_OUT, random.Random(0))
     assert len(chosen) == len(set(chosen)) == 1000
     assert all(HELD_OUT.isdisjoint(one.combinations()) for one in chosen)
-    assert Counter(one.shape for one in chosen) == {"single": 200, "several": 200, "pair": 600}
+    assert Counter(one.shape for one in chosen) == {"single": 300, "several": 300, "pair": 400}
     assert chosen == training_scenes(1000, HELD_OUT, random.Random(0))
     assert set(chosen) != set(training_scenes(1000, HELD_OUT, random.Random(1)))
 
@@ -38,7 +38,7 @@ def test_scenes_are_drawn_again_when_all_of_a_shape_are_drawn():
     may = Counter(one.shape for one in ALL_SCENES if HELD_OUT.isdisjoint(one.combinations()))
     times = Counter(training_scenes(10_000, HELD_OUT, random.Random(0)))
     assert sum(times.values()) == 10_000
-    for shape, wanted in (("single", 2000), ("several", 2000), ("pair", 6000)):
+    for shape, wanted in (("single", 3000), ("several", 3000), ("pair", 4000)):
         drawn = [count for one, count in times.items() if one.shape == shape]
         assert sum(drawn) == wanted and len(drawn) == min(wanted, may[shape])
         assert max(drawn) - min(drawn) <= 1
