@@ -197,7 +197,7 @@ class ContrastiveTask:
             pairs = zip(padded, corners, strict=True)
             images = torch.stack([p[:, top : top + size, left : left + size] for p, (top, left) in pairs])
         if self.config.augmentation.flip:
-            mirrored = (torch.rand(len(images)) < 0.5).to(images.device)
+            mirrored = (torch.rand(len(images)) < 0.5).to(images.device, non_blocking=True)
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return images
 
@@ -275,7 +275,7 @@ def drop_patches(hidden: Tensor, share: float) -> Tensor:
     kept = max(1, round(positions * (1 - share)))
     if kept == positions:
         return hidden
-    chosen = torch.rand(batch, positions).topk(kept, dim=1).indices.to(hidden.device)
+    chosen = torch.rand(batch, positions).topk(kept, dim=1).indices.to(hidden.device, non_blocking=True)
     return hidden.gather(1, chosen[..., None].expand(-1, -1, width))
 
 

@@ -147,6 +147,7 @@ def build_engine(
         raise ConfigError(f"{deepspeed_file or config.deepspeed}: {key}: {first['msg']}") from error
     _keep_muon_in_fp32(engine)
     engine.marks = GradientMarks(model, runtime.micro_steps, runtime.device)
+    engine.flags = runtime.flags
     engine.train()
     return engine
 

@@ -36,7 +36,7 @@ class ImageInput:
         decoded = self.decoder(batch.image_bytes)
         for rejected in decoded.rejected:
             self._record(batch.keys[rejected.index], rejected.reason)
-        return decoded.images.to(self.runtime.device), decoded.kept
+        return decoded.images.to(self.runtime.device, non_blocking=True), decoded.kept
 
     def describe(self) -> str:
         """Return the choice of decoder in words."""

@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,16 @@ class Averages:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor | float] = {}
+        self.counts: dict[str, Tensor | float] = {}
         self.not_finite: list[str] = []  # after `reduce`: whose sums over all ranks are NaN or infinite
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
-        """Add a sum over `count` items; tensors keep no graph and need no synchronisation with the device."""
-        total = torch.as_tensor(total, device=self.device).detach().double()
-        count = torch.as_tensor(count, device=self.device).detach().double()
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
-        self.counts[name] = self.counts[name] + count if name in self.counts else count
+        """Add a sum over `count` items; tensors keep no graph; nobody waits for the device."""
+        for kept, value in ((self.sums, total), (self.counts, count)):
+            if isinstance(value, Tensor):
+                value = value.detach().to(self.device, torch.float64, non_blocking=True)
+            kept[name] = kept.get(name, 0.0) + value
 
     def reduce(self) -> dict[str, float]:
         """Averages over everything that all ranks added, in one collective and one wait for the device.
@@ -49,9 +49,11 @@ class Averages:
             return {}
         names = sorted(self.sums)
         checksum = float(zlib.crc32("\n".join(names).encode()))
-        mark = torch.tensor([checksum, 1.0], dtype=torch.float64, device=self.device)
-        packed = torch.stack([*(self.sums[n] for n in names), *(self.counts[n] for n in names)])
-        packed = torch.cat([packed, mark])
+        values = [*(self.sums[n] for n in names), *(self.counts[n] for n in names), checksum, 1.0]
+        # Numbers go to the device together; a copy for each would wait for all that it has been given to do.
+        numbers = on_device([0.0 if isinstance(v, Tensor) else v for v in values], self.device).unbind()
+        pairs = zip(values, numbers, strict=True)
+        packed = torch.stack([value if isinstance(value, Tensor) else number for value, number in pairs])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(packed)
         *values, of_names, ranks = packed.tolist()
@@ -61,6 +63,11 @@ class Averages:
         counts = dict(zip(names, values[len(names) :], strict=True))
         self.not_finite = [name for name in names if not math.isfinite(totals[name])]
         return {name: totals[name] / counts[name] if counts[name] else math.nan for name in names}
+
+
+def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers as an fp64 tensor on a device, without waiting for it as `torch.tensor(device=)` would."""
+    return torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
 
 
 class MetricsLog:

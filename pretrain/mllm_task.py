@@ -193,7 +193,7 @@ class MllmTask:
 
     def train_step(self, micro_batches: list[PackedBatch]) -> dict[str, Any]:
         """Take one optimizer step on the documents of all micro-batches and ranks."""
-        micro_batches = [batch.to(self.runtime.device) for batch in micro_batches]
+        micro_batches = [batch.to(self.runtime.device, non_blocking=True) for batch in micro_batches]
         positions = self.supervised_positions(micro_batches)
         averages = Averages(self.runtime.device)
         tokens = 0

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pretrain.metrics import Averages
 
-_GRADIENTS = "gradients/"  # what engines' marks are called among a step's figures
+# What engines' marks and the flags of ranks are called among a step's figures.
+_GRADIENTS, _FLAGS = "gradients/", "flags/"
 
 
 class NotFiniteError(RuntimeError):
@@ -111,7 +112,9 @@ def backward(engine: DeepSpeedEngine, loss: Tensor, reduction: Literal["mean", "
 def take_step(engines: Mapping[str, DeepSpeedEngine], averages: Averages) -> dict[str, Any]:
     """The optimizer step of all engines, if all losses and gradients of all ranks are finite.
 
-    Whether they are travels with the step's figures, in the one collective and wait that these take.
+    Whether they are, and the flags of all ranks (`RankFlags`), travel with the step's figures, in the one
+    collective and wait that these take. DeepSpeed waits in the same place, for the norm of the gradients;
+    what it gives the device to do after that, optimizer and gathering of parameters, nobody waits for.
 
     Args:
         engines: By name; each has had its backward passes.
@@ -126,8 +129,12 @@ def take_step(engines: Mapping[str, DeepSpeedEngine], averages: Averages) -> dic
     """
     for name, engine in engines.items():
         averages.add(_GRADIENTS + name, engine.marks.total())
+    flags = next(iter(engines.values())).flags
+    for name, holds in flags.ask.items():
+        averages.add(_FLAGS + name, float(holds()))
     figures = averages.reduce()
-    figures = {name: value for name, value in figures.items() if not name.startswith(_GRADIENTS)}
+    flags.on_any = {name: figures[_FLAGS + name] > 0 for name in flags.ask}
+    figures = {name: v for name, v in figures.items() if not name.startswith((_GRADIENTS, _FLAGS))}
     broken = any("loss" in name or name.startswith(_GRADIENTS) for name in averages.not_finite)
     moved: list[str] = []
     for name, engine in engines.items():

@@ -90,6 +90,10 @@ class Trainer:
         self.wall_seconds = 0.0  # of all earlier starts of this run
         self.skipped_in_a_row = 0
         self.health = Health(config, runtime, self.log.say)
+        runtime.flags.ask = {
+            "stop": lambda: self.stop.name is not None,
+            "writing": lambda: self.checkpoints.busy,
+        }
 
     def run(self) -> bool:
         """Train, then export.
@@ -183,20 +187,21 @@ class Trainer:
                 except NotFiniteError as error:
                     figures = self._skip_step(error, micro_batches)
                 runtime.step += 1
-                stop, writing, waited = self._over_ranks(waited)
             self.health.step_done(figures)
-            if self.checkpoints.pending and not writing:
+            if self.checkpoints.pending and not runtime.flags.on_any["writing"]:
                 self.checkpoints.finish()
             window.add(time.perf_counter() - begin, waited, figures)
             self.log.advance(runtime.step)
             last = runtime.step == config.steps
             if runtime.step % config.log_every == 0 or last:
+                (window.waited,) = runtime.largest([window.waited])  # of all ranks, in these steps
                 figures = {**window.pop(figures), **rates, **self._engine_figures()}
                 self.log.write(runtime.step, "train", {**figures, **self.health.look_at_log(figures)})
             if last or (config.validate_every and runtime.step % config.validate_every == 0):
                 with self.health.phase("validating"):
                     self._validate()
-            if stop and not last:
+            if runtime.flags.on_any["stop"] and not last:
+                self.stop.name = self.stop.name or "a signal to another rank"
                 return False
             if config.checkpoint_every and runtime.step % config.checkpoint_every == 0 and not last:
                 self._save(config.async_checkpoints)
@@ -226,17 +231,6 @@ class Trainer:
             ) from None
         except DatasetError as error:
             raise TrainingError(f"after step {self.runtime.step}: {error}") from error
-
-    def _over_ranks(self, waited: float) -> tuple[bool, bool, float]:
-        """Whether any rank was asked to stop or still writes a checkpoint; the longest wait for data."""
-        flags = [float(self.stop.name is not None), float(self.checkpoints.busy), waited]
-        values = torch.tensor(flags, device=self.runtime.device)
-        if self.runtime.world_size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        stop, writing, waited = values.tolist()
-        if stop and self.stop.name is None:
-            self.stop.name = "a signal to another rank"
-        return bool(stop), bool(writing), waited
 
     def _skip_step(self, error: NotFiniteError, micro_batches: list[Any]) -> dict[str, Any]:
         """Record a step that was not taken and return its figures, or end the run."""

@@ -366,7 +366,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         nll = scores.nll * weight
         return {
             "text_nll": nll.sum(),
-            "text_count": torch.tensor(len(positions), device=hidden.device),
+            "text_count": torch.full((), len(positions), device=hidden.device),
             "text_correct": scores.correct[: len(positions)].sum(),
             "text_z_loss": (scores.z_loss * weight).sum() if z_loss else None,
             "text_positions": positions,
@@ -397,7 +397,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         z_losses = [score.z_loss for score in scores]
         return {
             "visual_nll": nll.sum(dim=0),
-            "visual_count": torch.tensor(count, device=hidden.device),
+            "visual_count": torch.full((), count, device=hidden.device),
             "visual_correct": correct.sum(dim=0),
             "visual_z_loss": (torch.stack(z_losses, dim=1) * weight).sum(dim=0) if z_loss else None,
             "visual_positions": positions,

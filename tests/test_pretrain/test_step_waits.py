@@ -5,15 +5,18 @@ function of the project that asked. Each allowed one has its reason here and sta
 """
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from tests.support.distributed import ROOT, run_function
-from tests.support.pretend_cuda import CountWaits
+from tests.support.pretend_cuda import PACKAGES, CountWaits
+from tests.support.toy_words import TOY_WORDS
 from tests.test_pretrain import test_contrastive
 from tests.test_pretrain.test_jobs import codes, folder, mllm_words, tokenizer_run, tokenizer_words  # noqa: F401
+from tests.test_pretrain.test_trainer import figures
 
 # Function -> how often it may wait in a step of the test's sizes, and why it has to.
 ALLOWED = {
@@ -93,6 +96,44 @@ def test_collectives_carry_what_nccl_takes(found):
         assert sent and sent <= {f"torch.{name}" for name in ("float32", "float64", "int64", "uint8")}
 
 
+def loop_between_two_logs(run: Path) -> tuple[dict[str, int], list[int]]:
+    """Waits of the whole loop from step 4 to step 5 by place, with no log line between; sizes it reduces."""
+    from pretrain.config import job_classes, load_job_config
+    from pretrain.runtime import start_runtime
+    from pretrain.trainer import Trainer
+
+    config = load_job_config([*TOY_WORDS, f"run_dir={run}", "log_every=3", "two_engines=true"])
+    runtime = start_runtime(config)
+    task = job_classes(config.job)[1](config, runtime)
+    counter, train_step, own, sizes = CountWaits(), task.train_step, dist.all_reduce, []
+
+    def all_reduce(tensor, *args, **kwargs):
+        if sys._getframe(1).f_code.co_filename.startswith(PACKAGES):
+            sizes.append(tensor.numel())
+        return own(tensor, *args, **kwargs)
+
+    def counted_step(micro_batches):
+        if runtime.step == 3:  # step 4: the third has been logged
+            counter.__enter__()
+            patch.setattr(dist, "all_reduce", all_reduce)
+        if runtime.step == 4:
+            counter.__exit__(None, None, None)
+            patch.undo()
+        return train_step(micro_batches)
+
+    task.train_step = counted_step
+    patch = pytest.MonkeyPatch()
+    assert Trainer(config, runtime, task).run() and sorted(figures(run)) == [3, 6]
+    return {place.partition(":")[2]: count for place, count in counter.waits.items()}, sizes
+
+
+def test_the_loop_itself_waits_for_nothing_between_two_log_lines(tmp_path):
+    """Its flags travel with the figures, which the finite check needs before the optimizers move."""
+    for waits, sizes in run_function(loop_between_two_logs, tmp_path, process_group=False):
+        assert waits.pop("take_step") > 0  # DeepSpeed
+        assert waits == {"Averages.reduce": 1} and len(sizes) == 1
+
+
 # Functions that make a tensor out of nothing, on the CPU unless they are told where.
 FACTORIES = set("zeros ones empty full arange tensor rand randn randint randperm eye".split())
 # Functions that make tensors on the CPU on purpose. Modules' own, made in `__init__`, move with them.
@@ -102,6 +143,7 @@ ON_THE_CPU = {
         *("_offer_candidates", "_restart", "row_noise", "stream", "augment", "drop_patches"),
     },
     "figures of features that were gathered there": {"recall_at_1", "layer_similarity"},
+    "sent on in one copy that nobody waits for": {"on_device"},
 }
 
 
