@@ -20,6 +20,8 @@ from torch import Tensor
 
 from pretrain.config import JobConfig, config_as_yaml
 
+COLUMNS = 120  # that a printed line of figures has at most
+
 
 class Averages:
     """Sums and counts of named figures; `reduce` gives sum of sums over sum of counts across all ranks."""
@@ -141,8 +143,9 @@ class MetricsLog:
             logged: dict[str, Any] = {f"{split}/{key}": value for key, value in numbers.items()}
             logged |= {f"{split}/{key}": wandb.Image(str(path)) for key, path in files.items()}
             self._wandb.log(logged, step=step)
-        # A terminal says how wide it is; a pipe gets lines that fit most.
-        width = shutil.get_terminal_size((118, 24)).columns if self._progress is not None else 118
+        # A terminal may be narrower; in a wider one a line would be no easier to read.
+        columns = shutil.get_terminal_size().columns if self._progress is not None else COLUMNS
+        width = min(columns, COLUMNS)
         self.say(console_line(step, self.config.steps, split, numbers, width))
 
     def close(self) -> None:
@@ -166,7 +169,7 @@ class MetricsLog:
         return path
 
 
-def console_line(step: int, steps: int, split: str, numbers: dict[str, float], width: int = 118) -> str:
+def console_line(step: int, steps: int, split: str, numbers: dict[str, float], width: int = COLUMNS) -> str:
     """A step in one line: what matters most first, and as much as fits; metrics.jsonl has all of it.
 
     Args:
@@ -174,7 +177,7 @@ def console_line(step: int, steps: int, split: str, numbers: dict[str, float], w
         steps: of the run.
         split: `train` or `val`.
         numbers: figures by name.
-        width: columns that the line may have; the first words are there in any case.
+        width: columns that the line may have.
     """
     left = {key: value for key, value in numbers.items() if not _is_detail(key)}
     line = f"{split:5s} {step:>{len(str(steps))}}/{steps}"
@@ -186,15 +189,16 @@ def console_line(step: int, steps: int, split: str, numbers: dict[str, float], w
         words.append(f"{left.pop('seconds_per_step'):.3g} s/step")
     for key in [key for key in left if key.endswith("_per_second")]:
         words.append(f"{left.pop(key):.3g} {key.removesuffix('_per_second')}/s")
+    if "mfu" in left:
+        words.append(f"mfu {left.pop('mfu'):.1%}")
     if (waiting := left.pop("data_wait", 0.0)) >= 0.05:
         words.append(f"{waiting:.0%} waiting for data")
-    line = "  ".join([line, *words])
     last = ("lr", "gradient_norm", "seconds")
-    for key in sorted(left, key=lambda key: key.partition("/")[0] in last):
-        word = f"  {key} {_short(left[key])}"
-        if len(line) + len(word) > width:
+    words += [f"{key} {_short(left[key])}" for key in sorted(left, key=lambda k: k.partition("/")[0] in last)]
+    for word in words:
+        if len(line) + 2 + len(word) > width:
             break
-        line += word
+        line += f"  {word}"
     return line
 
 
@@ -248,8 +252,8 @@ def _start_wandb(config: JobConfig, run_dir: Path) -> Any:
 
 
 def _is_detail(key: str) -> bool:
-    """Whether a figure is one of many of its kind (by depth, codebook, ...): left out of the printed line."""
-    return key.startswith(("codebook_", "nll_", "accuracy_"))
+    """Whether a figure is one of many of its kind (by depth, codebook, part, ...): not printed."""
+    return key.startswith(("codebook_", "nll_", "accuracy_", "seconds/", "memory/", "tflops_"))
 
 
 def _is_picture(value: Any) -> bool:

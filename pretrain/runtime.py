@@ -20,6 +20,7 @@ import torch.distributed as dist
 from pretrain.config import ConfigError, JobConfig
 from pretrain.metrics import on_device
 from pretrain.random_state import seed_everything
+from pretrain.timing import StepClock
 
 T = TypeVar("T")
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
@@ -52,6 +53,10 @@ class Runtime:
     run_dir: Path
     step: int = 0  # optimizer steps done; the trainer keeps it true
     flags: RankFlags = field(default_factory=RankFlags)
+    clock: StepClock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = StepClock(self.device)
 
     @property
     def is_main(self) -> bool:

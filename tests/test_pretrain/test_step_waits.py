@@ -23,6 +23,7 @@ ALLOWED = {
     "NearestCodeSearch.__call__": (8, "which rows fp32 cannot; each depth needs those before"),
     "EMACodebooks._offer_candidates": (8, "on the CPU only: candidates are drawn there"),
     "EMACodebooks.update": (2, "a codebook's figures and its unused codes, once a step"),
+    "PackContents.of_batch": (16, "on the CPU only: what a pack holds, before it goes to the device"),
     "DualTokenForCausalLM.checked_codes": (2, "all counts of a pack, and that its codes exist"),
     "DualTokenForCausalLM.forward": (2, "transformers looks whether positions restart"),
     "_ForwardGradients.backward": (12, "whether gradients made in the forward pass serve"),
