@@ -247,8 +247,9 @@ class MllmTask:
         text, visual = output.text_nll, output.visual_nll
         if weights.z_loss:
             text, visual = text + output.text_z_loss, visual + output.visual_z_loss
-        by_depth = weights.depth_decay ** torch.arange(visual.shape[1], device=visual.device)
-        pixel, semantic = (visual * by_depth).sum(dim=1)  # [Q, D] -> [Q]
+        if weights.depth_decay != 1:  # weights of 1 would hide that all depths weigh the same
+            visual = visual * weights.depth_decay ** torch.arange(visual.shape[1], device=visual.device)
+        pixel, semantic = visual.sum(dim=1)  # [Q, D] -> [Q]
         return weights.text * text + weights.pixel * pixel + weights.semantic * semantic
 
     def validate(self) -> dict[str, float]:

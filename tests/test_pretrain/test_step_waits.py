@@ -26,7 +26,6 @@ ALLOWED = {
     "PackContents.of_batch": (16, "on the CPU only: what a pack holds, before it goes to the device"),
     "DualTokenForCausalLM.checked_codes": (2, "all counts of a pack, and that its codes exist"),
     "DualTokenForCausalLM.forward": (2, "transformers looks whether positions restart"),
-    "_ForwardGradients.backward": (12, "whether gradients made in the forward pass serve"),
     "loop_over_documents": (4, "on the CPU only: CUDA has one kernel for a pack"),
     "take_step": (99, "DeepSpeed: overflow, norms, skipped steps"),
     "Averages.reduce": (1, "a step's figures, and whether all of it is finite"),
