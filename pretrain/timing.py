@@ -85,6 +85,11 @@ class StepClock:
             span = self._spans.popleft()
             self._seconds[span.part] += span.begin.elapsed_time(span.end) / 1000
 
+    def wait(self) -> None:
+        """Wait until the device has done all that it was given to do."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+
     def pop(self) -> dict[str, float]:
         """Seconds by part since the last call, of all `PARTS`; waits for the device up to the last part."""
         if self._spans:

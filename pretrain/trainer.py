@@ -202,22 +202,31 @@ class Trainer:
             self.health.step_done(figures)
             if self.checkpoints.pending and not runtime.flags.on_any["writing"]:
                 self.checkpoints.finish()
+            last = runtime.step == config.steps
+            logs = last or self._is_due(config.log_every)
+            validates = last or self._is_due(config.validate_every)
+            saves = self._is_due(config.checkpoint_every) and not last
+            if logs or validates or saves:
+                runtime.clock.wait()  # what is left to do of this step is not to count for what comes
             window.add(time.perf_counter() - begin, waited, figures)
             self.tracer.after_step()
             self.log.advance(runtime.step)
-            last = runtime.step == config.steps
-            if runtime.step % config.log_every == 0 or last:
+            if logs:
                 figures = {**window.pop(figures), **rates, **self._engine_figures()}
                 self.log.write(runtime.step, "train", {**figures, **self.health.look_at_log(figures)})
-            if last or (config.validate_every and runtime.step % config.validate_every == 0):
+            if validates:
                 with self.health.phase("validating"):
                     self._validate()
             if runtime.flags.on_any["stop"] and not last:
                 self.stop.name = self.stop.name or "a signal to another rank"
                 return False
-            if config.checkpoint_every and runtime.step % config.checkpoint_every == 0 and not last:
+            if saves:
                 self._save(config.async_checkpoints)
         return True
+
+    def _is_due(self, every: int) -> bool:
+        """Whether something that comes every so many steps, 0 for never, comes after this one."""
+        return every > 0 and self.runtime.step % every == 0
 
     def _next_micro_batches(self) -> list[Any]:
         if self.batches is None:
