@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from dualtoken.unified_model.depth_transformer import VisualHead
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer.nearest import NearestCodeSearch
+from pretrain.timing import StepClock
 from tests.support.distributed import run_module
 from tests.support.unified_support import FEATURES, byte_tokenizer, tiny_model
 from tests.test_pretrain import test_contrastive
@@ -136,3 +138,17 @@ def check_generation(device: str) -> None:
     config = model.config
     assert drawn[0].shape == (1, config.positions_per_image, 2, config.num_quantizers)
     assert 0 <= int(drawn[0].min()) and int(drawn[0].max()) < config.codebook_size
+
+
+def check_clock(device: str) -> None:
+    """Parts of a step are measured where they are computed: together no longer than what the host waits."""
+    clock, matrix = StepClock(torch.device(device)), torch.eye(512, device=device)
+    began = time.perf_counter()
+    for part in ("forward", "backward"):
+        with clock.part(part):
+            for _ in range(20):
+                matrix = matrix @ matrix
+    seconds = clock.pop()
+    waited = time.perf_counter() - began
+    assert min(seconds["forward"], seconds["backward"]) > 0 == seconds["optimizer"]
+    assert seconds["forward"] + seconds["backward"] <= waited
