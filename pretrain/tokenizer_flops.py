@@ -154,7 +154,7 @@ def perceptual_network(net: str) -> nn.Module:
         warnings.simplefilter("ignore", UserWarning)  # lpips names torchvision's weights the old way
         with torch.device("meta"):
             network = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
-    return network.requires_grad_(False)
+    return network.to("meta").requires_grad_(False)  # its constants are made on the CPU in any case
 
 
 def discriminator_flops(discriminator: nn.Module, size: int) -> Flops:
