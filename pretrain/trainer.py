@@ -48,7 +48,9 @@ class Task(Protocol):
 
     engines: Mapping[str, DeepSpeedEngine]
     exported: tuple[str, str]  # engine of the model that is exported, and a prefix that its names lose
-    train_loader: Any  # endless iterable with save_state() and restore_states(states)
+    # Endless iterable with save_state() and restore_states(states). Where a step waits for pictures that the
+    # loader lets decode ahead, pop_wait() says for how many seconds it did.
+    train_loader: Any
 
     def train_step(self, micro_batches: list[Any]) -> dict[str, Any]:
         """One optimizer step."""
@@ -183,6 +185,7 @@ class Trainer:
                 except NotFiniteError as error:
                     figures = self._skip_step(error, micro_batches)
                 runtime.step += 1
+                waited += self._waited_in_step()
                 stop, writing, waited = self._over_ranks(waited)
             self.health.step_done(figures)
             if self.checkpoints.pending and not writing:
@@ -226,6 +229,10 @@ class Trainer:
             ) from None
         except DatasetError as error:
             raise TrainingError(f"after step {self.runtime.step}: {error}") from error
+
+    def _waited_in_step(self) -> float:
+        pop_wait: Callable[[], float] | None = getattr(self.task.train_loader, "pop_wait", None)
+        return pop_wait() if pop_wait is not None else 0.0
 
     def _over_ranks(self, waited: float) -> tuple[bool, bool, float]:
         """Whether any rank was asked to stop or still writes a checkpoint; the longest wait for data."""
@@ -277,6 +284,7 @@ class Trainer:
         restore_random_state(before)
         for engine in self.task.engines.values():
             engine.train()
+        self._waited_in_step()  # for the pictures of validation, which counts in no step
         if figures:
             seconds = round(time.perf_counter() - begin, 3)
             self.log.write(self.runtime.step, "val", {**figures, "seconds": seconds})

@@ -24,8 +24,8 @@ class DaliDecoder(TorchvisionDecoder):
 
     Batches are cut where their images have too many pixels, by their headers, to be decoded at a time.
     A pipeline is no longer valid after an image it cannot decode; it is then built again without that image.
-    Images with transparency, 16 bits or extended WebP and truncated JPEGs go to PIL and torch. The GPU path has not been run: it
-    was written without a GPU at hand.
+    Images with transparency, 16 bits or extended WebP and truncated JPEGs go to PIL and torch. The GPU path
+    has not been run: it was written without a GPU at hand.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -40,8 +40,8 @@ class DaliDecoder(TorchvisionDecoder):
         self._capacity = 32
 
     def _takes(self, header: ImageHeader, data: bytes) -> bool:
-        # A truncated JPEG would cost the pipeline and its whole batch. Without an end marker in its second half
-        # (the first may hold a whole thumbnail) PIL decides, as it would after DALI had failed.
+        # A truncated JPEG would cost the pipeline and its whole batch. Without an end marker in its second
+        # half (the first may hold a whole thumbnail) PIL decides, as it would after DALI had failed.
         if header.format == "JPEG" and data.find(_END_OF_JPEG, len(data) // 2) < 0:
             return False
         return header.format in ("JPEG", "PNG", "WEBP") and not header.special
