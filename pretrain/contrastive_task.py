@@ -141,9 +141,10 @@ class ContrastiveTask:
         self.captions = CaptionInput(self.text_tokenizer, text_length, config.seed, runtime)
         self.image_size = siglip.config.vision_config.image_size
         self.read_images = ImageInput(config.images, self.image_size, runtime)
-        self.train_loader = image_loader(
+        pictures = image_loader(
             config.data, config.micro_batch_size, runtime.rank, runtime.world_size, config.seed
         )
+        self.train_loader = self.read_images.ahead(pictures)
         model = ContrastiveModel(siglip, runtime.rank, runtime.world_size)
         self.engines = {"siglip": build_engine(model, config, runtime)}
 

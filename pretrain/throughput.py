@@ -37,14 +37,12 @@ class Window:
     def _clear(self) -> None:
         self.steps = 0
         self.seconds = 0.0
-        self.waited = 0.0
         self.amounts: dict[str, float] = defaultdict(float)
 
-    def add(self, seconds: float, waited: float, figures: Mapping[str, Any]) -> None:
-        """Add a step that took `seconds`, of which this rank `waited` for data."""
+    def add(self, seconds: float, figures: Mapping[str, Any]) -> None:
+        """Add a step that took `seconds`."""
         self.steps += 1
         self.seconds += seconds
-        self.waited += waited
         for key, value in figures.items():
             if key.startswith(AMOUNTS):
                 self.amounts[key] += value
@@ -62,7 +60,7 @@ class Window:
         shown["seconds_per_step"] = self.seconds / self.steps
         # Of the rank that waited longest, on which the others wait in turn.
         memory = memory_gib(self.runtime.device)
-        waited, *most = self.runtime.largest([self.waited, *memory.values()])
+        waited, *most = self.runtime.largest([self.runtime.clock.waited, *memory.values()])
         shown["data_wait"] = waited / self.seconds
         shown |= self._parts()
         shown |= {f"memory/{name}_gib": round(gib, 3) for name, gib in zip(memory, most, strict=True)}

@@ -34,7 +34,9 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._open: list[tuple[str, Any, record_function] | None] = []
+        self.waited = 0.0
+        """Seconds that the host spent in the part `data` since the last `pop`."""
+        self._open: list[tuple[str, float, Any, record_function] | None] = []
         self._spans: deque[_Span] = deque()
         self._seconds: dict[str, float] = defaultdict(float)
         self._in_step = True
@@ -46,18 +48,21 @@ class StepClock:
             return
         span = record_function(part)
         span.__enter__()
-        self._open.append((part, self._now(), span))
+        self._open.append((part, time.perf_counter(), self._event(), span))
 
     def end(self) -> None:
         """End the part that was begun last."""
         begun = self._open.pop()
         if begun is None:
             return
-        part, begin, span = begun
-        if self._on_gpu:
-            self._spans.append(_Span(part, begin, self._now()))
+        part, began, event, span = begun
+        seconds = time.perf_counter() - began
+        if part == "data":
+            self.waited += seconds
+        if event is None:
+            self._seconds[part] += seconds
         else:
-            self._seconds[part] += self._now() - begin
+            self._spans.append(_Span(part, event, self._event()))
         span.__exit__(None, None, None)
 
     @contextmanager
@@ -97,11 +102,12 @@ class StepClock:
             self.collect()
         seconds = {part: self._seconds[part] for part in PARTS}
         self._seconds.clear()
+        self.waited = 0.0
         return seconds
 
-    def _now(self) -> Any:
+    def _event(self) -> Any:
         if not self._on_gpu:
-            return time.perf_counter()
+            return None
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

@@ -125,9 +125,10 @@ class TokenizerTask:
             self.captions = build_captions(self.tokenizer, config, runtime)
             self.siglip_loss = SigLipLoss(rank=runtime.rank, world_size=runtime.world_size)
         self.read_images = ImageInput(config.images, self.tokenizer.config.image_size, runtime)
-        self.train_loader = image_loader(
+        pictures = image_loader(
             config.data, config.micro_batch_size, runtime.rank, runtime.world_size, config.seed
         )
+        self.train_loader = self.read_images.ahead(pictures)
 
     def describe(self) -> list[str]:
         """Return a line per part, with its parameters, and where fixed networks and pictures come from."""

@@ -190,7 +190,6 @@ class Trainer:
             begin = time.perf_counter()
             with runtime.clock.part("data"):
                 micro_batches = self._next_micro_batches()
-            waited = time.perf_counter() - begin
             rates = self._learning_rates()
             with self.health.stepping():
                 try:
@@ -208,7 +207,7 @@ class Trainer:
             saves = self._is_due(config.checkpoint_every) and not last
             if logs or validates or saves:
                 runtime.clock.wait()  # what is left to do of this step is not to count for what comes
-            window.add(time.perf_counter() - begin, waited, figures)
+            window.add(time.perf_counter() - begin, figures)
             self.tracer.after_step()
             self.log.advance(runtime.step)
             if logs:

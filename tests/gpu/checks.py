@@ -3,10 +3,12 @@
 import copy
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from data_pipeline.images.decoding import SideDecoder, build_image_decoder
 from dualtoken.generation.generators import generate_images
 from dualtoken.unified_model.attention import loop_over_documents, varlen_documents
 from dualtoken.unified_model.depth_transformer import VisualHead
@@ -16,6 +18,7 @@ from dualtoken.visual_tokenizer.nearest import NearestCodeSearch
 from pretrain.timing import StepClock
 from tests.support.distributed import run_module
 from tests.support.unified_support import FEATURES, byte_tokenizer, tiny_model
+from tests.test_data_pipeline.pretokenize.test_pretokenize import picture
 from tests.test_pretrain import test_contrastive
 from tests.test_pretrain.test_jobs import mllm_words, tokenizer_words
 
@@ -152,3 +155,16 @@ def check_clock(device: str) -> None:
     waited = time.perf_counter() - began
     assert min(seconds["forward"], seconds["backward"]) > 0 == seconds["optimizer"]
     assert seconds["forward"] + seconds["backward"] <= waited
+
+
+def check_decoding(device: str) -> None:
+    """Pictures decoded beside a busy stream, in a thread with threads of its own, are all there when used."""
+    files = [picture(index, "JPEG") for index in range(40)]
+    expected = build_image_decoder(64, "torchvision", device)(files).images
+    beside = SideDecoder(build_image_decoder(64, "torchvision", device, num_threads=2))
+    square = torch.randn(1500, 1500, device=device)
+    with ThreadPoolExecutor(1) as thread:
+        for _ in range(5):
+            decoding = thread.submit(beside, files)
+            square = (square @ square).clamp(-1, 1)
+            assert torch.equal(decoding.result().for_current_stream(), expected)
