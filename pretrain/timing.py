@@ -6,7 +6,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.profiler import record_function
@@ -36,7 +36,7 @@ class StepClock:
         self._on_gpu = device.type == "cuda"
         self.waited = 0.0
         """Seconds that the host spent in the part `data` since the last `pop`."""
-        self._open: list[tuple[str, float, Any, record_function] | None] = []
+        self._open: list[tuple[str, float, torch.cuda.Event | None, record_function] | None] = []
         self._spans: deque[_Span] = deque()
         self._seconds: dict[str, float] = defaultdict(float)
         self._in_step = True
@@ -48,7 +48,7 @@ class StepClock:
             return
         span = record_function(part)
         span.__enter__()
-        self._open.append((part, time.perf_counter(), self._event(), span))
+        self._open.append((part, time.perf_counter(), _recorded_event() if self._on_gpu else None, span))
 
     def end(self) -> None:
         """End the part that was begun last."""
@@ -62,7 +62,7 @@ class StepClock:
         if event is None:
             self._seconds[part] += seconds
         else:
-            self._spans.append(_Span(part, event, self._event()))
+            self._spans.append(_Span(part, event, _recorded_event()))
         span.__exit__(None, None, None)
 
     @contextmanager
@@ -105,9 +105,8 @@ class StepClock:
         self.waited = 0.0
         return seconds
 
-    def _event(self) -> Any:
-        if not self._on_gpu:
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+
+def _recorded_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -492,7 +492,7 @@ def _sum(scores: torch.Tensor, count: int) -> torch.Tensor:
     that `chunked_loss` has to know of it.
     """
     total = scores.sum(dim=0)
-    return total if count else 0.0 * total
+    return total if count else (0.0 * total.sum()).expand_as(total)
 
 
 def _places(mask: torch.Tensor, count: int) -> torch.Tensor:

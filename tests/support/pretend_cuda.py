@@ -9,6 +9,7 @@ and wait until it is done (`torch.tensor(..., device=)`, `.to(device)`), whereve
 """
 
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -74,7 +75,10 @@ class OnGPU(torch.Tensor):
 
 
 class CountWaits(TorchDispatchMode):
-    """While it is open, `waits` counts by `file:function` what would wait if all tensors were on a GPU."""
+    """While it is open, `waits` counts by `file:function` what would wait if all tensors were on a GPU.
+
+    In the thread that opened it: what one beside it waits for, such as the one that decodes, stops nobody.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,6 +86,7 @@ class CountWaits(TorchDispatchMode):
         self._patch = pytest.MonkeyPatch()
 
     def __enter__(self) -> "CountWaits":
+        self._thread = threading.get_ident()
         for name in ("tolist", "cpu"):  # which ask nobody on the CPU
             own = getattr(torch.Tensor, name)
             self._patch.setattr(torch.Tensor, name, self._counted(own))
@@ -97,7 +102,8 @@ class CountWaits(TorchDispatchMode):
     def _counted(self, method, copies=None):
         def counted(tensor, *args, **kwargs):
             own = sys._getframe(1).f_code.co_filename.startswith(PACKAGES)
-            if copies is None or (own and copies(tensor, *args, **kwargs)):
+            counts = copies is None or (own and copies(tensor, *args, **kwargs))
+            if counts and threading.get_ident() == self._thread:
                 self.record_wait()
             return method(tensor, *args, **kwargs)
 

@@ -6,6 +6,7 @@ function of the project that asked. Each allowed one has its reason here and sta
 
 import ast
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -62,18 +63,32 @@ def step_of(arguments: list[str]) -> tuple[dict[str, int], set[str]]:
     return {place.partition(":")[2]: count for place, count in counter.waits.items()}, sent
 
 
-def steps(runs: list[list[str]]) -> list[tuple[dict[str, int], set[str]]]:
-    return [step_of(words) for words in runs]
+def steps_and_loop(runs: list[list[str]], toy: Path):
+    """Of each job `step_of`, and `loop_between_two_logs`, in the same processes."""
+    return [step_of(words) for words in runs], loop_between_two_logs(toy)
 
 
 @pytest.fixture(scope="module")
-def found(folder, codes):  # noqa: F811
+def of_ranks(folder, codes):  # noqa: F811
     tokenizer = [*tokenizer_words(folder, "waits", 2), "losses.gan_start_step=0", "losses.contrastive=0.1"]
     images = [f"data.path={folder / 'images'}", f"text_tokenizer={folder / 'siglip'}"]
     contrastive = [*test_contrastive.words(folder, "waits"), *images, "validation_data=null"]
     runs = [tokenizer, mllm_words(folder, "waits", 2), contrastive]
-    (first, _) = run_function(steps, [[*words, "precision=bf16"] for words in runs], process_group=False)
-    return dict(zip(("tokenizer", "mllm", "contrastive"), first, strict=True))
+    runs = [[*words, "precision=bf16"] for words in runs]
+    return run_function(steps_and_loop, runs, folder / "toy", process_group=False)
+
+
+@pytest.fixture(scope="module")
+def found(of_ranks):
+    """By job: waits by place, the most of any rank, and the types of what all collectives carry."""
+    jobs = {}
+    by_job = zip(*(of_jobs for of_jobs, _ in of_ranks), strict=True)
+    for name, ranks in zip(("tokenizer", "mllm", "contrastive"), by_job, strict=True):
+        most = Counter()
+        for waits, _ in ranks:
+            most |= Counter(waits)
+        jobs[name] = dict(most), set().union(*(sent for _, sent in ranks))
+    return jobs
 
 
 @pytest.mark.parametrize("job", ["tokenizer", "mllm", "contrastive"])
@@ -127,9 +142,9 @@ def loop_between_two_logs(run: Path) -> tuple[dict[str, int], list[int]]:
     return {place.partition(":")[2]: count for place, count in counter.waits.items()}, sizes
 
 
-def test_the_loop_itself_waits_for_nothing_between_two_log_lines(tmp_path):
+def test_the_loop_itself_waits_for_nothing_between_two_log_lines(of_ranks):
     """Its flags travel with the figures, which the finite check needs before the optimizers move."""
-    for waits, sizes in run_function(loop_between_two_logs, tmp_path, process_group=False):
+    for _, (waits, sizes) in of_ranks:
         assert waits.pop("take_step") > 0  # DeepSpeed
         assert waits == {"Averages.reduce": 1} and len(sizes) == 1
 
