@@ -253,7 +253,7 @@ def main() -> None:
                         speed, busy = in_words(found[f"{name} speed"]), in_words(found[f"{name} busy"])
                         print(f"{name:<42}: {speed} of the limit, busy {busy}", flush=True)
     if options.output:
-        options.output.write_text(json.dumps(found, indent=2))
+        options.output.write_text(json.dumps(found, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":
