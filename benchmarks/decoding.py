@@ -39,8 +39,8 @@ def encode(image: Image.Image, format: str, **options: int) -> bytes:
     return buffer.getvalue()
 
 
-def photographs(count: int) -> list[bytes]:
-    """Return JPEGs of 512 x 512 pixels, quality 90: crops of one real photograph, flipped at random."""
+def photographs(count: int, side: int = 512) -> list[bytes]:
+    """Return square JPEGs, quality 90, side in pixels: crops of one real photograph, flipped at random."""
     rng = random.Random(0)
     photograph = Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
     photograph = photograph.resize((600, 704), Image.Resampling.BICUBIC)
@@ -48,7 +48,9 @@ def photographs(count: int) -> list[bytes]:
     for _ in range(count):
         left, top = rng.randrange(88), rng.randrange(192)
         crop = photograph.crop((left, top, left + 512, top + 512))
-        files.append(encode(crop.transpose(rng.choice(list(Image.Transpose)[:2])), "JPEG", quality=90))
+        crop = crop.transpose(rng.choice(list(Image.Transpose)[:2]))
+        crop = crop if side == 512 else crop.resize((side, side))
+        files.append(encode(crop, "JPEG", quality=90))
     return files
 
 

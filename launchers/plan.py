@@ -10,7 +10,7 @@ import numpy as np
 
 from data_pipeline.shards.code_shards import CODEBOOKS, CodeSample, encode_sample
 from launchers.errors import UserError
-from launchers.gpus import Gpu, gpu_named
+from launchers.gpus import gpu_named
 from pretrain.budget import (
     FP32,
     LEVELS,
@@ -24,6 +24,7 @@ from pretrain.budget import (
 from pretrain.config import JobConfig, load_job_config
 from pretrain.engine import zero_level
 from pretrain.flops import Flops
+from pretrain.gpus import Gpu
 from pretrain.job_budget import JobBudget, job_budget
 from pretrain.planned_models import NOT_GIVEN, ModelOptions
 from pretrain.runtime import read_deepspeed_file

@@ -45,7 +45,7 @@ class CaptionInput:
             max_length=self.length,
             return_tensors="pt",
         )
-        return tokens["input_ids"].to(self.runtime.device)
+        return tokens["input_ids"].to(self.runtime.device, non_blocking=True)
 
 
 def load_text_tokenizer(path: str, setting: str = "text_tokenizer") -> Any:

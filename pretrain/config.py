@@ -122,6 +122,33 @@ class HealthConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """Steps that `torch.profiler` records, into `traces/` of the run folder."""
+
+    steps: str = ""  # the first and the last one as the log counts them, such as 10..13; empty: none
+
+    def __post_init__(self) -> None:
+        self.bounds()
+
+    def bounds(self) -> tuple[int, int] | None:
+        """The first and the last step; None for none.
+
+        Raises:
+            ConfigError: `steps` is no range.
+        """
+        if not self.steps:
+            return None
+        match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", self.steps)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise ConfigError(
+                f"profile.steps={self.steps}: expected a step from 1 on, or the first and the last of "
+                "several, such as 10..13"
+            )
+        return first, last
+
+
+@dataclass
 class JobConfig:
     """What every job has; a job's own config class derives from this one and stands beside its task."""
 
@@ -145,6 +172,8 @@ class JobConfig:
     resume: str = "auto"  # auto | never | path of a step folder
     wandb: WandbConfig = field(default_factory=WandbConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    peak_tflops: float = 0.0  # of a rank's device in this precision, for `mfu`; 0: its data sheet, if known
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "log_every", "keep_checkpoints"):
@@ -157,9 +186,14 @@ class JobConfig:
             "checkpoint_every",
             "gradient_clipping",
             "seed",
+            "peak_tflops",
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more")
+        if (bounds := self.profile.bounds()) is not None and bounds[1] > self.steps:
+            raise ConfigError(
+                f"profile.steps={self.profile.steps}: expected steps of this run, which has {self.steps}"
+            )
         if "://" in str(self.run_dir):
             raise ConfigError(
                 f"run_dir={self.run_dir}: expected a folder of a file system that all ranks share; "

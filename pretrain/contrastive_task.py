@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pretrain.image_input import ImageInput, ImageInputConfig
 from pretrain.metrics import Averages
 from pretrain.runtime import Runtime
 from pretrain.stepping import backward, take_step
+from pretrain.tokenizer_flops import siglip_flops
 
 
 @dataclass
@@ -139,9 +141,10 @@ class ContrastiveTask:
         self.captions = CaptionInput(self.text_tokenizer, text_length, config.seed, runtime)
         self.image_size = siglip.config.vision_config.image_size
         self.read_images = ImageInput(config.images, self.image_size, runtime)
-        self.train_loader = image_loader(
+        pictures = image_loader(
             config.data, config.micro_batch_size, runtime.rank, runtime.world_size, config.seed
         )
+        self.train_loader = self.read_images.ahead(pictures)
         model = ContrastiveModel(siglip, runtime.rank, runtime.world_size)
         self.engines = {"siglip": build_engine(model, config, runtime)}
 
@@ -161,14 +164,27 @@ class ContrastiveTask:
         (batch,) = micro_batches
         images, captions = self.pairs(batch)
         input_ids = torch.stack([self.captions.tokenize(texts) for texts in captions], dim=1)
-        masked = self.runtime.step < self.config.steps - self.config.unmasked_steps
-        dropout = self.config.patch_dropout if masked else 0.0
-        loss = self.engines["siglip"](self.augment(images).to(self.runtime.dtype), input_ids, dropout)
+        images = self.augment(images).to(self.runtime.dtype)
+        loss = self.engines["siglip"](images, input_ids, self.patch_dropout)
         backward(self.engines["siglip"], loss)
         averages = Averages(self.runtime.device)
         averages.add("loss/contrastive", loss)
         figures = take_step(self.engines, averages)
         return {**figures, "count/images": self.config.global_batch_size}
+
+    @property
+    def patch_dropout(self) -> float:
+        """Share of a picture's patches that this step leaves out."""
+        masked = self.runtime.step < self.config.steps - self.config.unmasked_steps
+        return self.config.patch_dropout if masked else 0.0
+
+    def flops(self, amounts: Mapping[str, float]) -> float:
+        """FLOPs of steps on so many pictures, with the patches that are left out at this one."""
+        positions = (self.image_size // self.siglip.config.vision_config.patch_size) ** 2
+        kept = patches_kept(positions, self.patch_dropout)
+        captions = self.config.captions_per_picture
+        parts = siglip_flops(self.siglip, kept, captions, self.captions.length)
+        return amounts["count/images"] * sum(part.total for part in parts.values())
 
     def pairs(self, batch: ImageTextBatch) -> tuple[Tensor, list[list[str]]]:
         """Pictures [B, 3, H, W] in [-1, 1] and, `captions_per_picture` times, a caption for each.
@@ -197,7 +213,7 @@ class ContrastiveTask:
             pairs = zip(padded, corners, strict=True)
             images = torch.stack([p[:, top : top + size, left : left + size] for p, (top, left) in pairs])
         if self.config.augmentation.flip:
-            mirrored = (torch.rand(len(images)) < 0.5).to(images.device)
+            mirrored = (torch.rand(len(images)) < 0.5).to(images.device, non_blocking=True)
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return images
 
@@ -272,11 +288,16 @@ class ContrastiveTask:
 def drop_patches(hidden: Tensor, share: float) -> Tensor:
     """Another random choice of patches for each picture: [B, P, D] to [B, (1 - share) P, D]."""
     batch, positions, width = hidden.shape
-    kept = max(1, round(positions * (1 - share)))
+    kept = patches_kept(positions, share)
     if kept == positions:
         return hidden
-    chosen = torch.rand(batch, positions).topk(kept, dim=1).indices.to(hidden.device)
+    chosen = torch.rand(batch, positions).topk(kept, dim=1).indices.to(hidden.device, non_blocking=True)
     return hidden.gather(1, chosen[..., None].expand(-1, -1, width))
+
+
+def patches_kept(positions: int, share: float) -> int:
+    """How many of a picture's patches are left where a share is left out."""
+    return max(1, round(positions * (1 - share)))
 
 
 def recall_at_1(similarity: Tensor, captions: list[str]) -> tuple[float, float]:

@@ -147,6 +147,9 @@ def build_engine(
         raise ConfigError(f"{deepspeed_file or config.deepspeed}: {key}: {first['msg']}") from error
     _keep_muon_in_fp32(engine)
     engine.marks = GradientMarks(model, runtime.micro_steps, runtime.device)
+    engine.flags, engine.clock = runtime.flags, runtime.clock
+    engine.register_forward_pre_hook(lambda *_: runtime.clock.begin("forward"))
+    engine.register_forward_hook(lambda *_: runtime.clock.end(), always_call=True)
     engine.train()
     return engine
 

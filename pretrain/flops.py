@@ -18,6 +18,7 @@ from torch import nn
 
 from dualtoken.unified_model.depth_transformer import VisualHead
 from dualtoken.unified_model.model import DualTokenForCausalLM
+from dualtoken.unified_model.sequence import IGNORE_INDEX, PackedBatch
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,20 @@ class PackContents:
     visual_targets: float
     documents: float = 1.0
     pictures: float = 1.0
+
+    @classmethod
+    def of_batch(cls, batch: PackedBatch, positions_per_image: int) -> PackContents:
+        """Contents of a pack that is still on the CPU, without its padding."""
+        lengths = batch.cu_seqlens.diff()[: len(batch.keys)].double()  # the padding is the last one
+        return cls(
+            tokens=float(lengths.sum()),
+            pairs=float((lengths * (lengths + 1) / 2).sum()),
+            visual_positions=len(batch.codes),
+            text_targets=int((batch.labels != IGNORE_INDEX).sum()),
+            visual_targets=int(batch.visual_loss_mask.sum()),
+            documents=len(batch.keys),
+            pictures=len(batch.codes) / positions_per_image,
+        )
 
     @classmethod
     def of_documents(

@@ -18,7 +18,7 @@ from pretrain.activations import (
 )
 from pretrain.budget import FP32, ParameterCount
 from pretrain.config import ConfigError, JobConfig
-from pretrain.contrastive_task import ContrastiveJobConfig
+from pretrain.contrastive_task import ContrastiveJobConfig, patches_kept
 from pretrain.discriminator import PatchDiscriminator
 from pretrain.flops import Flops, PackContents, unified_model_flops
 from pretrain.mllm_task import MllmJobConfig
@@ -31,13 +31,10 @@ from pretrain.planned_models import (
 )
 from pretrain.runtime import read_deepspeed_file
 from pretrain.tokenizer_flops import (
-    discriminator_flops,
     encode_flops,
-    perceptual_flops,
     perceptual_network,
     siglip_flops,
-    teacher_flops,
-    tokenizer_flops,
+    tokenizer_step_flops,
 )
 from pretrain.tokenizer_task import TokenizerJobConfig
 
@@ -207,22 +204,22 @@ def _tokenizer(config: TokenizerJobConfig, weight: int, options: ModelOptions) -
     perceptual = losses.perceptual > 0 and config.perceptual_network.trunk != "none"
     paint = bool(losses.mse or perceptual or losses.gan)
     captions = visual.text.max_position_embeddings if losses.contrastive and visual.text else 0
-    flops = tokenizer_flops(model, paint, captions)
+    critic = None
+    if losses.gan:
+        with torch.device("meta"):
+            critic = PatchDiscriminator(config.discriminator).to(model.dtype)
+    net = config.perceptual_network.net if perceptual else None
+    flops = tokenizer_step_flops(model, paint, captions, net, critic)
     backbone, size = model.backbone, visual.reconstruction_size
     counts = count_parts(model, _tokenizer_parts(model), config.optimizer)
-    flops["teacher"] = teacher_flops(backbone.vision_model, visual.positions, visual.vision.hidden_size)
     fixed = buffer_bytes(model) + weight * sum(p.numel() for p in backbone.vision_model.parameters())
     picture = torch.empty(1, 3, size, size, device="meta", requires_grad=True)
     of_losses, second = [0.0], None
     if perceptual:
         network = perceptual_network(config.perceptual_network.net)
-        flops["perceptual"] = perceptual_flops(config.perceptual_network.net, size)
         of_losses.append(kept_bytes(network, lambda: network(picture, picture.detach())))
         fixed += FP32 * sum(p.numel() for p in network.parameters())
-    if losses.gan:
-        with torch.device("meta"):
-            critic = PatchDiscriminator(config.discriminator).to(model.dtype)
-        flops["discriminator"] = discriminator_flops(critic, size)
+    if critic is not None:
         of_losses.append(kept_bytes(critic, lambda: critic(picture)))
         level = read_deepspeed_file(config.discriminator_deepspeed)["zero_optimization"]["stage"]
         second = (ParameterCount(*[sum(p.numel() for p in critic.parameters())] * 2), level)
@@ -263,7 +260,7 @@ def _contrastive(config: ContrastiveJobConfig, weight: int, options: ModelOption
     model = planned_siglip(config, options)
     vision, text, batch = model.config.vision_config, model.config.text_config, config.micro_batch_size
     positions = (vision.image_size // vision.patch_size) ** 2
-    kept = max(1, round(positions * (1 - config.patch_dropout)))
+    kept = patches_kept(positions, config.patch_dropout)
     captions, tokens = config.captions_per_picture, text.max_position_embeddings
     parts = {"vision_tower": model.vision_model, "text_tower": model}  # with the loss's scale and bias
     flops = siglip_flops(model, kept, captions, tokens)

@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,24 @@ from torch import Tensor
 
 from pretrain.config import JobConfig, config_as_yaml
 
+COLUMNS = 120  # that a printed line of figures has at most
+
 
 class Averages:
     """Sums and counts of named figures; `reduce` gives sum of sums over sum of counts across all ranks."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor | float] = {}
+        self.counts: dict[str, Tensor | float] = {}
         self.not_finite: list[str] = []  # after `reduce`: whose sums over all ranks are NaN or infinite
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
-        """Add a sum over `count` items; tensors keep no graph and need no synchronisation with the device."""
-        total = torch.as_tensor(total, device=self.device).detach().double()
-        count = torch.as_tensor(count, device=self.device).detach().double()
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
-        self.counts[name] = self.counts[name] + count if name in self.counts else count
+        """Add a sum over `count` items; tensors keep no graph; nobody waits for the device."""
+        for kept, value in ((self.sums, total), (self.counts, count)):
+            if isinstance(value, Tensor):
+                value = value.detach().to(self.device, torch.float64, non_blocking=True)
+            kept[name] = kept.get(name, 0.0) + value
 
     def reduce(self) -> dict[str, float]:
         """Averages over everything that all ranks added, in one collective and one wait for the device.
@@ -49,9 +51,11 @@ class Averages:
             return {}
         names = sorted(self.sums)
         checksum = float(zlib.crc32("\n".join(names).encode()))
-        mark = torch.tensor([checksum, 1.0], dtype=torch.float64, device=self.device)
-        packed = torch.stack([*(self.sums[n] for n in names), *(self.counts[n] for n in names)])
-        packed = torch.cat([packed, mark])
+        values = [*(self.sums[n] for n in names), *(self.counts[n] for n in names), checksum, 1.0]
+        # Numbers go to the device together; a copy for each would wait for all that it has been given to do.
+        numbers = on_device([0.0 if isinstance(v, Tensor) else v for v in values], self.device).unbind()
+        pairs = zip(values, numbers, strict=True)
+        packed = torch.stack([value if isinstance(value, Tensor) else number for value, number in pairs])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(packed)
         *values, of_names, ranks = packed.tolist()
@@ -61,6 +65,11 @@ class Averages:
         counts = dict(zip(names, values[len(names) :], strict=True))
         self.not_finite = [name for name in names if not math.isfinite(totals[name])]
         return {name: totals[name] / counts[name] if counts[name] else math.nan for name in names}
+
+
+def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers as an fp64 tensor on a device, without waiting for it as `torch.tensor(device=)` would."""
+    return torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
 
 
 class MetricsLog:
@@ -134,8 +143,9 @@ class MetricsLog:
             logged: dict[str, Any] = {f"{split}/{key}": value for key, value in numbers.items()}
             logged |= {f"{split}/{key}": wandb.Image(str(path)) for key, path in files.items()}
             self._wandb.log(logged, step=step)
-        # A terminal says how wide it is; a pipe gets lines that fit most.
-        width = shutil.get_terminal_size((118, 24)).columns if self._progress is not None else 118
+        # A terminal may be narrower; in a wider one a line would be no easier to read.
+        columns = shutil.get_terminal_size().columns if self._progress is not None else COLUMNS
+        width = min(columns, COLUMNS)
         self.say(console_line(step, self.config.steps, split, numbers, width))
 
     def close(self) -> None:
@@ -159,7 +169,7 @@ class MetricsLog:
         return path
 
 
-def console_line(step: int, steps: int, split: str, numbers: dict[str, float], width: int = 118) -> str:
+def console_line(step: int, steps: int, split: str, numbers: dict[str, float], width: int = COLUMNS) -> str:
     """A step in one line: what matters most first, and as much as fits; metrics.jsonl has all of it.
 
     Args:
@@ -167,7 +177,7 @@ def console_line(step: int, steps: int, split: str, numbers: dict[str, float], w
         steps: of the run.
         split: `train` or `val`.
         numbers: figures by name.
-        width: columns that the line may have; the first words are there in any case.
+        width: columns that the line may have.
     """
     left = {key: value for key, value in numbers.items() if not _is_detail(key)}
     line = f"{split:5s} {step:>{len(str(steps))}}/{steps}"
@@ -179,15 +189,16 @@ def console_line(step: int, steps: int, split: str, numbers: dict[str, float], w
         words.append(f"{left.pop('seconds_per_step'):.3g} s/step")
     for key in [key for key in left if key.endswith("_per_second")]:
         words.append(f"{left.pop(key):.3g} {key.removesuffix('_per_second')}/s")
+    if "mfu" in left:
+        words.append(f"mfu {left.pop('mfu'):.1%}")
     if (waiting := left.pop("data_wait", 0.0)) >= 0.05:
         words.append(f"{waiting:.0%} waiting for data")
-    line = "  ".join([line, *words])
     last = ("lr", "gradient_norm", "seconds")
-    for key in sorted(left, key=lambda key: key.partition("/")[0] in last):
-        word = f"  {key} {_short(left[key])}"
-        if len(line) + len(word) > width:
+    words += [f"{key} {_short(left[key])}" for key in sorted(left, key=lambda k: k.partition("/")[0] in last)]
+    for word in words:
+        if len(line) + 2 + len(word) > width:
             break
-        line += word
+        line += f"  {word}"
     return line
 
 
@@ -241,8 +252,8 @@ def _start_wandb(config: JobConfig, run_dir: Path) -> Any:
 
 
 def _is_detail(key: str) -> bool:
-    """Whether a figure is one of many of its kind (by depth, codebook, ...): left out of the printed line."""
-    return key.startswith(("codebook_", "nll_", "accuracy_"))
+    """Whether a figure is one of many of its kind (by depth, codebook, part, ...): not printed."""
+    return key.startswith(("codebook_", "nll_", "accuracy_", "seconds/", "memory/", "tflops_"))
 
 
 def _is_picture(value: Any) -> bool:

@@ -29,6 +29,7 @@ from pretrain.engine import (
     sharded_construction,
 )
 from pretrain.export import full_state_dict, save_config, saved_weights
+from pretrain.flops import PackContents, unified_model_flops
 from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
 from pretrain.runtime import Runtime
@@ -184,10 +185,12 @@ class MllmTask:
 
     def train_step(self, micro_batches: list[PackedBatch]) -> dict[str, Any]:
         """Take one optimizer step on the documents of all micro-batches and ranks."""
-        micro_batches = [batch.to(self.runtime.device) for batch in micro_batches]
+        # What the host has to know of packs it asks before they are on the device.
+        positions_per_image = self.model.config.positions_per_image
+        contents = [PackContents.of_batch(batch, positions_per_image) for batch in micro_batches]
+        micro_batches = [batch.to(self.runtime.device, non_blocking=True) for batch in micro_batches]
         positions = self.supervised_positions(micro_batches)
         averages = Averages(self.runtime.device)
-        tokens = 0
         for batch in micro_batches:
             inputs = {**batch.model_inputs(), "z_loss": self.config.losses.z_loss}
             output = self.engines["model"](**inputs)
@@ -196,14 +199,21 @@ class MllmTask:
             backward(self.engines["model"], self.weighted_sum(output) / positions, reduction="sum")
             add_figures(averages, output)
             averages.add("padding_share", batch.padding, batch.input_ids.numel())
-            tokens += batch.input_ids.numel() - batch.padding
-        averages.add("count/tokens", tokens, 1 / self.runtime.world_size)
         # Packs are what the recipe counts, documents what papers call a batch.
-        documents = sum(len(batch.keys) for batch in micro_batches)
-        averages.add("documents", documents, 1 / self.runtime.world_size)
-        for name, total in self.train_loader.statistics.figures().items():
+        totals: dict[str, float] = {"documents": sum(pack.documents for pack in contents)}
+        totals["count/tokens"] = sum(pack.tokens for pack in contents)
+        totals["count/images"] = sum(pack.pictures for pack in contents)
+        for name in ("pairs", "visual_positions", "text_targets", "visual_targets"):
+            totals[f"work/{name}"] = sum(getattr(pack, name) for pack in contents)
+        for name, total in {**totals, **self.train_loader.statistics.figures()}.items():
             averages.add(name, total, 1 / self.runtime.world_size)
         return take_step(self.engines, averages)
+
+    def flops(self, amounts: Mapping[str, float]) -> float:
+        """FLOPs of steps with these amounts; padding, and what is computed twice, not among them."""
+        work = {name.partition("/")[2]: total for name, total in amounts.items() if name.startswith("work/")}
+        pack = PackContents(tokens=amounts["count/tokens"], **work)
+        return sum(part.total for part in unified_model_flops(self.model, pack).values())
 
     def supervised_positions(self, micro_batches: list[PackedBatch]) -> Tensor:
         """Count the supervised text and visual positions of this step over all ranks, at least 1."""

@@ -7,8 +7,8 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +18,25 @@ import torch
 import torch.distributed as dist
 
 from pretrain.config import ConfigError, JobConfig
+from pretrain.metrics import on_device
 from pretrain.random_state import seed_everything
+from pretrain.timing import StepClock
 
 T = TypeVar("T")
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+
+
+class RankFlags:
+    """What the loop has to know of all ranks after each step; it travels with the figures of the step.
+
+    Attributes:
+        ask: name -> whether it holds on this rank; the same names on every rank.
+        on_any: name -> whether it held on at least one rank when the figures of the last step were gathered.
+    """
+
+    def __init__(self) -> None:
+        self.ask: dict[str, Callable[[], bool]] = {}
+        self.on_any: dict[str, bool] = {}
 
 
 @dataclass
@@ -37,6 +52,11 @@ class Runtime:
     micro_steps: int  # micro-batches per rank and optimizer step
     run_dir: Path
     step: int = 0  # optimizer steps done; the trainer keeps it true
+    flags: RankFlags = field(default_factory=RankFlags)
+    clock: StepClock = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = StepClock(self.device)
 
     @property
     def is_main(self) -> bool:
@@ -51,11 +71,19 @@ class Runtime:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor.item())
 
+    def largest(self, numbers: Sequence[float]) -> list[float]:
+        """The largest of all ranks, number by number; every rank has to call, with as many."""
+        if self.world_size == 1:
+            return list(numbers)
+        tensor = on_device(numbers, self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
     def smallest(self, number: int) -> int:
         """The smallest `number` of all ranks; every rank has to call."""
         if self.world_size == 1:
             return number
-        tensor = torch.tensor([number], device=self.device)
+        tensor = on_device([number], self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return int(tensor.item())
 

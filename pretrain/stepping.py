@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pretrain.metrics import Averages
 
-_GRADIENTS = "gradients/"  # what engines' marks are called among a step's figures
+# What engines' marks and the flags of ranks are called among a step's figures.
+_GRADIENTS, _FLAGS = "gradients/", "flags/"
 
 
 class NotFiniteError(RuntimeError):
@@ -99,10 +100,11 @@ def backward(engine: DeepSpeedEngine, loss: Tensor, reduction: Literal["mean", "
         reduction: What is minimised over all ranks and micro-batches of the step: the `mean` of their losses,
             or the `sum`, for losses that the task has already divided by a global count.
     """
-    if reduction == "sum":
-        engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
-    else:
-        engine.backward(loss)
+    with engine.clock.part("backward"):
+        if reduction == "sum":
+            engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+        else:
+            engine.backward(loss)
     engine.marks.end_micro_batch(loss)
     if not engine.is_gradient_accumulation_boundary():
         engine.step()  # counts the micro-batch
@@ -111,7 +113,9 @@ def backward(engine: DeepSpeedEngine, loss: Tensor, reduction: Literal["mean", "
 def take_step(engines: Mapping[str, DeepSpeedEngine], averages: Averages) -> dict[str, Any]:
     """The optimizer step of all engines, if all losses and gradients of all ranks are finite.
 
-    Whether they are travels with the step's figures, in the one collective and wait that these take.
+    Whether they are, and the flags of all ranks (`RankFlags`), travel with the step's figures, in the one
+    collective and wait that these take. DeepSpeed waits in the same place, for the norm of the gradients;
+    what it gives the device to do after that, optimizer and gathering of parameters, nobody waits for.
 
     Args:
         engines: By name; each has had its backward passes.
@@ -126,19 +130,25 @@ def take_step(engines: Mapping[str, DeepSpeedEngine], averages: Averages) -> dic
     """
     for name, engine in engines.items():
         averages.add(_GRADIENTS + name, engine.marks.total())
-    figures = averages.reduce()
-    figures = {name: value for name, value in figures.items() if not name.startswith(_GRADIENTS)}
+    flags, clock = next((engine.flags, engine.clock) for engine in engines.values())
+    for name, holds in flags.ask.items():
+        averages.add(_FLAGS + name, float(holds()))
+    with clock.part("ranks"):
+        figures = averages.reduce()
+    flags.on_any = {name: figures[_FLAGS + name] > 0 for name in flags.ask}
+    figures = {name: v for name, v in figures.items() if not name.startswith((_GRADIENTS, _FLAGS))}
     broken = any("loss" in name or name.startswith(_GRADIENTS) for name in averages.not_finite)
     moved: list[str] = []
-    for name, engine in engines.items():
-        if not broken:
-            engine.step()
-            # Finite gradients may still have a sum over ranks, or a norm, that is not.
-            broken = not engine.was_step_applied()
+    with clock.part("optimizer"):
+        for name, engine in engines.items():
             if not broken:
-                moved.append(name)
-        else:
-            _drop_step(engine)
+                engine.step()
+                # Finite gradients may still have a sum over ranks, or a norm, that is not.
+                broken = not engine.was_step_applied()
+                if not broken:
+                    moved.append(name)
+            else:
+                _drop_step(engine)
     found = [engine.marks.not_finite() for engine in engines.values()] if broken else []
     for engine in engines.values():
         engine.marks.clear()

@@ -87,6 +87,32 @@ def tokenizer_flops(
     return chain.parts
 
 
+def tokenizer_step_flops(
+    model: DualTokenVisualTokenizer,
+    paint: bool,
+    caption_tokens: int = 0,
+    perceptual_net: str | None = None,
+    discriminator: nn.Module | None = None,
+) -> dict[str, Flops]:
+    """FLOPs of a training step of the tokenizer for a picture, by part, its losses' networks among them.
+
+    Args:
+        model: on the meta device, frozen as the phase has it.
+        paint: whether a loss reads the picture.
+        caption_tokens: tokens of its caption where the contrastive loss is on.
+        perceptual_net: trunk of LPIPS where that is a loss.
+        discriminator: on the meta device, where there is one.
+    """
+    flops, visual = tokenizer_flops(model, paint, caption_tokens), model.config
+    tower = model.backbone.vision_model
+    flops["teacher"] = teacher_flops(tower, visual.positions, visual.vision.hidden_size)
+    if perceptual_net is not None:
+        flops["perceptual"] = perceptual_flops(perceptual_net, visual.reconstruction_size)
+    if discriminator is not None:
+        flops["discriminator"] = discriminator_flops(discriminator, visual.reconstruction_size)
+    return flops
+
+
 def teacher_flops(vision: nn.Module, positions: int, width: int) -> Flops:
     """FLOPs of the frozen tower's forward pass for a picture."""
     chain = Chain()
@@ -126,8 +152,9 @@ def perceptual_network(net: str) -> nn.Module:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lpips names torchvision's weights the old way
-        network = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
-    return network.to("meta").requires_grad_(False)
+        with torch.device("meta"):
+            network = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
+    return network.to("meta").requires_grad_(False)  # its constants are made on the CPU in any case
 
 
 def discriminator_flops(discriminator: nn.Module, size: int) -> Flops:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
 from pretrain.runtime import Runtime
 from pretrain.stepping import NotFiniteError, backward, take_step
+from pretrain.tokenizer_flops import tokenizer_step_flops
 from pretrain.tokenizer_model import (
     TokenizerModelConfig,
     build_visual_tokenizer,
@@ -122,9 +125,10 @@ class TokenizerTask:
             self.captions = build_captions(self.tokenizer, config, runtime)
             self.siglip_loss = SigLipLoss(rank=runtime.rank, world_size=runtime.world_size)
         self.read_images = ImageInput(config.images, self.tokenizer.config.image_size, runtime)
-        self.train_loader = image_loader(
+        pictures = image_loader(
             config.data, config.micro_batch_size, runtime.rank, runtime.world_size, config.seed
         )
+        self.train_loader = self.read_images.ahead(pictures)
 
     def describe(self) -> list[str]:
         """Return a line per part, with its parameters, and where fixed networks and pictures come from."""
@@ -177,6 +181,28 @@ class TokenizerTask:
         for branch, stats in self.tokenizer.update_codebooks().items():
             figures |= codebook_figures(branch, stats)
         return figures
+
+    @cached_property
+    def flops_of_picture(self) -> dict[str, float]:
+        """FLOPs of a step for a picture by part, whichever losses have started."""
+        with torch.device("meta"):
+            planned = DualTokenVisualTokenizer(self.tokenizer.config)
+            critic = PatchDiscriminator(self.config.discriminator) if self.config.losses.gan else None
+        for own, parameter in zip(planned.parameters(), self.tokenizer.parameters(), strict=True):
+            own.requires_grad_(parameter.requires_grad)
+        captions = self.captions.length if self.captions is not None else 0
+        net = self.config.perceptual_network.net if self.perceptual else None
+        parts = tokenizer_step_flops(planned, self.has_image_losses, captions, net, critic)
+        return {name: part.total for name, part in parts.items()}
+
+    def flops(self, amounts: Mapping[str, float]) -> float:
+        """FLOPs of steps on so many pictures, with the losses that have started."""
+        parts = dict(self.flops_of_picture)
+        if not self.gan_is_active:
+            parts.pop("discriminator", None)
+        if self.runtime.step < self.config.losses.perceptual_start_step:
+            parts.pop("perceptual", None)
+        return amounts["count/images"] * sum(parts.values())
 
     @property
     def gan_is_active(self) -> bool:

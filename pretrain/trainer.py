@@ -29,6 +29,8 @@ from pretrain.random_state import random_state, restore_random_state, seed_every
 from pretrain.runtime import Runtime
 from pretrain.stepping import NotFiniteError
 from pretrain.stop_signal import StopSignal
+from pretrain.throughput import Window
+from pretrain.tracing import Tracer
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -42,8 +44,9 @@ class Task(Protocol):
 
     `train_step` makes one whole optimizer step out of all micro-batches of this rank and returns figures that
     are already averaged over ranks (floats or scalar tensors). Names that start with `count/` are this step's
-    amounts over all ranks, such as `count/images`; the log turns them into rates. It takes its step by
-    `take_step` and lets a NotFiniteError pass, with everything that it owns as it was before.
+    amounts over all ranks, such as `count/images`, which the log turns into rates; with `work/`, amounts that
+    only `flops` asks for. It takes its step by `take_step` and lets a NotFiniteError pass, with everything
+    that it owns as it was before.
     """
 
     engines: Mapping[str, DeepSpeedEngine]
@@ -52,6 +55,9 @@ class Task(Protocol):
 
     def train_step(self, micro_batches: list[Any]) -> dict[str, Any]:
         """One optimizer step."""
+
+    def flops(self, amounts: Mapping[str, float]) -> float:
+        """FLOPs of training steps with these amounts (`count/...`, `work/...`); 0 if nobody knows."""
 
     def validate(self) -> dict[str, Any]:
         """Figures on held-out data, the same on every rank; pictures are uint8 tensors [H, W, 3]."""
@@ -90,6 +96,12 @@ class Trainer:
         self.wall_seconds = 0.0  # of all earlier starts of this run
         self.skipped_in_a_row = 0
         self.health = Health(config, runtime, self.log.say)
+        models = {name: engine.module for name, engine in task.engines.items()}
+        self.tracer = Tracer(config.profile, runtime, models, self.log.say)
+        runtime.flags.ask = {
+            "stop": lambda: self.stop.name is not None,
+            "writing": lambda: self.checkpoints.busy,
+        }
 
     def run(self) -> bool:
         """Train, then export.
@@ -120,6 +132,7 @@ class Trainer:
         self._start_or_resume()
         first = self.runtime.step
         finished = self._loop()
+        self.tracer.close()
         if first < self.runtime.step or not finished:
             self._save(background=False)
         if finished:
@@ -158,6 +171,7 @@ class Trainer:
             if (own := saved.own(self.runtime.rank)) is not None:
                 restore_random_state(own["random"])
         self.log.start(self.runtime.step)
+        self.tracer.start()
         runtime = self.runtime
         self.log.say(
             f"{self.config.job}: {runtime.world_size} rank(s) on {runtime.device.type}, {runtime.dtype}, "
@@ -169,12 +183,13 @@ class Trainer:
         self.log.say(f"resumed from {checkpoint}" if checkpoint else f"started in {runtime.run_dir}")
 
     def _loop(self) -> bool:
-        window = _Window()
         config, runtime = self.config, self.runtime
+        window = Window(config, runtime, self.task.flops)
         while runtime.step < config.steps:
+            self.tracer.before_step()
             begin = time.perf_counter()
-            micro_batches = self._next_micro_batches()
-            waited = time.perf_counter() - begin
+            with runtime.clock.part("data"):
+                micro_batches = self._next_micro_batches()
             rates = self._learning_rates()
             with self.health.stepping():
                 try:
@@ -183,24 +198,34 @@ class Trainer:
                 except NotFiniteError as error:
                     figures = self._skip_step(error, micro_batches)
                 runtime.step += 1
-                stop, writing, waited = self._over_ranks(waited)
             self.health.step_done(figures)
-            if self.checkpoints.pending and not writing:
+            if self.checkpoints.pending and not runtime.flags.on_any["writing"]:
                 self.checkpoints.finish()
-            window.add(time.perf_counter() - begin, waited, figures)
-            self.log.advance(runtime.step)
             last = runtime.step == config.steps
-            if runtime.step % config.log_every == 0 or last:
+            logs = last or self._is_due(config.log_every)
+            validates = last or self._is_due(config.validate_every)
+            saves = self._is_due(config.checkpoint_every) and not last
+            if logs or validates or saves:
+                runtime.clock.wait()  # what is left to do of this step is not to count for what comes
+            window.add(time.perf_counter() - begin, figures)
+            self.tracer.after_step()
+            self.log.advance(runtime.step)
+            if logs:
                 figures = {**window.pop(figures), **rates, **self._engine_figures()}
                 self.log.write(runtime.step, "train", {**figures, **self.health.look_at_log(figures)})
-            if last or (config.validate_every and runtime.step % config.validate_every == 0):
+            if validates:
                 with self.health.phase("validating"):
                     self._validate()
-            if stop and not last:
+            if runtime.flags.on_any["stop"] and not last:
+                self.stop.name = self.stop.name or "a signal to another rank"
                 return False
-            if config.checkpoint_every and runtime.step % config.checkpoint_every == 0 and not last:
+            if saves:
                 self._save(config.async_checkpoints)
         return True
+
+    def _is_due(self, every: int) -> bool:
+        """Whether something that comes every so many steps, 0 for never, comes after this one."""
+        return every > 0 and self.runtime.step % every == 0
 
     def _next_micro_batches(self) -> list[Any]:
         if self.batches is None:
@@ -226,17 +251,6 @@ class Trainer:
             ) from None
         except DatasetError as error:
             raise TrainingError(f"after step {self.runtime.step}: {error}") from error
-
-    def _over_ranks(self, waited: float) -> tuple[bool, bool, float]:
-        """Whether any rank was asked to stop or still writes a checkpoint; the longest wait for data."""
-        flags = [float(self.stop.name is not None), float(self.checkpoints.busy), waited]
-        values = torch.tensor(flags, device=self.runtime.device)
-        if self.runtime.world_size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        stop, writing, waited = values.tolist()
-        if stop and self.stop.name is None:
-            self.stop.name = "a signal to another rank"
-        return bool(stop), bool(writing), waited
 
     def _skip_step(self, error: NotFiniteError, micro_batches: list[Any]) -> dict[str, Any]:
         """Record a step that was not taken and return its figures, or end the run."""
@@ -272,7 +286,7 @@ class Trainer:
         # Validation may sample; training must not notice whether it ran.
         before = random_state()
         begin = time.perf_counter()
-        with torch.no_grad():
+        with torch.no_grad(), self.runtime.clock.outside("validation"):
             figures = self.task.validate()
         restore_random_state(before)
         for engine in self.task.engines.values():
@@ -326,34 +340,6 @@ class Trainer:
             }
             (folder / "done.json").write_text(json.dumps(done, indent=1), encoding="utf-8")
         self.log.say(f"finished after {self._elapsed():.1f} s; exported to {folder / 'export'}")
-
-
-class _Window:
-    """Times and amounts since the last log line."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.seconds = 0.0
-        self.waited = 0.0
-        self.counts: dict[str, Any] = {}
-
-    def add(self, seconds: float, waited: float, figures: dict[str, Any]) -> None:
-        self.steps += 1
-        self.seconds += seconds
-        self.waited += waited
-        for key, value in figures.items():
-            if key.startswith("count/"):
-                self.counts[key] = self.counts.get(key, 0) + value
-
-    def pop(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """The last step's figures with times and rates; starts a new window."""
-        shown = {key: value for key, value in figures.items() if not key.startswith("count/")}
-        for key, total in self.counts.items():
-            shown[f"{key.removeprefix('count/')}_per_second"] = float(total) / self.seconds
-        shown["seconds_per_step"] = self.seconds / self.steps
-        shown["data_wait"] = self.waited / self.seconds  # share of the time spent waiting for data
-        self.__init__()
-        return shown
 
 
 def finished_before(config: JobConfig) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from data_pipeline.images.decoding import ImageDecoder, TorchvisionDecoder, logger, normalise
 from data_pipeline.images.header import ImageHeader
 
+_END_OF_JPEG = b"\xff\xd9"
 _PIXELS_TOGETHER = 1 << 27  # of images that DALI decodes together: 400 MB decoded
 
 
@@ -23,8 +24,8 @@ class DaliDecoder(TorchvisionDecoder):
 
     Batches are cut where their images have too many pixels, by their headers, to be decoded at a time.
     A pipeline is no longer valid after an image it cannot decode; it is then built again without that image.
-    Images with transparency, 16 bits or extended WebP go to PIL and torch. The GPU path has not been run: it
-    was written without a GPU at hand.
+    Images with transparency, 16 bits or extended WebP and truncated JPEGs go to PIL and torch. The GPU path
+    has not been run: it was written without a GPU at hand.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,7 +39,11 @@ class DaliDecoder(TorchvisionDecoder):
         self._pipeline: Any = None
         self._capacity = 32
 
-    def _takes(self, header: ImageHeader) -> bool:
+    def _takes(self, header: ImageHeader, data: bytes) -> bool:
+        # A truncated JPEG would cost the pipeline and its whole batch. Without an end marker in its second
+        # half (the first may hold a whole thumbnail) PIL decides, as it would after DALI had failed.
+        if header.format == "JPEG" and data.find(_END_OF_JPEG, len(data) // 2) < 0:
+            return False
         return header.format in ("JPEG", "PNG", "WEBP") and not header.special
 
     def _build(self) -> Any:
@@ -113,7 +118,7 @@ class DaliDecoder(TorchvisionDecoder):
         groups: list[list[int]] = []
         room = 0
         for index, header in headers.items():
-            if not self._takes(header):
+            if not self._takes(header, encoded[index]):
                 continue
             pixels = header.width * header.height
             if not groups or pixels > room:

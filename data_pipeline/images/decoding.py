@@ -46,6 +46,16 @@ class DecodedImages:
     kept: list[int]
     """Place in the input of every image."""
     rejected: list[Rejected] = field(default_factory=list)
+    ready: torch.cuda.Event | None = None
+    """Set on a GPU by a `SideDecoder`: when the images are there."""
+
+    def for_current_stream(self) -> Tensor:
+        """Return the images for what the caller's CUDA stream is given next; the host does not wait."""
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(self.images.device)
+            stream.wait_event(self.ready)
+            self.images.record_stream(stream)
+        return self.images
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
@@ -116,6 +126,7 @@ class ImageDecoder:
         slots = {index: slot for slot, index in enumerate(headers)}
         images = torch.empty(len(slots), 3, self.image_size, self.image_size, device=self.device)
         done = self._decode_together(encoded, headers, images)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
         def decode(indices: list[int]) -> dict[int, BadImageError]:
             pixels, bad = {}, {}
@@ -124,7 +135,8 @@ class ImageDecoder:
                     pixels[slots[index]] = self._decode_alone(encoded[index], headers[index])
                 except BadImageError as error:
                     bad[index] = error
-            self._normalise(pixels, images)
+            with torch.cuda.stream(stream):  # each thread has a current stream of its own
+                self._normalise(pixels, images)
             return bad
 
         alone = [index for index in headers if index not in done]
@@ -189,6 +201,28 @@ def _centre_square(pixels: Any) -> Any:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return pixels[top : top + side, left : left + side]
+
+
+class SideDecoder:
+    """Decodes in a thread beside the one that computes: on a GPU on a CUDA stream of its own.
+
+    There the images have to be taken by `for_current_stream`.
+    """
+
+    def __init__(self, decoder: Callable[[Sequence[bytes]], DecodedImages]) -> None:
+        """Decode with `decoder`, which nothing else uses meanwhile."""
+        self.decoder = decoder
+        device = getattr(decoder, "device", torch.device("cpu"))
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, encoded: Sequence[bytes]) -> DecodedImages:
+        """Decode a list of encoded images; in no more than one thread at a time."""
+        if self._stream is None:
+            return self.decoder(encoded)
+        with torch.cuda.stream(self._stream):
+            decoded = self.decoder(encoded)
+            decoded.ready = self._stream.record_event()
+        return decoded
 
 
 class TorchvisionDecoder(ImageDecoder):

@@ -67,7 +67,7 @@ def link_once(own: Path, path: Path) -> bool:
 
 
 class Claims:
-    """The claims of one worker in a folder; it holds at most one at a time."""
+    """The claims of one worker in a folder."""
 
     def __init__(self, folder: Path, timeout: float = 300.0) -> None:
         """Use `folder`; claims of other machines are void when not touched for `timeout` seconds."""
@@ -75,7 +75,7 @@ class Claims:
         self.timeout = timeout
         folder.mkdir(parents=True, exist_ok=True)
         self._me = _identity()
-        self._held: Path | None = None
+        self._held: dict[str, Path] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._touch, daemon=True, name="claim")
         self._thread.start()
@@ -90,22 +90,28 @@ class Claims:
                 return False
         finally:
             own.unlink()
-        self._held = path
+        self._held[name] = path
         return True
 
-    def still_held(self) -> bool:
-        """Whether the claim is still ours: a worker that slept for long may have been taken for dead."""
-        return self._held is not None and self._read(self._held) == self._me
+    def __contains__(self, name: str) -> bool:
+        """Whether `name` was claimed and not given back, be the claim still ours or not."""
+        return name in self._held
 
-    def release(self) -> None:
-        """Give the claim back."""
-        if self._held is not None and self.still_held():
-            self._held.unlink(missing_ok=True)
-        self._held = None
+    def still_held(self, *names: str) -> bool:
+        """Whether these claims, or all there are, are still ours: who sleeps long may be taken for dead."""
+        paths = [self._held.get(name) for name in names or list(self._held)]
+        return bool(paths) and all(path is not None and self._read(path) == self._me for path in paths)
+
+    def release(self, name: str) -> None:
+        """Give a claim back."""
+        if self.still_held(name):
+            self._held[name].unlink(missing_ok=True)
+        del self._held[name]
 
     def close(self) -> None:
-        """Give the claim back and stop touching."""
-        self.release()
+        """Give all claims back and stop touching."""
+        for name in list(self._held):
+            self.release(name)
         self._stop.set()
         self._thread.join()
 
@@ -141,7 +147,6 @@ class Claims:
 
     def _touch(self) -> None:
         while not self._stop.wait(self.timeout / _TOUCHES_PER_TIMEOUT):
-            held = self._held
-            if held is not None:
+            for path in list(self._held.values()):
                 with contextlib.suppress(OSError):  # taken over; still_held() will tell
-                    os.utime(held)
+                    os.utime(path)

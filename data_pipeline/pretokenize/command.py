@@ -77,19 +77,17 @@ def pretokenize(
         left = deque(names[start:] + names[:start])
         wait = _WAIT_SECONDS
         while not run.is_finished():
-            claimed = run.claim_next(left, claims)
-            if claimed is None:
+            if (claimed := run.claim_shard(left, claims)) is not None:
+                run.tokenize_shards(claimed, left, claims)
+            elif not left and claims.acquire(FINISH):
+                if not run.is_finished():
+                    run.finish()
+                claims.release(FINISH)
+            else:
                 time.sleep(wait)  # the others are at it; should one die, its claim becomes void
                 wait = min(1.5 * wait, _LONGEST_WAIT_SECONDS)
                 continue
             wait = _WAIT_SECONDS
-            if run.is_finished():
-                pass  # meanwhile: its results were removed, not missing
-            elif claimed == FINISH:
-                run.finish()
-            elif not run.has_result(claimed):
-                run.tokenize_shard(claimed, claims)
-            claims.release()
     except FileNotFoundError:
         if not run.is_finished():  # else another worker has just removed the work folder
             raise

@@ -18,7 +18,7 @@ from data_pipeline.shards.tar_members import BLOCK, DAMAGED_GZIP, TarError, iter
 
 MOST_COUNTED = 64
 _MOST_COUNTED_REMOTE = 2  # every byte of a remote shard may have to come over the network
-_MEASURED_BATCHES = 2
+_MEASURED_BATCHES = 4  # the first one waits for reading and decoding, as the others do not
 
 
 @dataclass

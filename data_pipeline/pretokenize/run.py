@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DatasetError
 from data_pipeline.pretokenize.claims import Claims, link_once
-from data_pipeline.pretokenize.shard_tokenizer import Rejection, ShardTokenizer
+from data_pipeline.pretokenize.keys import EdgeKeys
+from data_pipeline.pretokenize.overlap import overlapped
+from data_pipeline.pretokenize.shard_tokenizer import (
+    Batch,
+    DecodedBatch,
+    EncodedBatch,
+    Rejection,
+    ShardTokenizer,
+)
 from data_pipeline.shards.code_shards import (
     MANIFEST,
     CodeSample,
@@ -34,6 +42,19 @@ REJECTED = "rejected.jsonl"
 FINISH = "finish"
 _REPORT_SECONDS = 10.0
 _LOOK_SECONDS = 5.0
+
+
+@dataclass
+class ShardOnTheWay:
+    """An output shard that is being made."""
+
+    name: str
+    writer: ShardWriter
+    rejected: list[Rejection] = field(default_factory=list)
+    first_key: str = ""
+    last_key: str = ""
+    lost: bool = False
+    """Whether another worker has the claim now."""
 
 
 @dataclass
@@ -57,7 +78,7 @@ class PretokenizeRun:
     ) -> None:
         self.plan, self.tokenizer, self.world_size, self.report = plan, tokenizer, world_size, report
         self.output, self.work = output, output / WORK_FOLDER
-        self.keys = self.work / "keys"
+        self.keys = EdgeKeys(self.work / "keys", output)
         decoder = tokenizer.decoder
         self.description = {
             "fingerprint": tokenizer.visual_tokenizer.fingerprint(),
@@ -74,7 +95,9 @@ class PretokenizeRun:
         """Shards known to have a result; a result stays, so that they need not be looked up again."""
         self._looked = 0.0
         self.shards = self.images = 0
-        self.seconds, self._reported = 0.0, time.monotonic()
+        self.seconds = 0.0
+        """At work on shards."""
+        self._counted = self._reported = time.monotonic()
 
     def is_finished(self) -> bool:
         """Whether the data set is complete: its manifest is written last."""
@@ -109,7 +132,7 @@ class PretokenizeRun:
 
     def agree_on_plan(self) -> None:
         """Write down what is to be done, or check that the run under way in the folder is this one."""
-        self.keys.mkdir(parents=True, exist_ok=True)
+        self.keys.folder.mkdir(parents=True, exist_ok=True)
         path = self.work / "plan.json"
         own = temporary_name(path)
         plan = {**self.description, "settings": self.settings, "shards": self.sources}
@@ -169,88 +192,130 @@ class PretokenizeRun:
             self.done |= found & self.plan.keys()
         self._looked = time.monotonic()
 
-    def claim_next(self, left: deque[str], claims: Claims) -> str | None:
-        """Claim a shard of `left` or, once all are done, the end of the run; None if others hold the rest.
+    def claim_shard(self, left: deque[str], claims: Claims) -> str | None:
+        """Claim a shard of `left`; None if all are done or claimed, or the data set is complete.
 
         What is done is removed from `left`, what others are at goes to its end.
         """
         self.look_for_results()
         for _ in range(len(left)):
             name = left.popleft()
-            if not self.has_result(name):
-                left.append(name)
+            if name not in claims:
+                if self.has_result(name):
+                    continue
                 if claims.acquire(name):
-                    return name
-        return FINISH if not left and claims.acquire(FINISH) else None
+                    if not self.is_finished() and not self.has_result(name):
+                        left.append(name)
+                        return name
+                    claims.release(name)  # another worker was done just before
+            left.append(name)
+        return None
 
-    def tokenize_shard(self, name: str, claims: Claims) -> None:
-        """Make one output shard and its result; given up if the claim is lost on the way."""
-        started = time.monotonic()
-        path = self.output / name
-        rejected: list[Rejection] = []
-        first = last = ""
+    def tokenize_shards(self, name: str, left: deque[str], claims: Claims) -> None:
+        """Make the output shards of `name`, which is claimed, and of what can be claimed meanwhile.
+
+        A shard is given up if its claim is lost on the way.
+        """
+        on_the_way: dict[str, ShardOnTheWay] = {}
+        self._counted = time.monotonic()
+
+        def batches() -> Iterator[tuple[str, Batch]]:
+            claimed: str | None = name
+            while claimed is not None:
+                prefix = f"{Path(claimed).stem}/" if self.tokenizer.settings.prefix_keys else ""
+                for batch in self.tokenizer.read(self.plan[claimed], prefix):
+                    yield claimed, batch
+                claimed = self.claim_shard(left, claims)
+
+        def decode(batch: tuple[str, Batch]) -> tuple[str, DecodedBatch]:
+            return batch[0], self.tokenizer.decode(batch[1])
+
+        def encode(batch: tuple[str, DecodedBatch]) -> tuple[ShardOnTheWay, EncodedBatch]:
+            name, decoded = batch
+            if name not in on_the_way:
+                still_held = partial(claims.still_held, name)
+                writer = ShardWriter(self.output / name, self.tokenizer.geometry, still_held)
+                writer.open()
+                on_the_way[name] = ShardOnTheWay(name, writer)
+            self._check_keys(on_the_way[name], decoded)
+            return on_the_way[name], self.tokenizer.encode(decoded)
+
+        def write(batch: tuple[ShardOnTheWay, EncodedBatch]) -> None:
+            shard, encoded = batch
+            self._write(shard, encoded, claims)
+            if encoded.last:
+                del on_the_way[shard.name]
+                claims.release(shard.name)
+
         try:
-            with ShardWriter(path, self.tokenizer.geometry, claims.still_held) as writer:
-                prefix = f"{path.stem}/" if self.tokenizer.settings.prefix_keys else ""
-                for item in self.tokenizer(self.plan[name], prefix):
-                    if isinstance(item, CodeSample):
-                        if not first:
-                            first = item.key
-                            self._check_key(first, name)
-                        last = item.key
-                        writer.write(item)
-                        self.images += len(item.codes)
-                    else:
-                        rejected.append(item)
-                    self._report_progress(name, started)
+            for _ in overlapped(batches(), decode, encode, write):
+                pass
+        finally:
+            for shard in on_the_way.values():
+                shard.writer.discard()
+
+    def _check_keys(self, shard: ShardOnTheWay, batch: DecodedBatch) -> None:
+        """Look at the first and last keys of a shard before more of it is encoded."""
+        keys = batch.keys
+        if keys:
+            shard.last_key = keys[-1]
+            if not shard.first_key:
+                shard.first_key = keys[0]
+                self.keys.check(shard.first_key, shard.name)
+        if batch.last and shard.last_key:
+            self.keys.check(shard.last_key, shard.name)
+
+    def _write(self, shard: ShardOnTheWay, batch: EncodedBatch, claims: Claims) -> None:
+        """Write what became of a batch and, after the last one, the shard's result."""
+        if shard.lost:
+            return
+        try:
+            for item in self.tokenizer.collect(batch):
+                if isinstance(item, CodeSample):
+                    shard.writer.write(item)
+                    self.images += len(item.codes)
+                else:
+                    shard.rejected.append(item)
+            self._report_progress(shard.name)
+            if batch.last:
+                shard.writer.commit()
         except OSError:
-            if claims.still_held():
+            if claims.still_held(shard.name):
                 raise
-            return  # taken for dead: whoever has the claim now has removed the temporary file
-        entry = writer.entry
-        if entry is None:  # the claim is lost
+            shard.writer.discard()
+            shard.lost = True  # taken for dead: whoever has the claim now has removed the temporary file
+            return
+        entry = shard.writer.entry
+        if not batch.last or entry is None:  # None: the claim is lost
             return
         if not entry.samples:
-            path.unlink(missing_ok=True)
+            shard.writer.path.unlink(missing_ok=True)
             entry.sha256 = ""
-        entry.rejected, entry.samples_in = len(rejected), entry.samples + len(rejected)
-        entry.source = self.sources[name]
-        self.seconds += time.monotonic() - started
+        entry.rejected, entry.samples_in = len(shard.rejected), entry.samples + len(shard.rejected)
+        entry.source = self.sources[shard.name]
         self.shards += 1
-        for key in {first, last} if entry.samples else ():
-            self._note_key(key, name)
-        if claims.still_held():
-            write_atomically(self._result_path(name), json.dumps(asdict(ShardResult(entry, rejected))))
-            self.done.add(name)
-            self._report_shard(name, entry)
+        self._count_seconds()
+        for key in {shard.first_key, shard.last_key} if entry.samples else ():
+            self.keys.note(key, shard.name)
+        if claims.still_held(shard.name):
+            result = ShardResult(entry, shard.rejected)
+            write_atomically(self._result_path(shard.name), json.dumps(asdict(result)))
+            self.done.add(shard.name)
+            self._report_shard(shard.name, entry)
 
-    # Whether all keys are unique is seen only in the index, at the end. Where they repeat from shard to
-    # shard, the first or last one mostly does: those of finished shards are kept, in a file each.
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._counted
+        self._counted = now
 
-    def _key_path(self, key: str) -> Path:
-        return self.keys / hashlib.sha256(key.encode()).hexdigest()
-
-    def _check_key(self, key: str, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            if (other := self._key_path(key).read_text(encoding="utf-8")) != name:
-                raise DatasetError(
-                    f"{self.output}: key {key} occurs more than once, in {other} and {name}; keys must be "
-                    "unique in a data set: use --prefix-keys and another output folder"
-                )
-
-    def _note_key(self, key: str, name: str) -> None:
-        own = temporary_name(self._key_path(key))
-        own.write_text(name, encoding="utf-8")
-        link_once(own, self._key_path(key))
-        own.unlink()
-        self._check_key(key, name)
-
-    def _report_progress(self, name: str, started: float) -> None:
+    def _report_progress(self, name: str) -> None:
         now = time.monotonic()
         if now - self._reported > _REPORT_SECONDS:
             self._reported = now
-            rate = self.images / (self.seconds + now - started)
-            self.report(f"{name}: {self.images} images by this worker, {rate:.1f} images/s")
+            self._count_seconds()
+            self.report(
+                f"{name}: {self.images} images by this worker, {self.images / self.seconds:.1f} images/s"
+            )
 
     def _report_shard(self, name: str, entry: ShardEntry) -> None:
         self.look_for_results()

@@ -1,15 +1,16 @@
-"""One image-text shard to codes: read, decode, encode, every sample accounted for."""
+"""Image-text shards to codes, a batch at a time: read, decode, encode; every sample accounted for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_pipeline.errors import DatasetError
+from data_pipeline.pretokenize.overlap import overlapped
 from data_pipeline.shards.code_shards import CodeGeometry, CodeSample
 from data_pipeline.shards.image_text_shards import (
     BadSampleError,
@@ -21,6 +22,11 @@ from data_pipeline.shards.image_text_shards import (
     source_address,
 )
 from data_pipeline.shards.tar_members import TarError
+
+if TYPE_CHECKING:  # torch is loaded where it is needed: a mistake on the command line is told before
+    import torch
+
+    from data_pipeline.images.decoding import DecodedImages
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,60 @@ class Rejection:
     reason: str
 
 
+@dataclass
+class Batch:
+    """Samples of one shard whose images are encoded together, in order."""
+
+    shard: str
+    """Name of the input shard."""
+    samples: list[tuple[str | None, SourceSample | str]]
+    """Key and sample, or the reason where there is no sample."""
+    last: bool
+    """Whether nothing of the shard follows."""
+
+    @property
+    def images(self) -> list[bytes]:
+        """The images of all samples."""
+        return [
+            image for _, sample in self.samples if isinstance(sample, SourceSample) for image in sample.images
+        ]
+
+
+@dataclass
+class DecodedBatch:
+    """A batch of which it is known what becomes of each sample."""
+
+    results: list[tuple[SourceSample, int] | Rejection]
+    """Each sample with the place of its first image among those that could be decoded, or why it has none."""
+    images: list[DecodedImages]
+    """`batch_size` at a time."""
+    sent: int
+    """Images that were to be decoded."""
+    last: bool
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the samples that go to the output."""
+        return [result[0].key for result in self.results if not isinstance(result, Rejection)]
+
+
+@dataclass
+class EncodedBatch:
+    """A batch of which the codes are made or, on a GPU, in the making."""
+
+    results: list[tuple[SourceSample, int] | Rejection]
+    codes: list[torch.Tensor]
+    """On the CPU, [N, P, Q, D] each; on a GPU valid once `copied`."""
+    copied: torch.cuda.Event | None
+    sent: int
+    last: bool
+
+
 class ShardTokenizer:
-    """Turns the samples of a shard into samples with codes."""
+    """Turns the samples of a shard into samples with codes: `read`, `decode`, `encode`, `collect`.
+
+    Batches hold samples of one shard only, so that its codes do not depend on who does which shard.
+    """
 
     def __init__(
         self, visual_tokenizer: Any, decoder: Callable[[Sequence[bytes]], Any], settings: Settings
@@ -63,28 +121,34 @@ class ShardTokenizer:
         self.visual_tokenizer, self.decoder, self.settings = visual_tokenizer, decoder, settings
         self.geometry = CodeGeometry(config.positions, config.num_quantizers, config.codebook_size)
         self.images = 0
-        """Images sent through the decoder so far, bad ones too."""
+        """Images whose codes have been collected so far, bad ones too."""
+        from data_pipeline.images.decoding import SideDecoder
+
+        self._decode = SideDecoder(decoder)
 
     def __call__(self, source: str, prefix: str = "") -> Iterator[CodeSample | Rejection]:
         """Yield what becomes of each sample of a shard, in order; `prefix` is put before the keys.
 
-        Batches hold samples of this shard only, so that its codes do not depend on who does which shard.
-
         Raises:
             DatasetError: Nothing of the shard can be read, or its storage fails, and it is not to be skipped.
         """
+        for results in overlapped(self.read(source, prefix), self.decode, self.encode, self.collect):
+            yield from results
+
+    def read(self, source: str, prefix: str = "") -> Iterator[Batch]:
+        """Yield the batches of a shard, at least one; as `__call__`."""
         shard = Path(source_address(source)).name
         group: list[tuple[str | None, SourceSample | str]] = []
         images = 0
-        for key, sample in self._read(source, prefix):
+        for key, sample in self._read_samples(source, prefix):
+            if images >= self.settings.batch_size:
+                yield Batch(shard, group, last=False)
+                group, images = [], 0
             group.append((key, sample))
             images += 0 if isinstance(sample, str) else len(sample.images)
-            if images >= self.settings.batch_size:
-                yield from self._encode(group, shard)
-                group, images = [], 0
-        yield from self._encode(group, shard)
+        yield Batch(shard, group, last=True)
 
-    def _read(self, source: str, prefix: str) -> Iterator[tuple[str | None, SourceSample | str]]:
+    def _read_samples(self, source: str, prefix: str) -> Iterator[tuple[str | None, SourceSample | str]]:
         """Yield key and sample, or the reason where there is no sample."""
         seen = set[str]()
         try:
@@ -115,42 +179,68 @@ class ShardTokenizer:
         except BadSampleError as error:
             return str(error)
 
-    def _encode(
-        self, group: list[tuple[str | None, SourceSample | str]], shard: str
-    ) -> Iterator[CodeSample | Rejection]:
-        """Encode the images of some samples together."""
-        encoded = [
-            image for _, sample in group if isinstance(sample, SourceSample) for image in sample.images
-        ]
-        size = self.settings.batch_size
-        codes = [
-            own for at in range(0, len(encoded), size) for own in self._encode_images(encoded[at : at + size])
-        ]
+    def decode(self, batch: Batch) -> DecodedBatch:
+        """Decode the images of a batch and say of each sample whether it can be used."""
+        encoded, size = batch.images, self.settings.batch_size
+        decoded = [self._decode(encoded[at : at + size]) for at in range(0, len(encoded), size)]
+        places: list[int | str] = ["the decoder gave neither an image nor a reason"] * len(encoded)
+        good = 0
+        for number, images in enumerate(decoded):
+            for index in images.kept:
+                places[number * size + index] = good
+                good += 1
+            for bad in images.rejected:
+                places[number * size + bad.index] = bad.reason
+        results: list[tuple[SourceSample, int] | Rejection] = []
         taken = 0
-        for key, sample in group:
+        for key, sample in batch.samples:
             if isinstance(sample, str):
-                yield Rejection(shard, key, sample)
+                results.append(Rejection(batch.shard, key, sample))
                 continue
-            own = codes[taken : taken + len(sample.images)]
+            own = places[taken : taken + len(sample.images)]
             taken += len(sample.images)
-            good = [image for image in own if not isinstance(image, str)]
-            if len(good) == len(own):
-                stacked = np.stack(good) if good else np.zeros((0, *self.geometry.shape), np.uint16)
-                yield CodeSample(sample.key, stacked, sample.parts, sample.captions)
-                continue
-            number, reason = next((n, image) for n, image in enumerate(own) if isinstance(image, str))
-            yield Rejection(shard, key, f"image {number}: {reason}" if len(own) > 1 else reason)
+            reasons = ((number, reason) for number, reason in enumerate(own) if isinstance(reason, str))
+            number, reason = next(reasons, (0, ""))
+            if reason:
+                reason = f"image {number}: {reason}" if len(own) > 1 else reason
+                results.append(Rejection(batch.shard, key, reason))
+            else:
+                results.append((sample, int(own[0]) if own else 0))
+        return DecodedBatch(results, [images for images in decoded if images.kept], len(encoded), batch.last)
 
-    def _encode_images(self, encoded: list[bytes]) -> list[np.ndarray | str]:
-        """Return for each image its codes uint16 [P, Q, D] or the reason why it has none."""
-        self.images += len(encoded)
-        decoded = self.decoder(encoded)
-        results: list[np.ndarray | str] = ["the decoder gave neither an image nor a reason"] * len(encoded)
-        for bad in decoded.rejected:
-            results[bad.index] = bad.reason
-        if decoded.kept:
-            codes = self.visual_tokenizer.encode(decoded.images).cpu().numpy()  # [N, P, Q, D]
-            self.geometry.check(codes)
-            for index, own in zip(decoded.kept, codes.astype(np.uint16), strict=True):
-                results[index] = own
-        return results
+    def encode(self, batch: DecodedBatch) -> EncodedBatch:
+        """Encode the images of a batch; on a GPU that and the copy back are begun, not waited for."""
+        import torch
+
+        codes: list[torch.Tensor] = []
+        copied = None
+        for images in batch.images:
+            made = self.visual_tokenizer.encode(images.for_current_stream())  # [N, P, Q, D]
+            if len(made) != len(images.kept):
+                raise ValueError(f"the visual tokenizer gave {len(made)} codes for {len(images.kept)} images")
+            codes.append(made.to("cpu", non_blocking=True))  # into pinned memory
+            if made.is_cuda:
+                copied = torch.cuda.current_stream(made.device).record_event()
+        return EncodedBatch(batch.results, codes, copied, batch.sent, batch.last)
+
+    def collect(self, batch: EncodedBatch) -> list[CodeSample | Rejection]:
+        """Return what becomes of each sample of a batch; waits for the codes."""
+        if batch.copied is not None:
+            batch.copied.synchronize()
+        codes = np.zeros((0, *self.geometry.shape), np.uint16)
+        if batch.codes:
+            made = np.concatenate([part.numpy() for part in batch.codes])
+            self.geometry.check(made)
+            codes = made.astype(np.uint16)
+        self.images += batch.sent
+        return [
+            result
+            if isinstance(result, Rejection)
+            else CodeSample(
+                result[0].key,
+                codes[result[1] : result[1] + len(result[0].images)],
+                result[0].parts,
+                result[0].captions,
+            )
+            for result in batch.results
+        ]

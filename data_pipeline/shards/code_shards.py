@@ -143,8 +143,8 @@ class ShardEntry:
 class ShardWriter:
     """Writes one shard: under a temporary name, flushed to disk, renamed on success, removed on failure.
 
-    Used as a context manager; `entry` is set after a successful exit. Members carry no time, owner or rights
-    of their own, so that the bytes depend on the samples alone.
+    Used as a context manager, or by `open`, `commit` and `discard`; `entry` is set after a successful exit.
+    Members carry no time, owner or rights of their own, so that the bytes depend on the samples alone.
     """
 
     def __init__(
@@ -159,9 +159,21 @@ class ShardWriter:
         self._samples = self._images = 0
 
     def __enter__(self) -> ShardWriter:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.discard()
+
+    def open(self) -> None:
+        """Begin, under a temporary name."""
         self._file = open(self._temporary, "wb")
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
-        return self
 
     def write(self, sample: CodeSample) -> None:
         """Add a sample; ValueError if its key, codes or parts do not fit the data set."""
@@ -176,12 +188,9 @@ class ShardWriter:
         self._samples += 1
         self._images += len(sample.codes)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def commit(self) -> None:
+        """End the shard, give it its name and set `entry`, if it is still wanted."""
         try:
-            if kind is not None:
-                return
             self._tar.close()
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -191,8 +200,12 @@ class ShardWriter:
                 os.replace(self._temporary, self.path)
                 self.entry = entry
         finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove what was written under the temporary name, if it is there."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

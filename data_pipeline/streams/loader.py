@@ -158,18 +158,29 @@ class StreamLoader(Generic[T]):
         Raises:
             ValueError: On a validation loader, which always starts anew.
         """
+        return self.save_earlier_state(0)
+
+    def save_earlier_state(self, unused: int) -> dict[str, Any]:
+        """Return, as `save_state`, the place before the last `unused` micro-batches, which were taken ahead.
+
+        Whoever goes on from it reads some samples again, mostly a minute's at most, on the way there.
+
+        Raises:
+            ValueError: On a validation loader, which always starts anew.
+        """
         self._require_endless()
         places = self._places
+        dealt = self._dealt - unused * self.world_size * self._size
         if self._readers:
             number = self._dealing.number
-            places = {turn: it.save(number(turn, self._dealt)) for turn, it in self._readers.items()}
+            places = {turn: it.save(number(turn, dealt)) for turn, it in self._readers.items()}
         return {
             "version": STATE_VERSION,
             "identity": dict(self._identity),
             "began": asdict(self._dealing),
             "rank": self.rank,
             "world_size": self.world_size,
-            "dealt": self._dealt,
+            "dealt": dealt,
             "readers": [[turn, place] for turn, place in places.items()],
         }
 

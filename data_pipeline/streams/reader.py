@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -19,7 +21,8 @@ from data_pipeline.streams.plain_state import from_plain, to_plain
 logger = logging.getLogger(__name__)
 
 _WATCHDOG_SECONDS = 300.0
-_KEEP_SECONDS = 60.0  # between the states that a process keeps; to go on, as much may have to be read again
+_KEEP_SECONDS = 60.0  # between the states that are kept; to go on, as much may have to be read again
+_KEPT = 8  # states: more than what a process has read ahead and what was handed out but not used
 _BEGINNING: dict[str, Any] = {"batches": 0, "dataset": None}
 
 
@@ -77,7 +80,7 @@ class Reader:
         self._loader = get_savable_loader(
             dataset,
             checkpoint_every_sec=_KEEP_SECONDS,
-            n_checkpoints=4,  # one more than it can read ahead, for a batch that is used again
+            n_checkpoints=_KEPT,
             # In the trainer's own process collecting garbage is the trainer's business.
             gc_collect_every_n_steps=0 if self._in_process else 10,
             watchdog_timeout_seconds=None if self._in_process else _WATCHDOG_SECONDS,
@@ -86,7 +89,9 @@ class Reader:
         self._loader.generator = torch.Generator()  # else torch draws a seed from the trainer's own
         self._place = place or _BEGINNING
         self._batches: int = self._place["batches"]  # that were handed out or dropped
-        self._held: tuple[int, Any, FlexState | None] | None = None  # batch `number` and the state before it
+        self._held: tuple[int, Any] | None = None  # batch `number`, to be used again
+        self._kept = deque[tuple[int, FlexState]](maxlen=_KEPT)  # states before batches, of this process
+        self._kept_at = time.monotonic()
         self._iterator: Iterator[tuple[int, int, Any]] | None = None
         if self._place["dataset"] is not None:
             self._go_to_place()
@@ -110,11 +115,13 @@ class Reader:
         self.start()
         assert self._iterator is not None
         while True:
-            before = self._loader.dataset.save_state() if again and self._in_process else None
+            if self._in_process and (again or time.monotonic() - self._kept_at >= _KEEP_SECONDS):
+                self._kept.append((self._batches, self._loader.dataset.save_state()))
+                self._kept_at = time.monotonic()
             _, index, batch = next(self._iterator)
             self._batches = index + 1
             if index >= number:
-                self._held = (index, batch, before) if again else None
+                self._held = (index, batch) if again else None
                 return batch
 
     def save(self, number: int) -> dict[str, Any]:
@@ -129,8 +136,10 @@ class Reader:
         elif batches == self._batches:
             state = self._loader.dataset.save_state()
         else:
-            assert self._held is not None and self._held[2] is not None and self._held[0] == batches
-            state = self._held[2]
+            earlier = [kept for kept in self._kept if kept[0] <= batches]
+            if not earlier:
+                return self._place
+            batches, state = earlier[-1]
         # Without the outermost wrapper, which is another in this process and in one of its own.
         return {"batches": batches, "dataset": to_plain(state["datasets"][0])}
 

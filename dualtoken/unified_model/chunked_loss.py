@@ -190,6 +190,19 @@ class TextHead(nn.Linear):
         return scores, gradients[: len(needs)]
 
 
+def _is_all(gradient: torch.Tensor | None, number: torch.Tensor) -> bool:
+    """Whether a gradient is one number throughout; without waiting for the device where it is expanded.
+
+    That is what sums of all scores make of the gradient of their result.
+    """
+    if gradient is None:
+        return True
+    is_expanded = all(size == 1 or not step for size, step in zip(gradient.shape, gradient.stride()))
+    if is_expanded and gradient.data_ptr() == number.data_ptr():
+        return True
+    return bool((gradient == number).all())
+
+
 class _ForwardGradients(torch.autograd.Function):
     """Keeps gradients computed in the forward pass for the backward pass."""
 
@@ -205,11 +218,8 @@ class _ForwardGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, nll_gradient, _, z_gradient):  # noqa: D102, ANN001
         gradients, ctx.gradients = ctx.gradients, None
-        scale = nll_gradient.flatten()[0]
-        alike = bool((nll_gradient == scale).all())
-        if z_gradient is not None:
-            alike = alike and bool((z_gradient == scale).all())
-        if gradients is None or not alike:
+        scale = nll_gradient[(0,) * nll_gradient.dim()]
+        if gradients is None or not (_is_all(nll_gradient, scale) and _is_all(z_gradient, scale)):
             (hidden,) = ctx.saved_tensors
             _, gradients = ctx.run(hidden, Weights(nll_gradient, z_gradient), ctx.needs_input_grad[1:])
         else:

@@ -355,18 +355,17 @@ class DualTokenForCausalLM(PreTrainedModel):
     def _text_loss(
         self, hidden: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, z_loss: float
     ) -> dict[str, torch.Tensor | None]:
-        chosen, targets, weight = positions, labels[positions], 1.0
-        if len(positions) == 0:
-            chosen, targets, weight = positions.new_ones(1), positions.new_zeros(1), 0.0
+        count, chosen, targets = len(positions), positions, labels[positions]
+        if count == 0:
+            chosen, targets = positions.new_ones(1), positions.new_zeros(1)
         scores = self.get_output_embeddings()(hidden[chosen - 1], targets, z_loss)
-        nll = scores.nll * weight
         return {
-            "text_nll": nll.sum(),
-            "text_count": torch.tensor(len(positions), device=hidden.device),
-            "text_correct": scores.correct[: len(positions)].sum(),
-            "text_z_loss": (scores.z_loss * weight).sum() if z_loss else None,
+            "text_nll": _sum(scores.nll, count),
+            "text_count": torch.full((), count, device=hidden.device),
+            "text_correct": scores.correct[:count].sum(),
+            "text_z_loss": _sum(scores.z_loss, count) if z_loss else None,
             "text_positions": positions,
-            "text_position_nll": nll.detach()[: len(positions)],
+            "text_position_nll": scores.nll.detach()[:count],
         }
 
     def _visual_loss(
@@ -377,9 +376,9 @@ class DualTokenForCausalLM(PreTrainedModel):
         positions: torch.Tensor,
         z_loss: float,
     ) -> dict[str, torch.Tensor | None]:
-        count, chosen, weight = len(positions), positions, 1.0
+        count, chosen = len(positions), positions
         if count == 0:
-            chosen, weight = positions.new_ones(1), 0.0
+            chosen = positions.new_ones(1)
             codes = codes.new_zeros(1, len(CODEBOOKS), self.config.num_quantizers)
             vectors = self._no_vectors(1)
         prefix = vectors[:, :, :-1].cumsum(dim=2)  # [N, Q, D - 1, E]
@@ -388,14 +387,14 @@ class DualTokenForCausalLM(PreTrainedModel):
             head(projector(before), prefix[:, q], codes[:, q], z_loss)
             for q, (projector, head) in enumerate(self.visual_heads())
         ]
-        nll = torch.stack([score.nll for score in scores], dim=1) * weight  # [N, Q, D]
+        nll = torch.stack([score.nll for score in scores], dim=1)  # [N, Q, D]
         correct = torch.stack([score.correct for score in scores], dim=1)[:count]
         z_losses = [score.z_loss for score in scores]
         return {
-            "visual_nll": nll.sum(dim=0),
-            "visual_count": torch.tensor(count, device=hidden.device),
+            "visual_nll": _sum(nll, count),
+            "visual_count": torch.full((), count, device=hidden.device),
             "visual_correct": correct.sum(dim=0),
-            "visual_z_loss": (torch.stack(z_losses, dim=1) * weight).sum(dim=0) if z_loss else None,
+            "visual_z_loss": _sum(torch.stack(z_losses, dim=1), count) if z_loss else None,
             "visual_positions": positions,
             "visual_position_nll": nll.detach()[:count],
         }
@@ -480,6 +479,16 @@ def _visual_head(config: DualTokenConfig) -> VisualHead:
         codebook_size=config.codebook_size,
         chunk_size=config.chunk_size,
     )
+
+
+def _sum(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Sum scores [N, ...] of `count` targets, 0 of which leave the sum in the graph with weight zero.
+
+    Weights of one stay away: without them its gradient at the scores is one number, expanded, which is all
+    that `chunked_loss` has to know of it.
+    """
+    total = scores.sum(dim=0)
+    return total if count else (0.0 * total.sum()).expand_as(total)
 
 
 def _places(mask: torch.Tensor, count: int) -> torch.Tensor:

@@ -197,10 +197,11 @@ class EMACodebooks(nn.Module):
             drawn = torch.randperm(available, generator=generator).repeat(-(-wanted // available))[:wanted]
             for position, vectors in enumerate(sources):
                 places = (drawn // rows == position).nonzero().squeeze(1)
-                picked = vectors[(drawn[places] % rows).to(vectors.device)]
-                pool[book, (places + start).to(pool.device)] = picked
+                picked = vectors[(drawn[places] % rows).to(vectors.device, non_blocking=True)]
+                pool[book, (places + start).to(pool.device, non_blocking=True)] = picked
             if wanted > available:  # duplicates must part ways, else all but one of them stay unused
-                noise = torch.randn(wanted, self.code_width, generator=generator).to(pool.device)
+                noise = torch.randn(wanted, self.code_width, generator=generator)
+                noise = noise.to(pool.device, non_blocking=True)
                 pool[book, start:stop] += 0.01 * pool[book, start:stop].square().mean().sqrt() * noise
             filled[book, start:stop] = 1.0
 
@@ -269,7 +270,7 @@ class EMACodebooks(nn.Module):
         for book in range(self.num_codebooks):
             count = min(needed[book], offered[book])
             order = torch.randperm(offered[book], generator=self._generator(-1, book))[:count]
-            chosen = _places(filled[book], offered[book])[order.to(pool.device)]
+            chosen = _places(filled[book], offered[book])[order.to(pool.device, non_blocking=True)]
             dead = _places(unused[book], needed[book])[:count]
             self.embed_sum[book, dead] = pool[book, chosen]
             self.cluster_size[book, dead] = 1.0

@@ -2,18 +2,23 @@
 
 import copy
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from data_pipeline.images.decoding import SideDecoder, build_image_decoder
 from dualtoken.generation.generators import generate_images
 from dualtoken.unified_model.attention import loop_over_documents, varlen_documents
 from dualtoken.unified_model.depth_transformer import VisualHead
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer.nearest import NearestCodeSearch
+from pretrain.timing import StepClock
 from tests.support.distributed import run_module
 from tests.support.unified_support import FEATURES, byte_tokenizer, tiny_model
+from tests.test_data_pipeline.pretokenize.test_pretokenize import picture
 from tests.test_pretrain import test_contrastive
 from tests.test_pretrain.test_jobs import mllm_words, tokenizer_words
 
@@ -136,3 +141,30 @@ def check_generation(device: str) -> None:
     config = model.config
     assert drawn[0].shape == (1, config.positions_per_image, 2, config.num_quantizers)
     assert 0 <= int(drawn[0].min()) and int(drawn[0].max()) < config.codebook_size
+
+
+def check_clock(device: str) -> None:
+    """Parts of a step are measured where they are computed: together no longer than what the host waits."""
+    clock, matrix = StepClock(torch.device(device)), torch.eye(512, device=device)
+    began = time.perf_counter()
+    for part in ("forward", "backward"):
+        with clock.part(part):
+            for _ in range(20):
+                matrix = matrix @ matrix
+    seconds = clock.pop()
+    waited = time.perf_counter() - began
+    assert min(seconds["forward"], seconds["backward"]) > 0 == seconds["optimizer"]
+    assert seconds["forward"] + seconds["backward"] <= waited
+
+
+def check_decoding(device: str) -> None:
+    """Pictures decoded beside a busy stream, in a thread with threads of its own, are all there when used."""
+    files = [picture(index, "JPEG") for index in range(40)]
+    expected = build_image_decoder(64, "torchvision", device)(files).images
+    beside = SideDecoder(build_image_decoder(64, "torchvision", device, num_threads=2))
+    square = torch.randn(1500, 1500, device=device)
+    with ThreadPoolExecutor(1) as thread:
+        for _ in range(5):
+            decoding = thread.submit(beside, files)
+            square = (square @ square).clamp(-1, 1)
+            assert torch.equal(decoding.result().for_current_stream(), expected)

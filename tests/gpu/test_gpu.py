@@ -25,6 +25,6 @@ def test_codes_are_those_of_the_cpu():
     print("\n" + checks.check_codes("cuda"))
 
 
-@pytest.mark.parametrize("name", ["search", "attention", "head", "generation"])
+@pytest.mark.parametrize("name", ["search", "attention", "head", "generation", "clock", "decoding"])
 def test_parts(name):
     getattr(checks, f"check_{name}")("cuda")

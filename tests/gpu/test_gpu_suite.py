@@ -6,7 +6,7 @@ from tests.gpu import checks
 from tests.test_pretrain.test_jobs import folder  # noqa: F401
 
 
-@pytest.mark.parametrize("name", ["codes", "search", "attention", "head", "generation"])
+@pytest.mark.parametrize("name", ["codes", "search", "attention", "head", "generation", "clock", "decoding"])
 def test_checks_hold_on_the_cpu(name):
     getattr(checks, f"check_{name}")("cpu")
 

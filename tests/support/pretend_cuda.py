@@ -4,10 +4,12 @@ Within `PretendCuda()` every factory given `device="cuda"`, and every `.to("cuda
 operation that mixes them with CPU tensors is refused as CUDA would refuse it. What makes the host wait (a
 value that Python reads, a shape that depends on values, a copy back) is counted where the project asks for
 it. Forward passes only: autograd's backward asks the driver for the device. `CountWaits` counts the
-same operations on CPU tensors, backward passes included.
+same operations on CPU tensors, backward passes included, and the project's own calls that copy from the host
+and wait until it is done (`torch.tensor(..., device=)`, `.to(device)`), wherever the tensor may be.
 """
 
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -73,7 +75,10 @@ class OnGPU(torch.Tensor):
 
 
 class CountWaits(TorchDispatchMode):
-    """While it is open, `waits` counts by `file:function` what would wait if all tensors were on a GPU."""
+    """While it is open, `waits` counts by `file:function` what would wait if all tensors were on a GPU.
+
+    In the thread that opened it: what one beside it waits for, such as the one that decodes, stops nobody.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,18 +86,25 @@ class CountWaits(TorchDispatchMode):
         self._patch = pytest.MonkeyPatch()
 
     def __enter__(self) -> "CountWaits":
+        self._thread = threading.get_ident()
         for name in ("tolist", "cpu"):  # which ask nobody on the CPU
             own = getattr(torch.Tensor, name)
             self._patch.setattr(torch.Tensor, name, self._counted(own))
+        self._patch.setattr(torch.Tensor, "to", self._counted(torch.Tensor.to, copies_and_waits))
+        for name in ("tensor", "as_tensor"):
+            self._patch.setattr(torch, name, self._counted(getattr(torch, name), made_on_device))
         return super().__enter__()
 
     def __exit__(self, *exception) -> None:
         super().__exit__(*exception)
         self._patch.undo()
 
-    def _counted(self, method):
+    def _counted(self, method, copies=None):
         def counted(tensor, *args, **kwargs):
-            self.record_wait()
+            own = sys._getframe(1).f_code.co_filename.startswith(PACKAGES)
+            counts = copies is None or (own and copies(tensor, *args, **kwargs))
+            if counts and threading.get_ident() == self._thread:
+                self.record_wait()
             return method(tensor, *args, **kwargs)
 
         return counted
@@ -119,6 +131,17 @@ def waits(func, args) -> bool:
     return func in WAITING or (
         func in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
     )
+
+
+def copies_and_waits(_tensor, *args, non_blocking=False, device=None, **_kwargs) -> bool:
+    """Whether `Tensor.to` with these arguments, if it copies, waits until that is done."""
+    names_device = device is not None or (args and isinstance(args[0], torch.device | str))
+    return bool(names_device) and not (non_blocking or any(arg is True for arg in args))
+
+
+def made_on_device(data, *_args, device=None, **_kwargs) -> bool:
+    """Whether `torch.tensor` or `as_tensor` makes a tensor of numbers on a device, which is such a copy."""
+    return device is not None and not isinstance(data, torch.Tensor)
 
 
 class PretendCuda(CountWaits):

@@ -147,6 +147,9 @@ class ToyTask:
         self.steps_counted += 1
         return {**figures, "count/samples": total}
 
+    def flops(self, amounts) -> float:
+        return 1e6 * amounts["count/samples"]
+
     def validate(self) -> dict:
         torch.rand(3)  # validation may draw random numbers
         averages = Averages(self.runtime.device)

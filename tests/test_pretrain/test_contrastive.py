@@ -13,6 +13,7 @@ from PIL import Image
 
 from launchers.conversions.checkpoint import export_checkpoint
 from tests.support.distributed import run_function
+from tests.support.measured import is_measured
 from tests.support.same_folder import assert_same_folder
 
 WORDS = "red green blue dot rot gruen blau punkt".split()
@@ -188,8 +189,7 @@ def figures(folder: Path) -> list[dict]:
     records = [
         json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    timing = {"time", "seconds", "seconds_per_step", "data_wait", "images_per_second"}
-    return [{key: value for key, value in record.items() if key not in timing} for record in records]
+    return [{key: value for key, value in record.items() if not is_measured(key)} for record in records]
 
 
 def test_resumed_run_equals_whole(runs):

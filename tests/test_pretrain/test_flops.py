@@ -1,5 +1,7 @@
 """FLOPs by formula against what torch counts, and against figures known from the papers."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -86,6 +88,37 @@ def test_unified_model(overrides, frozen):
         assert parts["llm"].backward == 0 < parts["pixel_head"].backward
 
 
+def test_parts_of_the_unified_model():
+    """Each part's forward pass by itself, and the contents of a pack as a step counts them."""
+    model = tiny_model(chunk_size=64)
+    documents = [caption("a red cat"), generation("a blue dog, large and fierce"), plain("some words")]
+    batch = pack_documents(tokenized(*documents), 96)
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, depth=None) as counter,
+    ):
+        model(**batch.model_inputs())
+    by_module = {
+        name.partition(".")[2]: sum(by_operator.values())
+        for name, by_operator in counter.get_flop_counts().items()
+    }
+    pack = PackContents.of_batch(batch, POSITIONS)
+    lengths = batch.cu_seqlens.diff().tolist()
+    assert batch.padding == lengths[-1] > 0 and pack.tokens == sum(lengths[:-1])
+    assert pack == dataclasses.replace(
+        PackContents.of_documents(lengths[:-1], 2 * POSITIONS, int((batch.labels != -100).sum()), POSITIONS),
+        pictures=2,
+    )
+    # Computed here: the padding too, and the square of each document.
+    computed = dataclasses.replace(pack, tokens=sum(lengths), pairs=sum(length**2 for length in lengths))
+    parts = unified_model_flops(model, computed)
+    modules = {"llm": "llm.model", "text_head": "llm.lm_head"}
+    for part, flops in parts.items():
+        assert flops.forward == pytest.approx(by_module[modules.get(part, part)], rel=TOLERANCE), part
+    assert {"llm", "text_head", "visual_embedder", "pixel_head", "semantic_head"} <= parts.keys()
+
+
 def test_sharded_parameters_count_by_their_whole_shapes():
     model = tiny_model()
     pack = PackContents.of_documents([20, 12], 8, 9, 4)
@@ -169,8 +202,9 @@ def test_siglip():
     config.text_config.projection_size = 32
     model = ContrastiveModel(SiglipModel(config), 0, 1)
     ids = torch.ones(1, 2, 8, dtype=torch.int64)
-    _, total = counted(lambda: model(torch.rand(1, 3, 16, 16), ids, patch_dropout=0.5))
+    forward, total = counted(lambda: model(torch.rand(1, 3, 16, 16), ids, patch_dropout=0.5))
     with torch.device("meta"):
         planned = SiglipModel(config)
     parts = siglip_flops(planned, kept=8, captions=2, caption_tokens=8)
+    assert sum(part.forward for part in parts.values()) == pytest.approx(forward, rel=TOLERANCE)
     assert sum(part.total for part in parts.values()) == pytest.approx(total, rel=TOLERANCE)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from pretrain.checkpoints.finding import complete_checkpoints
 from tests.support.distributed import Ranks, run_module
+from tests.support.measured import is_measured
 from tests.test_pretrain.test_jobs import (  # noqa: F401  # the fixtures
     codes,
     folder,
@@ -89,9 +90,10 @@ def rejected_keys(run: Path) -> set[str]:
 
 def figures(run: Path) -> list[dict]:
     """All lines of metrics.jsonl, without what another start changes."""
-    times = ("time", "seconds", "per_second", "data_wait", "warnings")  # which are counted since the start
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not any(t in k for t in times)} for line in lines]
+    records = [json.loads(line) for line in lines]
+    # Warnings are counted since the start.
+    return [{k: v for k, v in r.items() if not (is_measured(k) or "warnings" in k)} for r in records]
 
 
 def soak(whole: Path, disturbed: Path, words, seed: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from pretrain.config import ConfigError, load_job_config
+from pretrain.timing import StepClock
 from pretrain.tokenizer_model import TokenizerModelConfig, build_visual_tokenizer
 from tests.support.distributed import run_function
 from tests.test_pretrain.test_jobs import folder, tokenizer_words  # noqa: F401
@@ -249,7 +250,8 @@ def test_broken_pictures_of_all_ranks_are_known_to_each(tmp_path):
     from data_pipeline.streams import ImageTextBatch
     from pretrain.image_input import ImageInput, ImageInputConfig
 
-    runtime = SimpleNamespace(device=torch.device("cpu"), run_dir=tmp_path, step=0)
+    device = torch.device("cpu")
+    runtime = SimpleNamespace(device=device, run_dir=tmp_path, step=0, clock=StepClock(device))
     *old, alone = (ImageInput(ImageInputConfig(), 16, runtime) for _ in range(3))
     for rank, read in enumerate(old):
         read(ImageTextBatch([f"k{rank}"], [b"no picture"], [{}]))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from pretrain.metrics import console_line
 from tests.support.distributed import Ranks, run_function
+from tests.support.measured import is_measured
 from tests.support.toy_words import TOY_WORDS
 
 TOY = [
@@ -27,7 +28,6 @@ EXACT = ["noise=true", "two_engines=true", "validate_every=2"]
 PLAIN = ["two_engines=true", "second_optimizer={lr: 0.01, warmup_steps: 2, weight_decay: 0.1}"]
 # Under it a tiny model would stay whole on every rank, and ZeRO-3 would not be exercised.
 SHARD_EVERYTHING = {"stage3_param_persistence_threshold": 0}
-NOT_COMPARED = {"time", "seconds", "seconds_per_step", "data_wait", "samples_per_second"}
 
 
 def toy_arguments(folder: Path, level: str, *more: str) -> list[str]:
@@ -64,7 +64,7 @@ def figures(folder: Path, split: str = "train") -> dict[int, dict[str, float]]:
     ]
     records = [record for record in records if record["split"] == split]
     assert len({record["step"] for record in records}) == len(records), "a step is recorded twice"
-    return {r["step"]: {k: v for k, v in r.items() if k not in NOT_COMPARED} for r in records}
+    return {r["step"]: {k: v for k, v in r.items() if not is_measured(k)} for r in records}
 
 
 def scenarios_on_two_ranks(folder: Path) -> dict[str, list[str]]:

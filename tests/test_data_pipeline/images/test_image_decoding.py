@@ -286,9 +286,14 @@ def test_dali_failure_that_names_no_sample_is_found_by_trying(photograph, monkey
 
     monkeypatch.setattr(decoder, "_run", nameless)
     good = encode(photograph.resize((50, 50)), "JPEG")
-    decoded = decoder([good, good, good[:500], good])
+    at = good.index(b"\xff\xc4") + 5  # the counts of the first Huffman table
+    decoded = decoder([good, good, good[:at] + b"\xff" * 16 + good[at + 16 :], good])
     assert decoded.kept == [0, 1, 3] and [bad.index for bad in decoded.rejected] == [2]
     assert runs == [4, 1, 1, 1, 3]
+    runs.clear()
+    decoded = decoder([good, good, good[:500], good])  # DALI is not even asked
+    assert decoded.kept == [0, 1, 3] and [bad.index for bad in decoded.rejected] == [2]
+    assert runs == [3]
 
 
 @pytest.mark.skipif(not HAS_DALI, reason="DALI")

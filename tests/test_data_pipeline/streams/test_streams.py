@@ -108,6 +108,25 @@ def test_restored_state_gives_the_same_batches(images: Path, num_workers: int) -
         assert run_code(RESUME, (settings, state)).decode() == repr(expected)
 
 
+@pytest.mark.parametrize("kept_after", [0.0, 60.0])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_state_before_what_was_taken_ahead(
+    images: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int, kept_after: float
+) -> None:
+    """From a state that a reader kept, of just before or of its beginning, it reads on to the place."""
+    monkeypatch.setattr("data_pipeline.streams.reader._KEEP_SECONDS", kept_after)
+    settings = config(images, num_workers=num_workers)
+    loader = image_loader(settings, 3, 1, 2)
+    seen = keys(loader, 9)
+    states = [loader.save_earlier_state(unused) for unused in (0, 1, 2, 9)]
+    assert states[0] == loader.save_state()
+    seen += keys(loader, 3)
+    for state, used in zip(states, (9, 8, 7, 0), strict=True):
+        loader.restore_states([json.loads(json.dumps(state))])
+        assert keys(loader, 12 - used) == seen[used:]
+    loader.close()
+
+
 def test_two_workers_read_what_two_ranks_read(images: Path) -> None:
     one_rank = image_loader(config(images, num_workers=2), 2)
     expected = keys(one_rank, 12)
