@@ -30,6 +30,18 @@ def decoder_layer_activations(text_config: Any, weight: int) -> float:
     return norms + attended + 4 * weight * text_config.intermediate_size
 
 
+def decoder_layer_products(text_config: Any, weight: int) -> float:
+    """Bytes that a layer keeps for each token besides its input if it keeps its products alone.
+
+    Those of `pretrain.recomputation`: queries, keys, values, the attention's output with a log-sum for each
+    head, its projection, three of the gated MLP.
+    """
+    hidden, heads = text_config.hidden_size, text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or hidden // heads
+    vectors = 2 * heads * head_dim + 2 * text_config.num_key_value_heads * head_dim + 2 * hidden
+    return weight * (vectors + 2 * text_config.intermediate_size) + FP32 * heads
+
+
 def encoder_layer_activations(config: Any, weight: int) -> float:
     """Bytes that a layer of SigLIP keeps for each position from forward to backward pass."""
     vectors = 8 * config.hidden_size + 2 * config.intermediate_size

@@ -173,6 +173,8 @@ class JobConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    # Parts that torch.compile takes, [all] for all; what there is depends on the job (docs/performance.md).
+    compile: list[str] = field(default_factory=list)
     peak_tflops: float = 0.0  # of a rank's device in this precision, for `mfu`; 0: its data sheet, if known
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
 from dualtoken.visual_tokenizer.backbone import load_backbone, pool
 from pretrain.caption_input import CaptionInput, load_text_tokenizer
+from pretrain.compilation import compile_parts
 from pretrain.config import ConfigError, JobConfig
 from pretrain.engine import build_engine, count_parameters
 from pretrain.export import full_state_dict, save_config
@@ -145,6 +146,8 @@ class ContrastiveTask:
             config.data, config.micro_batch_size, runtime.rank, runtime.world_size, config.seed
         )
         self.train_loader = self.read_images.ahead(pictures)
+        towers = (siglip.vision_model, siglip.text_model)
+        compile_parts({"towers": [x for tower in towers for x in tower.encoder.layers]}, config.compile)
         model = ContrastiveModel(siglip, runtime.rank, runtime.world_size)
         self.engines = {"siglip": build_engine(model, config, runtime)}
 

@@ -10,6 +10,7 @@ from torch import nn
 from data_pipeline.streams import DocumentStreamConfig
 from pretrain.activations import (
     decoder_layer_activations,
+    decoder_layer_products,
     encoder_layer_activations,
     head_chunk_bytes,
     kept_bytes,
@@ -167,6 +168,8 @@ def _mllm(
     hidden, layers = pack.tokens * text_config.hidden_size, text_config.num_hidden_layers
     ends = hidden * (FP32 + 3 * weight)  # embeddings in front, the last norm behind
     passes = flops["llm"].backward > 0
+    keeps_products = config.checkpointing_keeps == "products"
+    kept = pack.tokens * decoder_layer_products(text_config, weight) if keeps_products else 0.0
     head = head_chunk_bytes(
         min(unified.chunk_size, round(pack.visual_targets)), unified.num_quantizers, unified.head_hidden_size,
         unified.head_intermediate_size or 4 * unified.head_hidden_size, unified.head_num_layers,
@@ -180,9 +183,9 @@ def _mllm(
     return JobBudget(
         parameters=counts,
         flops=flops,
-        recomputed=flops["llm"].forward if passes else 0.0,
+        recomputed=flops["llm"].forward if passes and not keeps_products else 0.0,
         activations=layers * layer + ends if passes else layer,
-        checkpointed=layers * hidden * weight + layer + ends if passes else layer,
+        checkpointed=layers * (hidden * weight + kept) + layer + ends if passes else layer,
         logits=max(head, text) + weight * early,
         fixed=buffer_bytes(model),
         samples=pack.documents,

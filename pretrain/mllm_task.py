@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from omegaconf import MISSING
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline.shards.code_shards import CodeGeometry, require_same_codes
@@ -21,6 +21,7 @@ from dualtoken.unified_model.config import DualTokenConfig, head_settings
 from dualtoken.unified_model.model import DualTokenForCausalLM, DualTokenOutput
 from dualtoken.unified_model.sequence import PackedBatch, SpecialTokens, add_special_tokens
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from pretrain.compilation import compile_parts
 from pretrain.config import ConfigError, JobConfig
 from pretrain.engine import (
     build_engine,
@@ -32,6 +33,7 @@ from pretrain.export import full_state_dict, save_config, saved_weights
 from pretrain.flops import PackContents, unified_model_flops
 from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
+from pretrain.recomputation import checkpoint_activations
 from pretrain.runtime import Runtime
 from pretrain.stepping import backward, take_step
 
@@ -71,16 +73,29 @@ class MllmJobConfig(JobConfig):
     losses: MllmLossConfig = field(default_factory=MllmLossConfig)
     frozen: list[str] = field(default_factory=list)  # patterns of parameter names
     gradient_checkpointing: bool = False  # of the language model's layers; the heads keep nothing in any case
+    # What checkpointed layers keep: their input alone, or the results of matrix products and attention too.
+    checkpointing_keeps: Literal["nothing", "products"] = "nothing"
     data: DocumentStreamConfig = MISSING
     validation_data: DocumentStreamConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.checkpointing_keeps != "nothing" and not self.gradient_checkpointing:
+            raise ConfigError(
+                f"checkpointing_keeps={self.checkpointing_keeps}: without checkpointing everything is kept; "
+                "set gradient_checkpointing=true"
+            )
         if self.micro_batch_size != 1:
             raise ConfigError(
                 f"micro_batch_size={self.micro_batch_size}: expected 1, a forward pass takes one pack; "
                 "make packs longer or shorter by data.context_length"
             )
+
+
+def compiled_parts(model: DualTokenForCausalLM) -> dict[str, list[nn.Module]]:
+    """What `compile` may name of a unified model; the output layer is a head like the visual ones."""
+    heads = [model.get_output_embeddings(), *(head for _, head in model.visual_heads())]
+    return {"decoder": list(model.decoder.layers), "heads": heads}
 
 
 class MllmTask:
@@ -102,7 +117,8 @@ class MllmTask:
         self.model = self.build_model()
         freeze_parameters(self.model, config.frozen)
         if config.gradient_checkpointing:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(self.model, config.checkpointing_keeps)
+        compile_parts(compiled_parts(self.model), config.compile)
         self.model.to(runtime.device)
         self.engines = {"model": build_engine(self.model, config, runtime)}
         self.train_loader = self.open_documents(config.data, "train")

@@ -22,6 +22,7 @@ from dualtoken.visual_tokenizer.backbone import FrozenTeacher, model_folder
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer, VisualTokenizerOutput
 from dualtoken.visual_tokenizer.quantizer import QuantizerStats
 from pretrain.caption_input import CaptionInput, load_text_tokenizer
+from pretrain.compilation import compile_parts
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.discriminator import DiscriminatorConfig, PatchDiscriminator
 from pretrain.engine import build_engine, count_parameters
@@ -90,6 +91,15 @@ class TokenizerJobConfig(JobConfig):
     validation_data: ImageStreamConfig | None = None
 
 
+def compiled_parts(tokenizer: DualTokenVisualTokenizer, teacher: FrozenTeacher) -> dict[str, list[nn.Module]]:
+    """What `compile` may name of a visual tokenizer; the teacher's tower is one of the towers."""
+    backbone, decoder = tokenizer.backbone, tokenizer.decoder
+    towers = [backbone.vision_model, teacher.vision_model]
+    towers += [backbone.text_model] if backbone.has_text_tower else []
+    layers = [layer for tower in towers for layer in tower.encoder.layers]
+    return {"towers": layers, "decoder": [decoder.mid, *decoder.up]}
+
+
 class TokenizerTask:
     """Trains :class:`DualTokenVisualTokenizer` against a frozen teacher and a discriminator."""
 
@@ -106,6 +116,7 @@ class TokenizerTask:
         self.teacher = FrozenTeacher.from_pretrained(
             config.model.backbone, semantic_layer=self.tokenizer.config.semantic_layer
         ).to(runtime.device, runtime.dtype)
+        compile_parts(compiled_parts(self.tokenizer, self.teacher), config.compile)
         self.perceptual: PerceptualLoss | None = None
         if config.losses.perceptual > 0 and config.perceptual_network.trunk != "none":
             self.perceptual = PerceptualLoss(config.perceptual_network).to(runtime.device)

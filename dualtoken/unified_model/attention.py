@@ -4,7 +4,7 @@ A decoder built with ``attn_implementation="document"`` and called with ``cu_seq
 transformers uses for flash attention) treats its single row as several documents. On CUDA in half precision
 this is one variable-length kernel, from flash-attn where it is installed and from torch otherwise;
 elsewhere the documents are run one by one, which on CPU is several times faster than one masked attention
-over the whole row.
+over the whole row. Where torch.compile traces and there is no such kernel, it is that masked attention.
 
 Without ``cu_seq_lens_q`` it is scaled dot product attention with the mask it is given, as used for
 generation. This file is the only one that imports flash-attn.
@@ -12,14 +12,18 @@ generation. This file is the only one that imports flash-attn.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+
+try:  # as this file is loaded, for an import inside a function would break the graphs of torch.compile
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
 
 DOCUMENT_ATTENTION = "document"
 """The name to pass as ``attn_implementation``."""
@@ -56,8 +60,19 @@ def document_attention(
         )
     longest = max_length_q if max_length_q is not None else int(cu_seq_lens_q.diff().max())
     _require_window(longest, sliding_window)
+    if not _has_varlen_kernel(query) and torch.compiler.is_compiling():
+        # Lengths that the host reads would break the graph.
+        mask = same_document(cu_seq_lens_q, query.shape[2])
+        return _masked(query, key, value, mask, dropout, scaling), None
     attend = varlen_documents if _has_varlen_kernel(query) else loop_over_documents
     return attend(query, key, value, cu_seq_lens_q, longest, dropout, scaling), None
+
+
+def same_document(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """Which positions each one of a row sees, itself and those before it in its document: [T, T] bool."""
+    places = torch.arange(length, device=cu_seqlens.device)
+    document = torch.bucketize(places, cu_seqlens, right=True)
+    return (document[:, None] == document) & (places[:, None] >= places)
 
 
 def loop_over_documents(
@@ -101,9 +116,8 @@ def varlen_documents(
     q, k, v = (
         tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)
     )  # [T, heads, head_dim]
-    flash = _flash_attn_varlen()
-    if flash is not None:
-        output = flash(
+    if flash_attn_varlen_func is not None:
+        output = flash_attn_varlen_func(
             q,
             k,
             v,
@@ -116,8 +130,6 @@ def varlen_documents(
             causal=True,
         )
     else:
-        from torch.nn.attention.varlen import varlen_attn
-
         if dropout:
             raise ValueError(
                 f"attention dropout {dropout} on CUDA needs flash-attn: pip install 'dualtoken[cuda]', "
@@ -134,7 +146,7 @@ def describe(device: torch.device | str, dtype: torch.dtype) -> str:
     """Say in a few words which implementation packed documents run on, for start-up messages."""
     if not _has_varlen_kernel(torch.empty(0, device=device, dtype=dtype)):
         return "scaled dot product attention, document by document"
-    return "flash-attn varlen" if _flash_attn_varlen() is not None else "torch varlen_attn"
+    return "flash-attn varlen" if flash_attn_varlen_func is not None else "torch varlen_attn"
 
 
 def _require_window(longest: int, sliding_window: int | None) -> None:
@@ -175,15 +187,6 @@ def _masked(
 
 def _has_varlen_kernel(query: torch.Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-
-
-@functools.cache
-def _flash_attn_varlen() -> Callable[..., torch.Tensor] | None:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
-    return flash_attn_varlen_func
 
 
 def _document_mask(**kwargs: Any) -> torch.Tensor | None:

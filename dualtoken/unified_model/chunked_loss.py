@@ -14,7 +14,7 @@ Shapes: N positions, C channels, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,8 @@ class Weights(NamedTuple):
 
 Run = Callable[[torch.Tensor, Weights | None, Sequence[bool]], tuple[Scores, Gradients]]
 """(hidden, weights, which gradients) -> (scores, gradients of hidden and the parameters)."""
+ScoreLogits = Callable[..., tuple[Scores, torch.Tensor | None]]
+"""As `logit_scores`."""
 
 
 def scores_with_gradients(run: Run, hidden: torch.Tensor, parameters: Sequence[torch.Tensor]) -> Scores:
@@ -82,6 +84,7 @@ def linear_scores(
     weight_gradient: torch.Tensor | None = None,
     bias_gradient: torch.Tensor | None = None,
     need_hidden_gradient: bool = False,
+    score_logits: ScoreLogits | None = None,
 ) -> tuple[Scores, torch.Tensor | None]:
     """Negative log likelihood of a linear classifier on one chunk, with the gradients written out.
 
@@ -95,11 +98,42 @@ def linear_scores(
         weight_gradient: [K, C], added to in place; None to leave out.
         bias_gradient: [K], likewise.
         need_hidden_gradient: whether to compute the second result.
+        score_logits: a compiled `logit_scores`; None for itself.
 
     Returns:
         scores [N], gradient of the weighted sum by `hidden` [N, C] or None.
     """
-    probabilities = F.linear(hidden, weight, bias).float()  # logits for now
+    gradient_type = None
+    if weight_gradient is not None or need_hidden_gradient:
+        gradient_type = hidden.dtype
+    if bias_gradient is not None:
+        gradient_type = torch.float32
+    scores, gradient = (score_logits or logit_scores)(
+        F.linear(hidden, weight, bias), targets, weights, z_loss, gradient_type
+    )
+    if gradient is None:
+        return scores, None
+    if bias_gradient is not None:
+        bias_gradient.add_(gradient.sum(dim=0))
+    gradient = gradient.to(hidden.dtype)
+    if weight_gradient is not None:
+        weight_gradient.addmm_(gradient.t(), hidden)
+    return scores, gradient @ weight if need_hidden_gradient else None
+
+
+def logit_scores(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: Weights | None,
+    z_loss: float,
+    gradient_type: torch.dtype | None,
+) -> tuple[Scores, torch.Tensor | None]:
+    """Scores [N] of logits [N, K], which are overwritten, and the gradient of their weighted sum [N, K].
+
+    All of `linear_scores` but its matrix products, so that it can be compiled as one; arguments as there,
+    and the type of the gradient, None for no gradient.
+    """
+    probabilities = logits.float()  # logits for now
     best, argmax = probabilities.max(dim=-1, keepdim=True)
     probabilities.sub_(best)
     target_logit = probabilities.gather(1, targets[:, None])
@@ -108,7 +142,7 @@ def linear_scores(
     correct = argmax[:, 0] == targets
     log_z = total.log() + best if z_loss else None
     scores = Scores(nll[:, 0], correct, z_loss * log_z[:, 0].square() if log_z is not None else None)
-    if weight_gradient is None and bias_gradient is None and not need_hidden_gradient:
+    if gradient_type is None:
         return scores, None
     if log_z is None:
         probabilities.div_(total)
@@ -121,12 +155,7 @@ def linear_scores(
         z_weights = 1.0 if weights is None or weights.z_loss is None else weights.z_loss[:, None]
         probabilities.mul_((nll_weights + 2 * z_loss * z_weights * log_z) / total)
         probabilities.scatter_add_(1, targets[:, None], -nll_weights)
-    if bias_gradient is not None:
-        bias_gradient.add_(probabilities.sum(dim=0))
-    logits_gradient = probabilities.to(hidden.dtype)
-    if weight_gradient is not None:
-        weight_gradient.addmm_(logits_gradient.t(), hidden)
-    return scores, logits_gradient @ weight if need_hidden_gradient else None
+    return scores, probabilities.to(gradient_type)
 
 
 class TextHead(nn.Linear):
@@ -143,6 +172,7 @@ class TextHead(nn.Linear):
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self.chunk_size = chunk_size
+        self._score_logits: ScoreLogits = logit_scores
         # Whether transformers still has to draw the weight is a mark on the module.
         self._is_hf_initialized = getattr(linear, "_is_hf_initialized", False)
 
@@ -156,6 +186,10 @@ class TextHead(nn.Linear):
         return scores_with_gradients(
             lambda h, weights, needs: self._run(h, targets, z_loss, weights, needs), hidden, parameters
         )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what a chunk's loss does between its matrix products; arguments of `torch.compile`."""
+        self._score_logits = torch.compile(logit_scores, *args, **kwargs)
 
     def _run(
         self,
@@ -183,6 +217,7 @@ class TextHead(nn.Linear):
                 gradients[1],
                 gradients[2] if self.bias is not None else None,
                 need_hidden_gradient=needs[0],
+                score_logits=self._score_logits,
             )
             fill_in(scores, chunk, found)
             if gradients[0] is not None and hidden_gradient is not None:

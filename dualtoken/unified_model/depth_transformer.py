@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,13 @@ from torch import nn
 
 from dualtoken.unified_model.chunked_loss import (
     Gradients,
+    ScoreLogits,
     Scores,
     Weights,
     empty_scores,
     fill_in,
     linear_scores,
+    logit_scores,
     scores_with_gradients,
 )
 
@@ -112,6 +114,7 @@ class VisualHead(DepthTransformer):
         super().__init__(hidden_size, num_layers, num_heads, intermediate_size, depth, code_dim)
         self.classifier = nn.Parameter(torch.empty(depth, codebook_size, hidden_size))
         self.chunk_size = chunk_size
+        self._score_logits: ScoreLogits = logit_scores
 
     def init_weights(self) -> None:
         """Draw the weights; small classifiers, so that every code starts near probability 1 / K."""
@@ -138,6 +141,14 @@ class VisualHead(DepthTransformer):
             hidden,
             parameters,
         )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the trunk, and what the loss does between its matrix products.
+
+        Arguments are those of `torch.compile`. The chunks' own loop calls autograd, and stays as it is.
+        """
+        self._trunk = torch.compile(self._trunk, *args, **kwargs)  # type: ignore[method-assign]
+        self._score_logits = torch.compile(logit_scores, *args, **kwargs)
 
     def logits(self, hidden: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
         """Compute all logits [N, D, K] at once plainly: the reference for `forward` and `step`."""
@@ -243,6 +254,7 @@ class VisualHead(DepthTransformer):
                     z_loss=z_loss,
                     weight_gradient=None if classifier_gradient is None else classifier_gradient[d],
                     need_hidden_gradient=need_trunk,
+                    score_logits=self._score_logits,
                 )
                 fill_in(scores, (chunk, d), found)
                 if feature_gradient is not None and gradient is not None:

@@ -1,10 +1,12 @@
 """Calls of GPU-only kernels, checked without a GPU: doubles with the real signatures, DALI's own graph."""
 
+import importlib.util
 import sys
 import types
 
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from data_pipeline.images.decoding import build_image_decoder
 from dualtoken.unified_model import attention
@@ -31,18 +33,9 @@ def flash_attn_varlen_func(
     return loop_over_documents(*heads_first, cu_seqlens_q, max_seqlen_q, dropout_p, softmax_scale)[0]
 
 
-@pytest.fixture
-def flash_attn(monkeypatch):
-    module = types.ModuleType("flash_attn")
-    module.flash_attn_varlen_func = flash_attn_varlen_func
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    attention._flash_attn_varlen.cache_clear()
-    yield
-    attention._flash_attn_varlen.cache_clear()
-
-
 @pytest.mark.parametrize("heads, key_heads, scaling", [(4, 4, None), (4, 2, 0.5), (4, 1, None)])
-def test_flash_attn_is_called_as_it_wants(flash_attn, heads, key_heads, scaling):
+def test_flash_attn_is_called_as_it_wants(monkeypatch, heads, key_heads, scaling):
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_attn_varlen_func)
     query, key, value, borders = tensors(heads, key_heads, dtype=torch.bfloat16)
     arguments = (query, key, value, borders, max(LENGTHS), 0.0, scaling)
     results = []
@@ -54,12 +47,18 @@ def test_flash_attn_is_called_as_it_wants(flash_attn, heads, key_heads, scaling)
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-def test_flash_attn_is_chosen_where_it_is_installed(flash_attn, monkeypatch):
-    monkeypatch.setattr(attention, "_has_varlen_kernel", lambda query: True)
-    assert attention.describe("cpu", torch.bfloat16) == "flash-attn varlen"
-    attention._flash_attn_varlen.cache_clear()
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert attention.describe("cpu", torch.bfloat16) == "torch varlen_attn"
+def test_flash_attn_is_chosen_where_it_is_installed(monkeypatch):
+    installed = types.ModuleType("flash_attn")
+    installed.flash_attn_varlen_func = flash_attn_varlen_func
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setattr(interface, "register", lambda *_: None)
+    for module, expected in ((installed, "flash-attn varlen"), (None, "torch varlen_attn")):
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        spec = importlib.util.spec_from_file_location("attention_again", attention.__file__)
+        again = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(again)
+        monkeypatch.setattr(again, "_has_varlen_kernel", lambda query: True)
+        assert again.describe("cpu", torch.bfloat16) == expected
 
 
 @pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
@@ -37,7 +38,9 @@ def write(folder: Path, **settings) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["zero1.json", "zero2.json", "zero3.json", "zero3_offload.json"])
+@pytest.mark.parametrize(
+    "name", ["zero1.json", "zero2.json", "zero3.json", "zero3_offload.json", "zero3_hpz.json"]
+)
 def test_recipe_fills_the_json(name):
     settings = deepspeed_settings(job(name), runtime(torch.bfloat16))
     assert settings["train_batch_size"] == 8
@@ -47,6 +50,9 @@ def test_recipe_fills_the_json(name):
     assert settings["bf16"]["enabled"] is True
     assert settings["zero_optimization"]["stage"] == int(name[4])
     assert deepspeed_settings(job(name), runtime())["bf16"]["enabled"] is False
+    zero = DeepSpeedZeroConfig(**settings["zero_optimization"])  # refuses what it does not know
+    assert zero.zero_hpz_partition_size == (8 if name == "zero3_hpz.json" else 1)
+    assert not (zero.zero_quantized_weights or zero.zero_quantized_gradients)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +271,42 @@ def muon_losses(here, deepspeed_file: str) -> list[float]:
         take_step({"model": engine}, Averages(here.device))
         losses.append(loss.item())
     return losses
+
+
+def hpz_losses(folder: Path) -> dict:
+    """The same training under ZeRO-3, and with parameters held in groups of two ranks besides."""
+    from pretrain.engine import build_engine
+    from pretrain.metrics import Averages
+    from pretrain.runtime import start_runtime
+    from pretrain.stepping import backward, take_step
+
+    here = start_runtime(job(precision="fp32"))
+    found = {}
+    for ranks in (1, 2):
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": ranks}
+        own = folder / f"{here.rank}_{ranks}"
+        own.mkdir()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 5))
+        config = job(write(own, zero_optimization=zero, zero_allow_untested_optimizer=True))
+        engine = build_engine(model, config, here)
+        generator = torch.Generator().manual_seed(here.rank)
+        losses = []
+        for _ in range(4):
+            loss = engine(torch.randn(2, 3, generator=generator)).square().mean()
+            backward(engine, loss)
+            held = model[2].weight.ds_secondary_tensor
+            take_step({"model": engine}, Averages(here.device))
+            losses.append(loss.item())
+        found[ranks] = losses, None if held is None else held.numel()
+    return found
+
+
+def test_a_second_partition_within_nodes_changes_no_loss(tmp_path):
+    for found in run_function(hpz_losses, tmp_path, world_size=4, process_group=False):
+        (losses, no_second), (same_losses, second) = found[1], found[2]
+        assert no_second is None and second == 40 // 2  # half of a matrix a rank, not a quarter
+        assert same_losses == losses and losses[-1] != losses[0]
 
 
 def engines_on_two_ranks(folder: Path) -> dict:

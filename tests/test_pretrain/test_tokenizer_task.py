@@ -207,6 +207,7 @@ def variants(joint, semantic):
     return {
         "plain": two_steps(joint),
         "saving": two_steps([*joint, "gradient_checkpointing=true"]),
+        "compiled": two_steps([*joint, "gradient_checkpointing=true", "compile=[all]"]),
         "semantic": two_steps(semantic),
         "semantic, painting": two_steps(semantic, painting=True),
     }
@@ -231,6 +232,13 @@ def test_gradient_checkpointing_is_a_setting_that_changes_no_figure(steps):
     (plain, weights, off), (saving, same_weights, on) = steps["plain"], steps["saving"]
     assert not any(off) and all(on)
     assert saving == plain and "loss/gan" in plain[0]
+    assert_same_state(weights, same_weights)
+
+
+def test_compiled_parts_change_no_figure(steps):
+    """On a CPU they are traced, and run as they are."""
+    (plain, weights, _), (compiled, same_weights, _) = steps["plain"], steps["compiled"]
+    assert compiled == plain
     assert_same_state(weights, same_weights)
 
 
