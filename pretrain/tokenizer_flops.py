@@ -184,7 +184,7 @@ def _run_encoder(chain: Chain, model: DualTokenVisualTokenizer) -> tuple[Chain, 
     if config.merged_codebook:
         return semantic.fork(), semantic
     pixel = taps[config.reconstruction_layer].fork()
-    if config.reconstruction_layer == 0 and not config.pixel_attention:
+    if config.pixels_of_patches_alone:
         _run_patches(pixel, vision, positions)  # once more, without their positions
     run_projection(pixel, "projections", model.prequant_pixel, positions, pairs, width)
     if config.shortcut_layer is not None:

@@ -145,6 +145,11 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
         return self.grid_size**2
 
     @property
+    def pixels_of_patches_alone(self) -> bool:
+        """Whether a position's pixel codes are a function of its patch, wherever that is."""
+        return self.reconstruction_layer == 0 and not self.pixel_attention
+
+    @property
     def latent_size(self) -> int:
         """Height and width of the decoder's input."""
         return self.grid_size if self.decoder_latent_size is None else self.decoder_latent_size

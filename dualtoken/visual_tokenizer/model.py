@@ -144,10 +144,10 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         semantic = self._normalise(self.prequant_semantic(hidden[config.semantic_layer]))
         if config.merged_codebook:
             return None, semantic
-        shallow = hidden[config.reconstruction_layer]
-        if config.reconstruction_layer == 0 and not config.pixel_attention:
-            shallow = patches_alone(self.backbone.vision_model, images)
-        pixel = self.prequant_pixel(shallow)
+        if config.pixels_of_patches_alone:
+            pixel = self.prequant_pixel(patches_alone(self.backbone.vision_model, images))
+        else:
+            pixel = self.prequant_pixel(hidden[config.reconstruction_layer])
         if config.shortcut_layer is not None:
             pixel = pixel + config.shortcut_weight * self.prequant_shortcut(hidden[config.shortcut_layer])
         return self._normalise(pixel), semantic
