@@ -28,10 +28,11 @@ for name in $(compgen -e | grep -xE "$carried"); do
 done
 
 # On its machine the command is a process group of its own, ended when standard input ends: by that an ssh that was
-# itself ended, or lost its connection, is noticed on the other side; it passes on no signal.
+# itself ended, or lost its connection, is noticed on the other side; it passes on no signal. The group may not be there
+# yet: told again until it is, or until the command has ended.
 # shellcheck disable=SC2016
 remote='exec 3<&0; setsid bash -c "$1" </dev/null & group=$!
-{ cat <&3; kill -TERM -- -$group; } >/dev/null 2>&1 & watch=$!
+{ cat <&3; until kill -TERM -- -$group || ! kill -0 $group; do sleep 0.1; done; } >/dev/null 2>&1 & watch=$!
 wait $group && code=0 || code=$?; kill $watch 2>/dev/null; exit $code'
 
 # The standard input of every ssh: a pipe that nobody writes to and this script alone holds open.

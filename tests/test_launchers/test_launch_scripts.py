@@ -1,6 +1,7 @@
 """The scripts of launchers/, without training: what starts where, what ends what, what is queued again."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,10 +46,23 @@ def test_variables_are_carried_and_keys_are_not(here):
     assert (code, output) == (0, "IN FO;;10.0.0.7\n" * 2)
 
 
-def test_host_that_fails_ends_the_others(here):
+def test_host_that_fails_ends_the_others(here, tmp_path):
     started = time.monotonic()
-    code, output = here.run("if [ $NODE_RANK = 1 ]; then exit 7; fi; trap 'echo ended' EXIT; sleep 100")
+    mark = f'"{tmp_path}"/started'
+    code, output = here.run(
+        f"if [ $NODE_RANK = 1 ]; then until [ -e {mark} ]; do sleep 0.1; done; exit 7; fi; "
+        f"trap 'echo ended' EXIT; touch {mark}; sleep 100"
+    )
     assert code == 7 and "ended" in output and time.monotonic() - started < 50
+
+
+def test_host_that_fails_before_another_has_a_group_ends_it(here, tmp_path):
+    commands = Path(here.env["PATH"].split(":")[0])
+    commands.joinpath("setsid").write_text(f'#!/bin/sh\nsleep 2\nexec {shutil.which("setsid")} "$@"\n')
+    commands.joinpath("setsid").chmod(0o755)
+    started = time.monotonic()
+    code, _ = here.run("if [ $NODE_RANK = 1 ]; then exit 7; fi; sleep 100")
+    assert code == 7 and time.monotonic() - started < 50
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -9)])
