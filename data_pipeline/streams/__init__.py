@@ -13,7 +13,7 @@ from data_pipeline.streams.documents import (
     StreamStatistics,
     document_loader,
 )
-from data_pipeline.streams.images import ImageStreamConfig, ImageTextBatch, image_loader
+from data_pipeline.streams.images import ImageFolder, ImageStreamConfig, ImageTextBatch, image_loader
 from data_pipeline.streams.loader import StreamLoader
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "DatasetError",
     "DocumentLoader",
     "DocumentStreamConfig",
+    "ImageFolder",
     "ImageStreamConfig",
     "ImageTextBatch",
     "StreamLoader",

@@ -23,11 +23,23 @@ from data_pipeline.streams.reader import worker_config
 
 
 @dataclass
+class ImageFolder:
+    """One folder of a blend, and how often its pictures are drawn."""
+
+    path: str = ""
+    """Folder of image-text shards, prepared with `prepare_dataset`, or its address."""
+    weight: float = 1.0
+    """Share of the pictures, relative to the other folders; 0 leaves the folder out."""
+
+
+@dataclass
 class ImageStreamConfig:
     """Where pictures with captions come from and how they are shuffled."""
 
     path: str = ""
     """Folder of image-text shards, prepared with `prepare_dataset`, or its address."""
+    blend: list[ImageFolder] = field(default_factory=list)
+    """In place of `path`: several folders, each drawn by its weight; a validation pass reads all of each."""
     num_workers: int = 0
     """Reading processes per rank; 0 reads in the trainer's process."""
     shuffle_buffer_size: int = 1000
@@ -40,6 +52,25 @@ class ImageStreamConfig:
     """Treat a sample without any caption as bad."""
     on_bad_sample: str = "skip"
     """`skip` logs and goes on, `stop` ends the job."""
+
+    def folders(self) -> list[ImageFolder]:
+        """Return the folders to read, those with a weight above 0.
+
+        Raises:
+            ValueError: No folder is given, or in two ways, or a weight cannot be used.
+        """
+        if bool(self.path) == bool(self.blend):
+            given = f"path={self.path} and a blend" if self.path else "neither"
+            raise ValueError(f"data has {given}; expected path=FOLDER, or blend, a list of path and weight")
+        folders = self.blend or [ImageFolder(self.path)]
+        for folder in folders:
+            if not folder.path:
+                raise ValueError("an entry of the blend has no path, expected a folder of image-text shards")
+            if not folder.weight >= 0:
+                raise ValueError(f"{folder.path}: weight is {folder.weight}, expected 0 or more")
+        if not any(folder.weight for folder in folders):
+            raise ValueError("every weight of the blend is 0; expected one above 0")
+        return [folder for folder in folders if folder.weight > 0]
 
 
 @dataclass
@@ -120,7 +151,7 @@ def image_loader(
     """Stream pictures with captions.
 
     Args:
-        config: The folder and how to shuffle.
+        config: The folders and how to shuffle.
         micro_batch_size: Pictures per batch; the last batch of a validation pass may be smaller.
         rank: This rank.
         world_size: Number of ranks; each reads its own part.
@@ -128,32 +159,41 @@ def image_loader(
         split: `train` for an endless shuffled stream, `val` for one ordered pass.
 
     Raises:
-        DatasetError: The folder cannot be streamed.
+        DatasetError: A folder cannot be streamed.
+        ValueError: The settings cannot be used.
     """
     training = is_training(split)
-    samples = check_index(config.path)
+    folders = config.folders()
+    samples = {folder.path: check_index(folder.path) for folder in folders}
     workers = worker_config(rank, world_size, config.num_workers, seed, config.on_bad_sample)
     if training:
-        require_samples({config.path: samples}, workers)
+        require_samples(samples, workers)
 
     def build(workers: WorkerConfig, batch_size: int) -> SavableDataset:
         encoder = _ImageTaskEncoder(config)
         skip = config.on_bad_sample == "skip"
-        shards = PreparedShards(config.path, workers, training, config.slice_length, skip_unreadable=skip)
-        datasets = [LoadedDataset(dataset=shards)]
+        datasets = [
+            LoadedDataset(
+                dataset=PreparedShards(
+                    folder.path, workers, training, config.slice_length, index, skip_unreadable=skip
+                ),
+                weight=folder.weight,
+            )
+            for index, folder in enumerate(folders)
+        ]
         if training:
             return encoder.build_train_datasets(
                 datasets=datasets,
                 worker_config=workers,
                 batch_size=batch_size,
                 shuffle_buffer_size=config.shuffle_buffer_size,
-                blend_mode=DatasetBlendMode.NONE,
+                blend_mode=DatasetBlendMode.DATASET_WEIGHT,
             )
         return encoder.build_val_datasets(datasets=datasets, worker_config=workers, batch_size=batch_size)
 
     identity = {
         "stream": "images",
-        "samples": samples,
+        "blend": [[samples[folder.path], folder.weight] for folder in folders],
         "shuffle_buffer_size": config.shuffle_buffer_size,
         "slice_length": config.slice_length,
         "seed": seed,
@@ -165,5 +205,5 @@ def image_loader(
         micro_batch_size=micro_batch_size,
         join=ImageTextBatch.of_parts,
         endless=training,
-        samples=samples,
+        samples=sum(samples[folder.path] for folder in folders),
     )

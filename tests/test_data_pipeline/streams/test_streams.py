@@ -12,6 +12,7 @@ from megatron.energon.flavors.webdataset.structs import ShardInfo
 from data_pipeline.shards.reader import PreparedShards
 from data_pipeline.streams import (
     DatasetError,
+    ImageFolder,
     ImageStreamConfig,
     image_loader,
     prepare_dataset,
@@ -82,6 +83,52 @@ def test_training_epoch_covers_each_sample_and_shuffles(images: Path) -> None:
     assert max(seen.count(key) for key in set(seen)) <= 4  # three epochs and the start of a fourth
     assert seen[:40] != sorted(seen[:40])
     assert keys(image_loader(config(images), 4, seed=1), 5) != keys(image_loader(config(images), 4), 5)
+
+
+@pytest.fixture(scope="module")
+def blend(images: Path, tmp_path_factory: pytest.TempPathFactory) -> ImageStreamConfig:
+    """Three in four of the pictures from 12, one from 40."""
+    other = tmp_path_factory.mktemp("other")
+    members = [(f"other{index:02d}.png", b"other %d" % index) for index in range(12)]
+    write_tar(other / "shard-000000.tar", members)
+    prepare_dataset(other)
+    folders = [ImageFolder(str(images), 1.0), ImageFolder(str(other), 3.0), ImageFolder("nowhere", 0.0)]
+    return ImageStreamConfig(blend=folders, shuffle_buffer_size=8, slice_length=5)
+
+
+def test_blend_draws_by_weight(blend: ImageStreamConfig) -> None:
+    loaders = [image_loader(blend, 8, rank, 2) for rank in range(2)]
+    seen = [key for loader in loaders for batch in keys(loader, 50) for key in batch]
+    share = sum(key.startswith("other") for key in seen) / len(seen)
+    assert abs(share - 0.75) < 0.08  # five standard deviations of 800 draws
+    assert len(set(seen)) == 52
+
+
+def test_blend_is_read_whole_in_a_validation_pass_and_resumes_exactly(blend: ImageStreamConfig) -> None:
+    loaders = [image_loader(blend, 3, rank, 2, split="val") for rank in range(2)]
+    assert len({key for loader in loaders for batch in loader for key in batch.keys}) == 52
+    assert loaders[0].samples == 52
+    loader = image_loader(blend, 3, 1, 2)
+    keys(loader, 7)
+    state = json.loads(json.dumps(loader.save_state()))
+    expected = keys(loader, 12)
+    loader.restore_states([state])
+    assert keys(loader, 12) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "data has neither; expected path=FOLDER, or blend"),
+        ({"path": "a", "blend": [ImageFolder("b")]}, "data has path=a and a blend; expected"),
+        ({"blend": [ImageFolder("", 1.0)]}, "an entry of the blend has no path"),
+        ({"blend": [ImageFolder("b", -1.0)]}, "b: weight is -1.0, expected 0 or more"),
+        ({"blend": [ImageFolder("b", 0.0)]}, "every weight of the blend is 0"),
+    ],
+)
+def test_folders_that_cannot_be_used(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        image_loader(ImageStreamConfig(**settings), 4)
 
 
 RESUME = """
