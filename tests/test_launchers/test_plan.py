@@ -69,7 +69,7 @@ def test_phases_take_models_from_the_recipes_before(tmp_path, monkeypatch):
     assert parts["post_quantization"] == 18_904_576  # asked for by mllm_align, three phases before
     assert any("mllm_understand on that of mllm_align" in line for line in plan.assumed)
     quickstart = planned("quickstart_mllm", gpus=2)
-    assert quickstart.code_bytes == 16 * 2 * 6 * 2
+    assert quickstart.code_bytes == 16 * 2 * 8 * 2
     assert any("as recipe quickstart_tokenizer makes it" in line for line in quickstart.assumed)
 
 
