@@ -12,7 +12,7 @@ PRE_TOKENIZER_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# The tokens this project reads and writes: Qwen's names in the order of Qwen's ids, then the two that Qwen does not have.
+# The tokens this project reads and writes, in the order of Qwen's ids, then the two that Qwen does not have.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
