@@ -23,8 +23,8 @@ class DaliDecoder(TorchvisionDecoder):
     """Decodes and resizes with DALI: on a GPU `mixed` (nvJPEG), else its CPU operators.
 
     Batches are cut where their images have too many pixels, by their headers, to be decoded at a time.
-    A pipeline is no longer valid after an image it cannot decode, and what it decoded of the batch is lost. So
-    what is broken in front of its pixels is found before DALI is given it; what still fails costs a new
+    A pipeline is no longer valid after an image it cannot decode, and what it decoded of the batch is lost.
+    So what is broken in front of its pixels is found before DALI is given it; what still fails costs a new
     pipeline. Images with transparency, 16 bits or extended WebP and truncated files go to PIL and torch. The
     GPU path has not been run: it was written without a GPU at hand.
     """
