@@ -37,9 +37,9 @@ class ImageStreamConfig:
     """Where pictures with captions come from and how they are shuffled."""
 
     path: str = ""
-    """Folder of image-text shards, prepared with `prepare_dataset`, or its address."""
+    """Folder of image-text shards, prepared with `prepare_dataset`, or its address; read in place of `blend`."""
     blend: list[ImageFolder] = field(default_factory=list)
-    """In place of `path`: several folders, each drawn by its weight; a validation pass reads all of each."""
+    """Several folders, each drawn by its weight; a validation pass reads all of each."""
     num_workers: int = 0
     """Reading processes per rank; 0 reads in the trainer's process."""
     shuffle_buffer_size: int = 1000
@@ -57,12 +57,13 @@ class ImageStreamConfig:
         """Return the folders to read, those with a weight above 0.
 
         Raises:
-            ValueError: No folder is given, or in two ways, or a weight cannot be used.
+            ValueError: No folder is given, or a weight cannot be used.
         """
-        if bool(self.path) == bool(self.blend):
-            given = f"path={self.path} and a blend" if self.path else "neither"
-            raise ValueError(f"data has {given}; expected path=FOLDER, or blend, a list of path and weight")
-        folders = self.blend or [ImageFolder(self.path)]
+        folders = [ImageFolder(self.path)] if self.path else self.blend
+        if not folders:
+            raise ValueError(
+                "no pictures are given; expected path=FOLDER, or blend, a list of path and weight"
+            )
         for folder in folders:
             if not folder.path:
                 raise ValueError("an entry of the blend has no path, expected a folder of image-text shards")

@@ -116,11 +116,16 @@ def test_blend_is_read_whole_in_a_validation_pass_and_resumes_exactly(blend: Ima
     assert keys(loader, 12) == expected
 
 
+def test_path_takes_the_place_of_a_blend(images: Path) -> None:
+    """As where a recipe has a blend and the command line another folder."""
+    replaced = ImageStreamConfig(path=str(images), blend=[ImageFolder("nowhere")])
+    assert image_loader(replaced, 4).samples == 40
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "data has neither; expected path=FOLDER, or blend"),
-        ({"path": "a", "blend": [ImageFolder("b")]}, "data has path=a and a blend; expected"),
+        ({}, "no pictures are given; expected path=FOLDER, or blend"),
         ({"blend": [ImageFolder("", 1.0)]}, "an entry of the blend has no path"),
         ({"blend": [ImageFolder("b", -1.0)]}, "b: weight is -1.0, expected 0 or more"),
         ({"blend": [ImageFolder("b", 0.0)]}, "every weight of the blend is 0"),
