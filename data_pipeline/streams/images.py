@@ -37,7 +37,7 @@ class ImageStreamConfig:
     """Where pictures with captions come from and how they are shuffled."""
 
     path: str = ""
-    """Folder of image-text shards, prepared with `prepare_dataset`, or its address; read in place of `blend`."""
+    """Folder of image-text shards, prepared with `prepare_dataset`, or its address; in place of `blend`."""
     blend: list[ImageFolder] = field(default_factory=list)
     """Several folders, each drawn by its weight; a validation pass reads all of each."""
     num_workers: int = 0

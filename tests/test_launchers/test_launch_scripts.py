@@ -58,7 +58,8 @@ def test_host_that_fails_ends_the_others(here, tmp_path):
 
 def test_host_that_fails_before_another_has_a_group_ends_it(here, tmp_path):
     commands = Path(here.env["PATH"].split(":")[0])
-    commands.joinpath("setsid").write_text(f'#!/bin/sh\nsleep 2\nexec {shutil.which("setsid")} "$@"\n')
+    slow = f'#!/bin/sh\nsleep 2\nexec {shutil.which("setsid")} "$@"\n'
+    commands.joinpath("setsid").write_text(slow, encoding="utf-8")
     commands.joinpath("setsid").chmod(0o755)
     started = time.monotonic()
     code, _ = here.run("if [ $NODE_RANK = 1 ]; then exit 7; fi; sleep 100")
