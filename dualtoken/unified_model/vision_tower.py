@@ -84,11 +84,12 @@ class VisionTower(nn.Module):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         self.settings = dict(settings)
-        config = SiglipVisionConfig(**settings, attn_implementation="sdpa")
-        width, patch = config.hidden_size, config.patch_size
-        self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch)
+        config = SiglipVisionConfig(**settings)
+        config._attn_implementation = "sdpa"
+        width, patch = settings["hidden_size"], settings["patch_size"]
+        self.patch_embedding = nn.Conv2d(settings["num_channels"], width, patch, stride=patch)
         self.position_embedding = nn.Embedding(features_per_image(settings), width)
-        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(settings["num_hidden_layers"]))
 
     @classmethod
     def of_model(cls, vision_model: SiglipVisionModel, layer: int | None = None) -> VisionTower:
