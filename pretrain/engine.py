@@ -35,7 +35,8 @@ def deepspeed_settings(
     name = path or config.deepspeed
     settings = read_deepspeed_file(name)
     recipe_values = {
-        "train_batch_size": config.global_batch_size,
+        # Ranks that share a sample count as one each, which is no matter where losses are summed up.
+        "train_batch_size": config.micro_batch_size * runtime.micro_steps * runtime.world_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": runtime.micro_steps,
         "gradient_clipping": config.gradient_clipping,

@@ -164,12 +164,14 @@ def _mllm(
         parts["post_quantization"] = model.post_quantization
     counts = count_parts(model, parts, config.optimizer)
 
-    layer = pack.tokens * decoder_layer_activations(text_config, weight)
-    hidden, layers = pack.tokens * text_config.hidden_size, text_config.num_hidden_layers
+    size = config.sequence_parallel_size
+    tokens = pack.tokens / size  # of a rank's stretch
+    layer = tokens * decoder_layer_activations(text_config, weight)
+    hidden, layers = tokens * text_config.hidden_size, text_config.num_hidden_layers
     ends = hidden * (FP32 + 3 * weight)  # embeddings in front, the last norm behind
     passes = flops["llm"].backward > 0
     keeps_products = config.checkpointing_keeps == "products"
-    kept = pack.tokens * decoder_layer_products(text_config, weight) if keeps_products else 0.0
+    kept = tokens * decoder_layer_products(text_config, weight) if keeps_products else 0.0
     head = head_chunk_bytes(
         min(unified.chunk_size, round(pack.visual_targets)), unified.num_quantizers, unified.head_hidden_size,
         unified.head_intermediate_size or 4 * unified.head_hidden_size, unified.head_num_layers,

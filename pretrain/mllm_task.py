@@ -23,7 +23,7 @@ from dualtoken.unified_model.sequence import PackedBatch, SpecialTokens, add_spe
 from dualtoken.unified_model.vision_tower import VisionTower, name_in_siglip
 from dualtoken.visual_tokenizer.backbone import load_backbone, model_folder
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
-from pretrain.compilation import compile_parts
+from pretrain.compilation import EVERYTHING, compile_parts
 from pretrain.config import ConfigError, JobConfig
 from pretrain.engine import (
     build_engine,
@@ -37,6 +37,12 @@ from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
 from pretrain.recomputation import checkpoint_activations
 from pretrain.runtime import Runtime
+from pretrain.sequence_parallel import (
+    own_stretch,
+    pack_difference,
+    require_same_packs,
+    share_attention,
+)
 from pretrain.stepping import backward, take_step
 
 BRANCHES = ("pixel", "semantic")
@@ -83,6 +89,8 @@ class MllmJobConfig(JobConfig):
     gradient_checkpointing: bool = False  # of the language model's layers; the heads keep nothing in any case
     # What checkpointed layers keep: their input alone, or the results of matrix products and attention too.
     checkpointing_keeps: Literal["nothing", "products"] = "nothing"
+    # Ranks, neighbours, that share each pack, a stretch of it each: for contexts too long for one GPU.
+    sequence_parallel_size: int = 1
     data: DocumentStreamConfig = MISSING
     validation_data: DocumentStreamConfig | None = None
 
@@ -98,6 +106,33 @@ class MllmJobConfig(JobConfig):
                 f"micro_batch_size={self.micro_batch_size}: expected 1, a forward pass takes one pack; "
                 "make packs longer or shorter by data.context_length"
             )
+        self._check_sequence_parallel()
+
+    def _check_sequence_parallel(self) -> None:
+        size = self.sequence_parallel_size
+        if size < 1:
+            raise ConfigError(f"sequence_parallel_size={size}: expected 1, for none, or more")
+        for name in ("data", "validation_data"):
+            length = getattr(getattr(self, name), "context_length", 0)
+            if length % size:
+                raise ConfigError(
+                    f"{name}.context_length={length} cannot be split: expected a multiple of "
+                    f"sequence_parallel_size={size}, such as {-(-length // size) * size}"
+                )
+        if size > 1 and {"decoder", EVERYTHING} & set(self.compile):
+            raise ConfigError(
+                f"compile={','.join(self.compile)} with sequence_parallel_size={size}: what ranks exchange "
+                "would break the graphs of decoder layers; leave them out (compile=[heads])"
+            )
+
+    def data_ranks(self, world_size: int) -> int:
+        """Number of groups that share packs; see `JobConfig.data_ranks`."""
+        size = self.sequence_parallel_size
+        if world_size % size:
+            raise ConfigError(
+                f"sequence_parallel_size={size} on {world_size} rank(s): expected a multiple of {size} ranks"
+            )
+        return world_size // size
 
 
 def compiled_parts(model: DualTokenForCausalLM) -> dict[str, list[nn.Module]]:
@@ -126,6 +161,8 @@ class MllmTask:
         freeze_parameters(self.model, config.frozen)
         if config.gradient_checkpointing:
             checkpoint_activations(self.model, config.checkpointing_keeps)
+        if config.sequence_parallel_size > 1:
+            share_attention(self.model, config.sequence_parallel_size)
         compile_parts(compiled_parts(self.model), config.compile)
         self.model.to(runtime.device)
         self.engines = {"model": build_engine(self.model, config, runtime)}
@@ -211,8 +248,8 @@ class MllmTask:
             self.text_tokenizer,
             CodeGeometry(model.positions_per_image, model.num_quantizers, model.codebook_size),
             model.tokenizer_fingerprint,
-            self.runtime.rank,
-            self.runtime.world_size,
+            self.runtime.data_rank,
+            self.runtime.data_ranks,
             self.config.seed,
             split,
             model.image_layout,
@@ -225,18 +262,26 @@ class MllmTask:
             f"{name:<22} {count_parameters(part):>13,} parameters, {count_parameters(part, True):>13,} train"
             for name, part in self.model.parts().items()
         ]
+        if (size := self.config.sequence_parallel_size) > 1:
+            own = self.config.data.context_length // size
+            lines.append(f"Ulysses: {size} ranks share each pack, {own:,} tokens of it a rank")
         return [*lines, self.train_loader.describe()]
 
     def train_step(self, micro_batches: list[PackedBatch]) -> dict[str, Any]:
-        """Take one optimizer step on the documents of all micro-batches and ranks."""
+        """Take one optimizer step on the documents of all micro-batches and ranks.
+
+        Raises:
+            DatasetError: ranks that should share packs have different ones; the step was taken.
+        """
         # What the host has to know of packs it asks before they are on the device.
         contents = [PackContents.of_batch(batch, self.special) for batch in micro_batches]
+        size = self.config.sequence_parallel_size
+        difference = pack_difference(micro_batches, size) if size > 1 else None
         micro_batches = [batch.to(self.runtime.device, non_blocking=True) for batch in micro_batches]
         positions = self.supervised_positions(micro_batches)
         averages = Averages(self.runtime.device)
         for batch in micro_batches:
-            inputs = {**batch.model_inputs(), "z_loss": self.config.losses.z_loss}
-            output = self.engines["model"](**inputs)
+            output = self.score(batch, self.config.losses.z_loss)
             # Summed over tokens and depths, divided by the positions of the whole step: every supervised
             # position weighs the same, whichever rank and micro-batch it fell into.
             backward(self.engines["model"], self.weighted_sum(output) / positions, reduction="sum")
@@ -249,8 +294,19 @@ class MllmTask:
         for name in ("pairs", "visual_positions", "text_targets", "visual_targets", "feature_pictures"):
             totals[f"work/{name}"] = sum(getattr(pack, name) for pack in contents)
         for name, total in {**totals, **self.train_loader.statistics.figures()}.items():
-            averages.add(name, total, 1 / self.runtime.world_size)
-        return take_step(self.engines, averages)
+            # A group counts its packs `size` times.
+            averages.add(name, total, size / self.runtime.world_size)
+        if difference is not None:
+            averages.add("difference", difference)
+        figures = take_step(self.engines, averages)
+        require_same_packs(figures.pop("difference", 0.0))
+        return figures
+
+    def score(self, batch: PackedBatch, z_loss: float = 0.0) -> DualTokenOutput:
+        """Run the model on a pack, or on this rank's stretch of it."""
+        size = self.config.sequence_parallel_size
+        stretch = own_stretch(batch.input_ids.shape[1], size) if size > 1 else None
+        return self.engines["model"](**batch.model_inputs(), z_loss=z_loss, stretch=stretch)
 
     def flops(self, amounts: Mapping[str, float]) -> float:
         """FLOPs of steps with these amounts; padding, and what is computed twice, not among them."""
@@ -265,7 +321,7 @@ class MllmTask:
             count += (batch.labels != -100).sum() + batch.visual_loss_mask.sum()
         if self.runtime.world_size > 1:
             dist.all_reduce(count)
-        return count.clamp(min=1)
+        return (count / self.config.sequence_parallel_size).clamp(min=1)
 
     def weighted_sum(self, output: DualTokenOutput) -> Tensor:
         """Sum the negative log-likelihoods of a micro-batch, weighted by modality (equations 5 to 8)."""
@@ -290,8 +346,7 @@ class MllmTask:
             # Under ZeRO-3 every rank has to run the model as often as the others.
             if not self.runtime.any_rank(batch is not None):
                 break
-            inputs = (batch or loader.empty_batch()).to(self.runtime.device).model_inputs()
-            add_figures(averages, self.engines["model"](**inputs))
+            add_figures(averages, self.score((batch or loader.empty_batch()).to(self.runtime.device)))
         return averages.reduce()
 
     def state_dict(self) -> dict[str, Any]:

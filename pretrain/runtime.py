@@ -51,17 +51,24 @@ class Runtime:
     seed: int
     micro_steps: int  # micro-batches per rank and optimizer step
     run_dir: Path
+    data_ranks: int = 0  # ranks, or groups of them, with samples of their own; 0: every rank
     step: int = 0  # optimizer steps done; the trainer keeps it true
     flags: RankFlags = field(default_factory=RankFlags)
     clock: StepClock = field(init=False)
 
     def __post_init__(self) -> None:
         self.clock = StepClock(self.device)
+        self.data_ranks = self.data_ranks or self.world_size
 
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which of `data_ranks` this rank is, or is part of; those of a group follow one another."""
+        return self.rank * self.data_ranks // self.world_size
 
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` holds on at least one rank; every rank has to call."""
@@ -170,6 +177,7 @@ def start_runtime(config: JobConfig) -> Runtime:
         seed=config.seed,
         micro_steps=config.micro_steps(world_size),
         run_dir=Path(config.run_dir),
+        data_ranks=config.data_ranks(world_size),
     )
 
 

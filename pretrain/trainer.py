@@ -176,7 +176,7 @@ class Trainer:
         self.log.say(
             f"{self.config.job}: {runtime.world_size} rank(s) on {runtime.device.type}, {runtime.dtype}, "
             f"batch {self.config.global_batch_size} = {self.config.micro_batch_size} x "
-            f"{runtime.micro_steps} micro-step(s) x {runtime.world_size}"
+            f"{runtime.micro_steps} micro-step(s) x {runtime.data_ranks}"
         )
         for line in self.task.describe():
             self.log.say(line)
@@ -197,6 +197,8 @@ class Trainer:
                     self.skipped_in_a_row = 0
                 except NotFiniteError as error:
                     figures = self._skip_step(error, micro_batches)
+                except DatasetError as error:
+                    raise TrainingError(f"step {runtime.step + 1}: {error}") from error
                 runtime.step += 1
             self.health.step_done(figures)
             if self.checkpoints.pending and not runtime.flags.on_any["writing"]:

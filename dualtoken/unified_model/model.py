@@ -285,6 +285,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         visual_loss_mask: torch.Tensor | None = None,
         z_loss: float = 0.0,
         features: torch.Tensor | None = None,
+        stretch: tuple[int, int] | None = None,
     ) -> DualTokenOutput:
         """Score a pack of documents: equations (5) to (8) of arXiv 2503.14324, as sums.
 
@@ -295,16 +296,20 @@ class DualTokenForCausalLM(PreTrainedModel):
             max_seqlen: length of the longest document.
             codes: [V, Q, D] of the image-pad positions in order; None without images.
             labels: [1, T], -100 where there is no text target; None without any. The first token of a
-            document
-                is never a target.
+                document is never a target.
             visual_loss_mask: [V] bool, which visual positions are targets; None for none.
             z_loss: weight of the squared log-partition at each target (see `chunked_loss`); 0 for none.
             features: of the images that have them, in order: images as uint8 or floats in [-1, 1],
                 [I, 3, S, S], for the vision tower; without one, features [I, F, C]. None for none.
+            stretch: first place, and the one behind the last, whose hidden states are computed here, with
+                the targets that they predict; the others are other ranks', with which the decoder's attention
+                exchanges what it needs. All other arguments are of the whole row. None for the whole row,
+                as a model of continuous features needs it.
 
         Raises:
             ValueError: on more than one row, or numbers of codes or features and of their positions that
-                differ.
+                differ; on a stretch, if the decoder's attention is that of a single rank, or the model reads
+                continuous features.
         """
         if input_ids.dim() != 2 or input_ids.shape[0] != 1:
             raise ValueError(
@@ -326,22 +331,49 @@ class DualTokenForCausalLM(PreTrainedModel):
                 0 if codes is None else len(codes), dtype=torch.bool, device=input_ids.device
             )
         supervised = labels != IGNORE_INDEX
-        codes, counts = self.checked_codes(input_ids, codes, supervised, visual_loss_mask, features=features)
-        vectors = self.codebooks(codes)  # [V, Q, D, E]
-        visual_positions = self.visual_positions(input_ids[0], len(codes))
+        visual_positions = self.visual_positions(input_ids[0], 0 if codes is None else len(codes))
+        start, stop = stretch or (0, input_ids.shape[1])
+        ends = []
+        if stretch is not None:
+            if self.config.reads_features:
+                raise ValueError(
+                    f"got the stretch {stretch} of a row, and a model of continuous features; expected a "
+                    "model of codes alone, or the whole row"
+                )
+            if self.decoder_config._attn_implementation == DOCUMENT_ATTENTION:
+                raise ValueError(
+                    f"got the stretch {stretch} of a row, and attention that sees what this rank has alone; "
+                    "expected that of pretrain.sequence_parallel.share_attention"
+                )
+            supervised = supervised & _predicted_in(stretch, torch.arange(len(labels), device=labels.device))
+            visual_loss_mask = visual_loss_mask & _predicted_in(stretch, visual_positions)
+            ends = [visual_positions < start, visual_positions < stop]
+        codes, counts = self.checked_codes(
+            input_ids, codes, supervised, visual_loss_mask, *ends, features=features
+        )
+        # An image of which a part is another stretch's is embedded whole, for its places and features.
+        first, last = counts[2:] or (0, len(codes))
+        per_image = self.config.positions_per_image
+        images = slice(first // per_image * per_image, -(-last // per_image) * per_image)
         hidden = self.decoder(
-            inputs_embeds=self.embed(input_ids, vectors, features),
-            position_ids=position_ids,
+            inputs_embeds=self._embed(
+                input_ids[:, start:stop],
+                self.codebooks(codes[images]),  # [V', Q, D, E]
+                visual_positions[images] - start,
+                slice(first - images.start, last - images.start),
+                features,
+            ),
+            position_ids=position_ids[:, start:stop],
             use_cache=False,
             cu_seq_lens_q=cu_seqlens,
             cu_seq_lens_k=cu_seqlens,
             max_length_q=max_seqlen,
             max_length_k=max_seqlen,
-        ).last_hidden_state[0]  # [T, H]
-        text_positions, visual_targets = map(_places, (supervised, visual_loss_mask), counts)
-        text = self._text_loss(hidden, labels, text_positions, z_loss)
+        ).last_hidden_state[0]  # [T or less, H]
+        text_positions, visual_targets = map(_places, (supervised, visual_loss_mask), counts[:2])
+        text = self._text_loss(hidden, labels, text_positions, start, z_loss)
         visual = self._visual_loss(
-            hidden, codes[visual_targets], vectors[visual_targets], visual_positions[visual_targets], z_loss
+            hidden, codes[visual_targets], visual_positions[visual_targets], start, z_loss
         )
         return DualTokenOutput(**text, **visual)
 
@@ -357,8 +389,19 @@ class DualTokenForCausalLM(PreTrainedModel):
 
         `features` as of `forward`.
         """
-        embeddings = self.get_input_embeddings()(input_ids)
         positions = self.visual_positions(input_ids.flatten(), len(vectors))
+        return self._embed(input_ids, vectors, positions, features=features)
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor,
+        vectors: torch.Tensor,
+        positions: torch.Tensor,
+        here: slice = slice(None),  # noqa: B008
+        features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `embed`, of code vectors whose `positions` [V] are in `input_ids` for those `here` alone."""
+        embeddings = self.get_input_embeddings()(input_ids)
         images = vectors[None]
         per_image = self.config.positions_per_image
         if len(vectors) == 0:
@@ -368,7 +411,7 @@ class DualTokenForCausalLM(PreTrainedModel):
             images = vectors.unflatten(0, (-1, per_image))
         sums = self._features(images).flatten(0, 1)
         places = torch.arange(len(sums), device=sums.device) % per_image
-        embeddings = _put(embeddings, positions, self.visual_embedder(sums, places))
+        embeddings = _put(embeddings, positions[here], self.visual_embedder(sums, places)[here])
         if self.feature_adapter is None:
             return embeddings
         count = 0 if features is None else len(features) * self.config.features_per_image
@@ -404,12 +447,13 @@ class DualTokenForCausalLM(PreTrainedModel):
         return self.post_quantization(latents, cache)
 
     def _text_loss(
-        self, hidden: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, z_loss: float
+        self, hidden: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, start: int, z_loss: float
     ) -> dict[str, torch.Tensor | None]:
-        count, chosen, targets = len(positions), positions, labels[positions]
+        """Loss of targets at `positions` [N] of the row, by hidden states from the place `start` on."""
+        count, chosen, targets = len(positions), positions - 1 - start, labels[positions]
         if count == 0:
-            chosen, targets = positions.new_ones(1), positions.new_zeros(1)
-        scores = self.get_output_embeddings()(hidden[chosen - 1], targets, z_loss)
+            chosen, targets = positions.new_zeros(1), positions.new_zeros(1)
+        scores = self.get_output_embeddings()(hidden[chosen], targets, z_loss)
         return {
             "text_nll": _sum(scores.nll, count),
             "text_count": torch.full((), count, device=hidden.device),
@@ -423,17 +467,19 @@ class DualTokenForCausalLM(PreTrainedModel):
         self,
         hidden: torch.Tensor,
         codes: torch.Tensor,
-        vectors: torch.Tensor,
         positions: torch.Tensor,
+        start: int,
         z_loss: float,
     ) -> dict[str, torch.Tensor | None]:
-        count, chosen = len(positions), positions
+        """Loss of target codes [N, Q, D]; `positions` and `start` as of `_text_loss`."""
+        count, chosen = len(positions), positions - 1 - start
+        vectors = self.codebooks(codes)  # [N, Q, D, E]
         if count == 0:
-            chosen = positions.new_ones(1)
+            chosen = positions.new_zeros(1)
             codes = codes.new_zeros(1, len(CODEBOOKS), self.config.num_quantizers)
             vectors = self._no_vectors(1)
         prefix = vectors[:, :, :-1].cumsum(dim=2)  # [N, Q, D - 1, E]
-        before = hidden[chosen - 1]
+        before = hidden[chosen]
         scores = [
             head(projector(before), prefix[:, q], codes[:, q], z_loss)
             for q, (projector, head) in enumerate(self.visual_heads())
@@ -583,6 +629,11 @@ def _put(embeddings: torch.Tensor, positions: torch.Tensor, values: torch.Tensor
     if len(positions) == 0:
         return embeddings + 0.0 * values.sum()
     return embeddings.flatten(0, 1).index_copy(0, positions, values).view_as(embeddings)
+
+
+def _predicted_in(stretch: tuple[int, int], places: torch.Tensor) -> torch.Tensor:
+    """Whether what stands at `places` is predicted from one place before it that lies in a stretch."""
+    return (places > stretch[0]) & (places <= stretch[1])
 
 
 def _places(mask: torch.Tensor, count: int) -> torch.Tensor:

@@ -118,7 +118,8 @@ def load_checkpoint(
         same_cuts = same_ranks and saved["zero"] == engine.zero_optimization_stage()
         _load_engine(path, name, engine, saved, state["world_size"], same_cuts, runtime)
     runtime.step = state["step"]
-    return _rank_states(path, state["world_size"], runtime)
+    same_ranks = same_ranks and state.get("data_ranks", state["world_size"]) == runtime.data_ranks
+    return _rank_states(path, state["world_size"], same_ranks, runtime)
 
 
 def _require_same_parts(folder: Path, engine: DeepSpeedEngine, runtime: Runtime) -> None:
@@ -175,13 +176,12 @@ def _load_engine(
     finish_loading(engine, saved)
 
 
-def _rank_states(path: Path, old_ranks: int, runtime: Runtime) -> RankStates:
-    """This rank's own state; where the number of ranks differs, all, read once by the main process."""
+def _rank_states(path: Path, old_ranks: int, same: bool, runtime: Runtime) -> RankStates:
+    """This rank's own state; where ranks are not the `same`, all, read once by the main process."""
 
     def read(rank: int) -> Any:
         return json.loads((path / file_of_rank(rank)).read_text(encoding="utf-8"))
 
-    same = old_ranks == runtime.world_size
     if same:
         plain = [read(runtime.rank)]
     else:

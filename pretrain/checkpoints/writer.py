@@ -96,6 +96,7 @@ class CheckpointWriter:
             "job": self.job,
             "step": step,
             "world_size": self.runtime.world_size,
+            "data_ranks": self.runtime.data_ranks,
             **about,
         }
         problem = ""

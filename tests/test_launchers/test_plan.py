@@ -60,6 +60,21 @@ def test_checkpointing_trades_memory_for_flops():
         assert a.total == b.total_other < a.total_other == b.total
 
 
+def test_a_second_partition_of_parameters_takes_its_share():
+    plain, second = (planned("mllm_joint", f"deepspeed={f}.json", nodes=2) for f in ("zero3", "zero3_hpz"))
+    total = sum(part.parameters.total for part in plain.parts)
+    one, two = plain.levels[2], second.levels[2]
+    assert two.held.parameters - one.held.parameters == pytest.approx(2 * total / 8)
+    assert two.total - one.total == pytest.approx(2 * total / 8)
+
+
+def test_ranks_that_share_a_pack_hold_less_of_it():
+    plain, shared = (planned("mllm_joint", f"sequence_parallel_size={size}") for size in (1, 4))
+    assert shared.levels[2].held.activations == pytest.approx(plain.levels[2].held.activations / 4)
+    assert shared.micro_steps == 4 * plain.micro_steps
+    assert shared.flops == plain.flops and shared.samples_per_step == plain.samples_per_step
+
+
 def test_phases_take_models_from_the_recipes_before(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ModelOptions(llm="qwen2.5-7b")
@@ -69,7 +84,7 @@ def test_phases_take_models_from_the_recipes_before(tmp_path, monkeypatch):
     assert parts["post_quantization"] == 18_904_576  # asked for by mllm_align, three phases before
     assert any("mllm_understand on that of mllm_align" in line for line in plan.assumed)
     quickstart = planned("quickstart_mllm", gpus=2)
-    assert quickstart.code_bytes == 16 * 2 * 6 * 2
+    assert quickstart.code_bytes == 16 * 2 * 8 * 2
     assert any("as recipe quickstart_tokenizer makes it" in line for line in quickstart.assumed)
 
 

@@ -8,6 +8,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
+from pretrain.budget import ParameterCount, state_bytes
 from pretrain.config import ConfigError, JobConfig, OptimizerConfig
 from pretrain.engine import deepspeed_settings
 from pretrain.optim import (
@@ -295,18 +296,21 @@ def hpz_losses(folder: Path) -> dict:
         for _ in range(4):
             loss = engine(torch.randn(2, 3, generator=generator)).square().mean()
             backward(engine, loss)
-            held = model[2].weight.ds_secondary_tensor
+            held = [p.ds_secondary_tensor for p in model.parameters()]
             take_step({"model": engine}, Averages(here.device))
             losses.append(loss.item())
-        found[ranks] = losses, None if held is None else held.numel()
+        found[ranks] = losses, [None if second is None else second.numel() for second in held]
     return found
 
 
 def test_a_second_partition_within_nodes_changes_no_loss(tmp_path):
     for found in run_function(hpz_losses, tmp_path, world_size=4, process_group=False):
         (losses, no_second), (same_losses, second) = found[1], found[2]
-        assert no_second is None and second == 40 // 2  # half of a matrix a rank, not a quarter
+        assert no_second == [None] * 4
+        assert second == [12, 4, 20, 4]  # halves a rank, not quarters, of parameters filled up to fours
         assert same_losses == losses and losses[-1] != losses[0]
+        plans = [state_bytes(3, 4, ParameterCount(80, 80), 4, {"zero_hpz_partition_size": n}) for n in (1, 2)]
+        assert plans[1].parameters - plans[0].parameters == 4 * sum(second)
 
 
 def engines_on_two_ranks(folder: Path) -> dict:

@@ -17,11 +17,10 @@ from data_pipeline.sources.scenes.parts import (
     all_scenes,
 )
 from data_pipeline.sources.scenes.pictures import draw_scene, encoded
-from data_pipeline.sources.scenes.questions import conversation
+from data_pipeline.sources.scenes.questions import ASKED, conversation
 
-# Of each scene a conversation asks some of these. Few, for a question tells something of the ones before it,
-# and what is asked first should be of every kind often.
-ASKED = ("what", "colour", "count", "where", "yesno", "yesno", "choice")
+# Questions about a scene. Few, for a question tells something of the ones before it, and what is asked first
+# should be of every kind often.
 _TURNS = 3
 _SHARES = {"single": 0.3, "several": 0.3, "pair": 0.4}
 

