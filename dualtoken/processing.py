@@ -17,6 +17,7 @@ from dualtoken.unified_model.config import DualTokenConfig
 from dualtoken.unified_model.sequence import (
     IMAGE_TAG,
     Document,
+    ImageLayout,
     ImagePart,
     SpecialTokens,
     TextPart,
@@ -24,10 +25,12 @@ from dualtoken.unified_model.sequence import (
     require_image_codes,
     tokenize_document,
 )
+from dualtoken.unified_model.vision_tower import to_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dualtoken.unified_model.vision_tower import VisionTower
     from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 
 
@@ -39,14 +42,24 @@ class DualTokenProcessor(ProcessorMixin):
         tokenizer: the text tokenizer, with the special tokens.
         positions_per_image: P.
         num_quantizers: D.
+        reads_codes: whether the model reads codes of the images it is given.
+        features_per_image: how many continuous features of an image it reads.
     """
 
     def __init__(
-        self, image_processor: Any, tokenizer: Any, positions_per_image: int, num_quantizers: int
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        positions_per_image: int,
+        num_quantizers: int,
+        reads_codes: bool = True,
+        features_per_image: int = 0,
     ) -> None:
         super().__init__(image_processor, tokenizer)
         self.positions_per_image = positions_per_image
         self.num_quantizers = num_quantizers
+        self.reads_codes = reads_codes
+        self.features_per_image = features_per_image
         self.special = SpecialTokens.from_tokenizer(tokenizer)
 
     @classmethod
@@ -57,7 +70,14 @@ class DualTokenProcessor(ProcessorMixin):
             image_mean=[0.5] * 3,
             image_std=[0.5] * 3,
         )
-        return cls(image_processor, text_tokenizer, config.positions_per_image, config.num_quantizers)
+        layout = config.image_layout
+        positions, depth = config.positions_per_image, config.num_quantizers
+        return cls(image_processor, text_tokenizer, positions, depth, layout.codes, layout.features)
+
+    @property
+    def layout(self) -> ImageLayout:
+        """What stands in the sequence for an image."""
+        return ImageLayout(self.reads_codes, self.features_per_image)
 
     @property
     def text_tokenizer(self) -> Any:
@@ -75,6 +95,7 @@ class DualTokenProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         codes: Sequence[Any] | None = None,
         visual_tokenizer: DualTokenVisualTokenizer | None = None,
+        vision_tower: VisionTower | None = None,
     ) -> BatchFeature:
         """Pack texts and their images into the keyword arguments of the model, without targets.
 
@@ -82,10 +103,13 @@ class DualTokenProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError(f"text is missing; for an image alone pass text={IMAGE_TAG!r}")
-        documents = self.documents(text, images, codes, visual_tokenizer)
-        rows = [tokenize_document(d, self.tokenizer, self.special, end=False) for d in documents]
+        documents = self.documents(text, images, codes, visual_tokenizer, vision_tower)
+        rows = [
+            tokenize_document(d, self.tokenizer, self.special, end=False, layout=self.layout)
+            for d in documents
+        ]
         inputs = pack_documents(rows).model_inputs()
-        return BatchFeature({name: value for name, value in inputs.items() if name != "labels"})
+        return BatchFeature({name: inputs[name] for name in self.model_input_names if name in inputs})
 
     def documents(
         self,
@@ -93,6 +117,7 @@ class DualTokenProcessor(ProcessorMixin):
         images: Sequence[Any] | None = None,
         codes: Sequence[Any] | None = None,
         visual_tokenizer: DualTokenVisualTokenizer | None = None,
+        vision_tower: VisionTower | None = None,
     ) -> list[Document]:
         """Put images in the places of the tags: one document per text, to prompt generation with.
 
@@ -101,7 +126,9 @@ class DualTokenProcessor(ProcessorMixin):
             images: PIL images of any size and kind, or tensors [3, S, S] in [-1, 1]; all in the order of
                 the tags, or one list per text.
             codes: instead of images, their codes [P, Q, D], likewise.
-            visual_tokenizer: turns images into codes.
+            visual_tokenizer: turns images into codes; not needed for a model that reads only features.
+            vision_tower: makes continuous features of images, for a model that reads them and has no tower of
+                its own.
 
         Raises:
             ValueError: on images and codes at once, numbers of images and tags that differ, tensors or
@@ -112,9 +139,10 @@ class DualTokenProcessor(ProcessorMixin):
             raise ValueError("got both images and codes; pass one of the two")
         tags = [t.count(IMAGE_TAG) for t in texts]
         given = _in_order_of_tags(images if codes is None else codes, tags)
-        if images is not None:
-            given = self._encode(given, visual_tokenizer)
-        parts = iter([ImagePart(self._checked(c, i)) for i, c in enumerate(given)])
+        if images is None:
+            parts = iter([ImagePart(self._checked(c, i)) for i, c in enumerate(given)])
+        else:
+            parts = iter(self._seen(given, visual_tokenizer, vision_tower))
         documents = []
         for one in texts:
             document = Document([])
@@ -137,20 +165,37 @@ class DualTokenProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Names of what the processor returns."""
-        return ["input_ids", "position_ids", "cu_seqlens", "max_seqlen", "codes", "visual_loss_mask"]
+        names = ["input_ids", "position_ids", "cu_seqlens", "max_seqlen", "codes", "visual_loss_mask"]
+        return [*names, "features"] if self.features_per_image else names
 
-    def _encode(
-        self, images: list[Any], visual_tokenizer: DualTokenVisualTokenizer | None
-    ) -> list[torch.Tensor]:
+    def _seen(
+        self,
+        images: list[Any],
+        visual_tokenizer: DualTokenVisualTokenizer | None,
+        vision_tower: VisionTower | None,
+    ) -> list[ImagePart]:
+        """Return images as parts with what the model reads of them."""
         if not images:
             return []
-        if visual_tokenizer is None:
+        if visual_tokenizer is None and self.reads_codes:
             raise ValueError(
                 "images need visual_tokenizer=... to become codes; load it with "
                 "DualTokenVisualTokenizer.from_pretrained, or pass codes instead of images"
             )
         pixels = torch.stack([self._pixels(image, index) for index, image in enumerate(images)])
-        return list(visual_tokenizer.encode(pixels.to(visual_tokenizer.device)).cpu())
+        parts = [ImagePart(None) for _ in images]
+        if visual_tokenizer is not None:
+            codes = visual_tokenizer.encode(pixels.to(visual_tokenizer.device)).cpu()
+            for part, own in zip(parts, codes, strict=True):
+                part.codes = self._checked(own, 0)
+        if self.features_per_image:
+            features = to_bytes(pixels)
+            if vision_tower is not None:
+                with torch.no_grad():
+                    features = vision_tower(features.to(next(vision_tower.parameters()).device)).cpu()
+            for part, seen in zip(parts, features, strict=True):
+                part.features = seen
+        return parts
 
     def _pixels(self, image: Any, index: int) -> torch.Tensor:
         size = self.image_size

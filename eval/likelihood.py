@@ -49,8 +49,10 @@ def score(
     model: DualTokenForCausalLM, text_tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
 ) -> Likelihood:
     """Sum the likelihoods of everything the documents supervise."""
-    special = model.config.special
-    tokenized = [tokenize_document(document, text_tokenizer, special) for document in documents]
+    special, layout = model.config.special, model.config.image_layout
+    tokenized = [
+        tokenize_document(document, text_tokenizer, special, layout=layout) for document in documents
+    ]
     scored = document_nll(model, tokenized)
     return Likelihood(
         text_nll=sum(document.text_nll for document in scored),

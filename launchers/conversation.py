@@ -142,8 +142,8 @@ class Chat:
 
     def _room(self, document: Document) -> int:
         """Tokens left after the document in what the decoder can take."""
-        special = self.model.config.special
-        length = len(tokenize_document(document, self.text_tokenizer, special, end=False))
+        special, layout = self.model.config.special, self.model.config.image_layout
+        length = len(tokenize_document(document, self.text_tokenizer, special, end=False, layout=layout))
         room = self.model.decoder_config.max_position_embeddings - length
         if room < 1:
             raise self._too_long()

@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from dualtoken.unified_model.depth_transformer import VisualHead
 from dualtoken.unified_model.model import DualTokenForCausalLM
-from dualtoken.unified_model.sequence import IGNORE_INDEX, PackedBatch
+from dualtoken.unified_model.sequence import IGNORE_INDEX, PackedBatch, SpecialTokens
+from dualtoken.unified_model.vision_tower import VisionTower, features_per_image
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class PackContents:
         visual_targets: N, visual positions with a loss.
         documents: number of documents.
         pictures: number of pictures.
+        feature_pictures: number of those of which continuous features are read.
     """
 
     tokens: float
@@ -121,19 +124,24 @@ class PackContents:
     visual_targets: float
     documents: float = 1.0
     pictures: float = 1.0
+    feature_pictures: float = 0.0
 
     @classmethod
-    def of_batch(cls, batch: PackedBatch, positions_per_image: int) -> PackContents:
+    def of_batch(cls, batch: PackedBatch, special: SpecialTokens) -> PackContents:
         """Contents of a pack that is still on the CPU, without its padding."""
+        starts = torch.tensor([special.vision_start, special.image_gen_start])
+        counted = [batch.labels != IGNORE_INDEX, torch.isin(batch.input_ids, starts)]
+        text_targets, pictures = torch.stack([mask.sum() for mask in counted]).tolist()
         lengths = batch.cu_seqlens.diff()[: len(batch.keys)].double()  # the padding is the last one
         return cls(
             tokens=float(lengths.sum()),
             pairs=float((lengths * (lengths + 1) / 2).sum()),
             visual_positions=len(batch.codes),
-            text_targets=int((batch.labels != IGNORE_INDEX).sum()),
+            text_targets=text_targets,
             visual_targets=int(batch.visual_loss_mask.sum()),
             documents=len(batch.keys),
-            pictures=len(batch.codes) / positions_per_image,
+            pictures=pictures,
+            feature_pictures=0 if batch.features is None else len(batch.features),
         )
 
     @classmethod
@@ -162,7 +170,14 @@ def unified_model_flops(model: DualTokenForCausalLM, pack: PackContents) -> dict
     for mlp in model.visual_embedder.mlps:
         features = Chain(parts=parts)
         features.run_linears("visual_embedder", mlp, pack.visual_positions)
-    decoder = Chain(features.learns_below or reads_embeddings, parts)
+    learns_below = features.learns_below or reads_embeddings
+    if model.feature_adapter is not None:
+        features, rows = Chain(parts=parts), pack.feature_pictures * config.features_per_image
+        if model.vision_tower is not None:
+            run_tower(features, "vision_tower", model.vision_tower, rows)
+        features.run_linears("feature_adapter", model.feature_adapter, rows)
+        learns_below = learns_below or features.learns_below
+    decoder = Chain(learns_below, parts)
     text_config = model.decoder_config
     heads = text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
@@ -178,6 +193,20 @@ def unified_model_flops(model: DualTokenForCausalLM, pack: PackContents) -> dict
         visual.run_linears(f"{name}_projector", projector, pack.visual_targets)
         run_visual_head(visual, f"{name}_head", head, pack.visual_targets)
     return parts
+
+
+def run_tower(chain: Chain, part: str, tower: VisionTower, patches: float) -> None:
+    """Add a vision tower over so many patches, each of which attends to all of its picture."""
+    width, patch = tower.settings["hidden_size"], tower.patch_embedding
+    inputs = patch.in_channels * patch.kernel_size[0] * patch.kernel_size[1]
+    # Pixels take no gradient, and positions learn with the patches.
+    embedded = matmul(patches, inputs, width)
+    learned = learns(patch) or learns(tower.position_embedding)
+    chain.run(part, Flops(embedded.forward, 0.0, embedded.to_weights), learned)
+    pairs = patches * features_per_image(tower.settings)
+    for layer in tower.layers:
+        chain.run_linears(part, layer, patches)
+        chain.run(part, attention(pairs, width))
 
 
 def run_visual_head(chain: Chain, part: str, head: VisualHead, positions: float) -> None:

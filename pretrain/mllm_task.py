@@ -14,12 +14,14 @@ from omegaconf import MISSING
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.shards.code_shards import CodeGeometry, require_same_codes
+from data_pipeline.shards.code_shards import CodeGeometry, FeatureGeometry, require_same_codes
 from data_pipeline.streams import DocumentLoader, DocumentStreamConfig, document_loader
 from dualtoken.processing import DualTokenProcessor
-from dualtoken.unified_model.config import DualTokenConfig, head_settings
+from dualtoken.unified_model.config import WITH_FEATURES, DualTokenConfig, feature_fields, head_settings
 from dualtoken.unified_model.model import DualTokenForCausalLM, DualTokenOutput
 from dualtoken.unified_model.sequence import PackedBatch, SpecialTokens, add_special_tokens
+from dualtoken.unified_model.vision_tower import VisionTower, name_in_siglip
+from dualtoken.visual_tokenizer.backbone import load_backbone, model_folder
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from pretrain.compilation import EVERYTHING, compile_parts
 from pretrain.config import ConfigError, JobConfig
@@ -55,6 +57,12 @@ class MllmModelConfig:
     llm: str | None = None  # folder or hub name of a base language model; else `llm_config`
     llm_config: dict[str, Any] = field(default_factory=dict)  # with `model_type`
     heads: dict[str, Any] = field(default_factory=dict)  # fields of DualTokenConfig, or a `preset` of them
+    # Where heads.visual_input reads continuous features: folder or hub name of the SigLIP they are of.
+    vision_tower: str | None = None
+    # Of the tower, after which features are taken; null for the last but one.
+    feature_layer: int | None = None
+    # The tower stays outside: features come out of the shards, as pretokenize --features wrote them.
+    precomputed_features: bool = False
     # An exported unified model to go on from (the previous phase), with its language model and its heads.
     init_from: str | None = None
 
@@ -147,7 +155,7 @@ class MllmTask:
             )
         self.text_tokenizer = AutoTokenizer.from_pretrained(config.model.text_tokenizer)
         if not config.model.init_from:
-            add_special_tokens(self.text_tokenizer)
+            add_special_tokens(self.text_tokenizer, features=self.reads_features)
         self.special = SpecialTokens.from_tokenizer(self.text_tokenizer)
         self.model = self.build_model()
         freeze_parameters(self.model, config.frozen)
@@ -160,23 +168,29 @@ class MllmTask:
         self.engines = {"model": build_engine(self.model, config, runtime)}
         self.train_loader = self.open_documents(config.data, "train")
 
+    @property
+    def reads_features(self) -> bool:
+        """Whether the recipe asks for continuous features of a vision tower."""
+        return self.config.model.heads.get("visual_input") in WITH_FEATURES
+
     def build_model(self) -> DualTokenForCausalLM:
         """Build the unified model around the visual tokenizer's codebooks, sharded under ZeRO-3.
 
         Raises:
-            ConfigError: `init_from` is no folder with a model, or there is another model beside it.
+            ConfigError: `init_from` is no folder with a model, or there is another model beside it; a vision
+                tower is missing, or not read.
             ValueError: `init_from` was trained with another visual or text tokenizer.
         """
         parts = self.config.model
         visual_tokenizer = DualTokenVisualTokenizer.from_pretrained(parts.visual_tokenizer)
         fingerprint = visual_tokenizer.fingerprint()
         if parts.init_from:
-            if parts.llm or parts.llm_config:
-                given = "llm" if parts.llm else "llm_config"
-                raise ConfigError(
-                    f"model.{given} beside model.init_from={parts.init_from}: expected one of the two, the "
-                    f"phase before brings its own language model; leave model.{given} out"
-                )
+            for given in ("llm", "llm_config", "vision_tower"):
+                if getattr(parts, given):
+                    raise ConfigError(
+                        f"model.{given} beside model.init_from={parts.init_from}: expected one of the two, "
+                        f"the phase before brings its own models; leave model.{given} out"
+                    )
             if not (Path(parts.init_from) / "config.json").is_file():
                 raise ConfigError(
                     f"model.init_from={parts.init_from}: expected the export folder of a unified model, "
@@ -197,10 +211,19 @@ class MllmTask:
             return model
         if bool(parts.llm) == bool(parts.llm_config):
             raise ConfigError("model.llm and model.llm_config: give one of the two, a base model or a config")
+        if self.reads_features != bool(parts.vision_tower):
+            raise ConfigError(
+                f"model.vision_tower={parts.vision_tower} with model.heads.visual_input="
+                f"{parts.heads.get('visual_input', 'both')}: expected a SigLIP for "
+                f"{' and '.join(WITH_FEATURES)}, and none without"
+            )
         text_config = AutoConfig.from_pretrained(parts.llm) if parts.llm else dict(parts.llm_config)
-        config = DualTokenConfig.for_tokenizers(
-            text_config, self.text_tokenizer, visual_tokenizer, **parts.heads
-        )
+        heads, whole = dict(parts.heads), None
+        if parts.vision_tower:
+            whole = load_backbone(parts.vision_tower).vision_model
+            tower = VisionTower.of_model(whole, parts.feature_layer)
+            heads |= feature_fields(tower, inside=not parts.precomputed_features)
+        config = DualTokenConfig.for_tokenizers(text_config, self.text_tokenizer, visual_tokenizer, **heads)
         with sharded_construction(self.config, self.runtime):
             if parts.llm:
                 model = DualTokenForCausalLM.from_base(config, parts.llm)
@@ -212,6 +235,9 @@ class MllmTask:
                 model.set_post_quantization(
                     visual_tokenizer.postquant_pixel, visual_tokenizer.postquant_semantic
                 )
+        if model.vision_tower is not None:
+            with gathered_for_writing(model.vision_tower):
+                model.set_vision_tower(whole)
         return model
 
     def open_documents(self, config: DocumentStreamConfig, split: str) -> DocumentLoader:
@@ -226,6 +252,8 @@ class MllmTask:
             self.runtime.data_ranks,
             self.config.seed,
             split,
+            model.image_layout,
+            expected_features(model),
         )
 
     def describe(self) -> list[str]:
@@ -246,8 +274,7 @@ class MllmTask:
             DatasetError: ranks that should share packs have different ones; the step was taken.
         """
         # What the host has to know of packs it asks before they are on the device.
-        positions_per_image = self.model.config.positions_per_image
-        contents = [PackContents.of_batch(batch, positions_per_image) for batch in micro_batches]
+        contents = [PackContents.of_batch(batch, self.special) for batch in micro_batches]
         size = self.config.sequence_parallel_size
         difference = pack_difference(micro_batches, size) if size > 1 else None
         micro_batches = [batch.to(self.runtime.device, non_blocking=True) for batch in micro_batches]
@@ -264,7 +291,7 @@ class MllmTask:
         totals: dict[str, float] = {"documents": sum(pack.documents for pack in contents)}
         totals["count/tokens"] = sum(pack.tokens for pack in contents)
         totals["count/images"] = sum(pack.pictures for pack in contents)
-        for name in ("pairs", "visual_positions", "text_targets", "visual_targets"):
+        for name in ("pairs", "visual_positions", "text_targets", "visual_targets", "feature_pictures"):
             totals[f"work/{name}"] = sum(getattr(pack, name) for pack in contents)
         for name, total in {**totals, **self.train_loader.statistics.figures()}.items():
             # A group counts its packs `size` times.
@@ -343,7 +370,13 @@ class MllmTask:
             return saved_weights(parts.init_from, {name: name for name in names})
         prefix = "post_quantization."
         originals = {f"postquant_{n.removeprefix(prefix)}": n for n in names if n.startswith(prefix)}
-        return saved_weights(parts.visual_tokenizer, originals)
+        weights = saved_weights(parts.visual_tokenizer, originals)
+        prefix = "vision_tower."
+        own = [n for n in names if n.startswith(prefix)]
+        originals = {f"vision_model.{name_in_siglip(n.removeprefix(prefix))}": n for n in own}
+        if originals:
+            weights |= saved_weights(model_folder(parts.vision_tower), originals)
+        return weights
 
     def export(self, directory: Path) -> None:
         """Write the model in fp32 with its processor and text tokenizer, as the Auto classes load them."""
@@ -357,6 +390,16 @@ class MllmTask:
         save_config(self.model, directory)
         processor = DualTokenProcessor.for_config(self.model.config, self.text_tokenizer)
         processor.save_pretrained(directory)
+
+
+def expected_features(config: DualTokenConfig) -> FeatureGeometry | None:
+    """What a model takes of images for continuous features; None without."""
+    if not config.reads_features:
+        return None
+    if config.vision_config is not None:
+        return FeatureGeometry("pixels", (3, config.image_size, config.image_size))
+    shape = (config.features_per_image, config.feature_dim)
+    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint)
 
 
 def require_heads(config: DualTokenConfig, heads: Mapping[str, Any], folder: str) -> None:

@@ -14,7 +14,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, SiglipModel
 
-from dualtoken.unified_model.config import DualTokenConfig, head_settings, padded_vocabulary
+from dualtoken.unified_model.config import (
+    WITH_FEATURES,
+    DualTokenConfig,
+    head_settings,
+    padded_vocabulary,
+)
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.visual_tokenizer.config import PRESETS, DualTokenVisualTokenizerConfig, preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
@@ -189,6 +194,11 @@ def _unified_config(
     """Config of the model that a recipe trains, some of whose heads phases `behind` it may ask for."""
     parts = config.model
     heads = {**head_settings(parts.heads), **later}
+    if heads.get("visual_input") in WITH_FEATURES:
+        raise ConfigError(
+            f"model.heads.visual_input={heads['visual_input']}: expected both, pixel or semantic, plans are "
+            "made for models that read codes alone"
+        )
     if parts.init_from and parts.init_from != NOT_GIVEN:
         if (Path(parts.init_from) / "config.json").is_file():
             return _config_there(parts.init_from, heads, options)

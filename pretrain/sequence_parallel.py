@@ -46,10 +46,16 @@ def share_attention(model: DualTokenForCausalLM, size: int) -> None:
         size: S.
 
     Raises:
-        ConfigError: see `require_shareable`.
+        ConfigError: the model reads continuous features; see `require_shareable`.
     """
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
+    if model.config.reads_features:
+        raise ConfigError(
+            f"sequence_parallel_size={size} with visual_input={model.config.visual_input!r}: packs with "
+            "continuous features cannot be shared; expected a model of codes alone, or "
+            "sequence_parallel_size=1"
+        )
     text = model.decoder_config
     require_shareable(text, size)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -39,6 +39,7 @@ def pretokenize(
     output: str | Path,
     settings: Settings | None = None,
     *,
+    vision_tower: Any = None,
     rank: int = 0,
     world_size: int = 1,
     claim_timeout: float = 300.0,
@@ -52,6 +53,8 @@ def pretokenize(
         decoder: From `build_image_decoder`, for the tokenizer's image size and device.
         output: Folder of the data set.
         settings: What else changes the output.
+        vision_tower: A `VisionTower` on the same device, where `settings.features` says that its features
+            are kept.
         rank: Of this worker; it only spreads where workers start.
         world_size: Number of workers.
         claim_timeout: Seconds after which a worker of another machine that gives no sign is taken for dead.
@@ -63,7 +66,7 @@ def pretokenize(
     Raises:
         DatasetError: No input, no usable sample, or the folder holds something else.
     """
-    tokenizer = ShardTokenizer(visual_tokenizer, decoder, settings or Settings())
+    tokenizer = ShardTokenizer(visual_tokenizer, decoder, settings or Settings(), vision_tower)
     run = PretokenizeRun(checked_plan(inputs, output), tokenizer, Path(output), world_size, report)
     if run.is_finished():
         run.remove_work_folder()
@@ -105,6 +108,7 @@ def dry_run(
     output: str | Path,
     settings: Settings | None = None,
     *,
+    vision_tower: Any = None,
     workers: int = 1,
     report: Callable[[str], None] = logger.info,
 ) -> None:
@@ -113,7 +117,7 @@ def dry_run(
     Raises:
         DatasetError: As `pretokenize`, or no image of the input can be used.
     """
-    tokenizer = ShardTokenizer(visual_tokenizer, decoder, settings or Settings())
+    tokenizer = ShardTokenizer(visual_tokenizer, decoder, settings or Settings(), vision_tower)
     run = PretokenizeRun(checked_plan(inputs, output), tokenizer, Path(output), workers, report)
     if run.is_finished():
         run.finished_before()
@@ -137,6 +141,16 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="folder of the data set to be made")
     parser.add_argument(
         "--batch-size", type=int, default=Settings.batch_size, help="images encoded at a time"
+    )
+    parser.add_argument(
+        "--features",
+        default=Settings.features,
+        help="for models with continuous features: float16 or bfloat16, those of --vision-tower; "
+        "pixels, for a tower in the model; or none",
+    )
+    parser.add_argument("--vision-tower", help="folder, or name on the hub, of a SigLIP")
+    parser.add_argument(
+        "--feature-layer", type=int, help="of the tower, after which features are taken; the last but one"
     )
     parser.add_argument("--backend", default="auto", help="image decoding: auto, dali, torchvision or pil")
     parser.add_argument(
@@ -210,14 +224,23 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
         num_threads=options.decoding_threads,
     )
     report(f"worker {rank} of {world_size}: {decoder.describe()}")
+    vision_tower = None
+    if options.vision_tower is not None:
+        from dualtoken.unified_model.vision_tower import VisionTower
+        from dualtoken.visual_tokenizer.backbone import load_backbone
+
+        whole = load_backbone(options.vision_tower).vision_model
+        vision_tower = VisionTower.of_model(whole, options.feature_layer).to(device)
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     what = (options.inputs, visual_tokenizer, decoder, options.output, settings)
     if options.dry_run:
         if rank == 0:
-            dry_run(*what, workers=options.workers or world_size, report=report)
+            workers = options.workers or world_size
+            dry_run(*what, vision_tower=vision_tower, workers=workers, report=report)
         return
     pretokenize(
         *what,
+        vision_tower=vision_tower,
         rank=rank,
         world_size=world_size,
         claim_timeout=options.claim_timeout,

@@ -85,6 +85,8 @@ class PretokenizeRun:
             **asdict(tokenizer.geometry),
             "image_size": tokenizer.visual_tokenizer.config.image_size,
         }
+        if tokenizer.features is not None:
+            self.description["vision_tower"] = tokenizer.features.fingerprint
         self.settings = {
             "decoder": getattr(decoder, "name", ""),
             "fit": getattr(decoder, "fit", ""),
@@ -106,7 +108,8 @@ class PretokenizeRun:
     def manifest(self) -> DatasetManifest:
         """Return the manifest without shards."""
         known = ("fingerprint", "codebook_size", "num_quantizers", "positions", "image_size")
-        return DatasetManifest(**{name: self.description[name] for name in known}, settings=self.settings)
+        described = {name: self.description[name] for name in known}
+        return DatasetManifest(**described, settings=self.settings, features=self.tokenizer.features)
 
     def remove_work_folder(self) -> None:
         """Remove what a finished run needed on its way, also where a worker was killed while doing so."""
@@ -115,7 +118,9 @@ class PretokenizeRun:
     def finished_before(self) -> DatasetManifest:
         """Return the manifest of a data set that is already there; DatasetError if it is another one."""
         found = DatasetManifest.load(self.output)
-        found.require(self.output, self.tokenizer.geometry, self.description["fingerprint"])
+        found.require(
+            self.output, self.tokenizer.geometry, self.description["fingerprint"], self.tokenizer.features
+        )
         sources = {name: entry.source for name, entry in found.shards.items()}
         if found.settings:  # the decoder of `auto` is that of the machine that asks
             known = {**self.settings, **found.settings, "decoder": self.settings["decoder"]}
@@ -234,7 +239,9 @@ class PretokenizeRun:
             name, decoded = batch
             if name not in on_the_way:
                 still_held = partial(claims.still_held, name)
-                writer = ShardWriter(self.output / name, self.tokenizer.geometry, still_held)
+                tokenizer = self.tokenizer
+                path = self.output / name
+                writer = ShardWriter(path, tokenizer.geometry, still_held, tokenizer.features)
                 writer.open()
                 on_the_way[name] = ShardOnTheWay(name, writer)
             self._check_keys(on_the_way[name], decoded)

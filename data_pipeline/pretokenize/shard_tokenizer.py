@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipeline.errors import DatasetError
 from data_pipeline.pretokenize.overlap import overlapped
-from data_pipeline.shards.code_shards import CodeGeometry, CodeSample
+from data_pipeline.shards.code_shards import FEATURE_TYPES, CodeGeometry, CodeSample, FeatureGeometry
 from data_pipeline.shards.image_text_shards import (
     BadSampleError,
     SourceSample,
@@ -36,6 +36,10 @@ class Settings(SourceSettings):
     batch_size: int = 64
     """Images encoded at a time; another batch size can change a code where two are equally near."""
 
+    features: str = "none"
+    """What is kept of images for models that read continuous features: `none`; `float16` or `bfloat16`, the
+    features of a vision tower; `pixels`, the images, for a tower in the model."""
+
     on_bad_shard: str = "stop"
     """A shard of which nothing can be read, or whose storage fails on the way, ends the job (`stop`), or what
     is missing of it goes to `rejected.jsonl` (`skip`)."""
@@ -44,6 +48,8 @@ class Settings(SourceSettings):
         super().__post_init__()
         if self.on_bad_shard not in ("stop", "skip"):
             raise ValueError(f"on_bad_shard is {self.on_bad_shard!r}, expected 'stop' or 'skip'")
+        if self.features not in ("none", *FEATURE_TYPES):
+            raise ValueError(f"features are {self.features!r}, expected none, {', '.join(FEATURE_TYPES)}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, expected 1 or more")
 
@@ -102,6 +108,8 @@ class EncodedBatch:
     results: list[tuple[SourceSample, int] | Rejection]
     codes: list[torch.Tensor]
     """On the CPU, [N, P, Q, D] each; on a GPU valid once `copied`."""
+    features: list[torch.Tensor]
+    """Likewise, [N, ...] each; none where none are kept."""
     copied: torch.cuda.Event | None
     sent: int
     last: bool
@@ -114,9 +122,15 @@ class ShardTokenizer:
     """
 
     def __init__(
-        self, visual_tokenizer: Any, decoder: Callable[[Sequence[bytes]], Any], settings: Settings
+        self,
+        visual_tokenizer: Any,
+        decoder: Callable[[Sequence[bytes]], Any],
+        settings: Settings,
+        vision_tower: Any = None,
     ) -> None:
         """Encode with `visual_tokenizer` what `decoder` decodes; see `pretokenize`."""
+        self.vision_tower = vision_tower
+        self.features = feature_geometry(settings.features, visual_tokenizer.config.image_size, vision_tower)
         config = visual_tokenizer.config
         self.visual_tokenizer, self.decoder, self.settings = visual_tokenizer, decoder, settings
         self.geometry = CodeGeometry(config.positions, config.num_quantizers, config.codebook_size)
@@ -213,15 +227,31 @@ class ShardTokenizer:
         import torch
 
         codes: list[torch.Tensor] = []
+        features: list[torch.Tensor] = []
         copied = None
         for images in batch.images:
-            made = self.visual_tokenizer.encode(images.for_current_stream())  # [N, P, Q, D]
+            pictures = images.for_current_stream()
+            made = self.visual_tokenizer.encode(pictures)  # [N, P, Q, D]
             if len(made) != len(images.kept):
                 raise ValueError(f"the visual tokenizer gave {len(made)} codes for {len(images.kept)} images")
             codes.append(made.to("cpu", non_blocking=True))  # into pinned memory
+            if self.features is not None:
+                features.append(self._features(pictures, self.features.kind).to("cpu", non_blocking=True))
             if made.is_cuda:
                 copied = torch.cuda.current_stream(made.device).record_event()
-        return EncodedBatch(batch.results, codes, copied, batch.sent, batch.last)
+        return EncodedBatch(batch.results, codes, features, copied, batch.sent, batch.last)
+
+    def _features(self, pictures: torch.Tensor, kind: str) -> torch.Tensor:
+        """What is kept of pictures [N, 3, S, S] besides codes, in the type that numpy holds it in."""
+        import torch
+
+        from dualtoken.unified_model.vision_tower import to_bytes
+
+        if kind == "pixels":
+            return to_bytes(pictures)
+        with torch.no_grad():
+            features = self.vision_tower(pictures).to(getattr(torch, kind))
+        return features.view(torch.uint16) if kind == "bfloat16" else features
 
     def collect(self, batch: EncodedBatch) -> list[CodeSample | Rejection]:
         """Return what becomes of each sample of a batch; waits for the codes."""
@@ -232,6 +262,11 @@ class ShardTokenizer:
             made = np.concatenate([part.numpy() for part in batch.codes])
             self.geometry.check(made)
             codes = made.astype(np.uint16)
+        features = None
+        if self.features is not None:
+            features = np.zeros((0, *self.features.shape), FEATURE_TYPES[self.features.kind])
+            if batch.features:
+                features = np.concatenate([part.numpy() for part in batch.features])
         self.images += batch.sent
         return [
             result
@@ -241,6 +276,42 @@ class ShardTokenizer:
                 codes[result[1] : result[1] + len(result[0].images)],
                 result[0].parts,
                 result[0].captions,
+                None if features is None else features[result[1] : result[1] + len(result[0].images)],
             )
             for result in batch.results
         ]
+
+
+def feature_geometry(kind: str, image_size: int, vision_tower: Any = None) -> FeatureGeometry | None:
+    """Return what is kept of images for continuous features, None for `none`.
+
+    Args:
+        kind: as of `Settings.features`.
+        image_size: pixels a side of the decoded images.
+        vision_tower: a `VisionTower`, where features of one are kept.
+
+    Raises:
+        ValueError: there is no tower where one is needed, one where none is, or it reads images of another
+            size.
+    """
+    needs_tower = kind in ("float16", "bfloat16")
+    if needs_tower != (vision_tower is not None):
+        given = "without" if vision_tower is None else "with"
+        raise ValueError(
+            f"features are {kind!r} {given} a vision tower; expected --vision-tower with float16 and "
+            "bfloat16, and none or pixels without it"
+        )
+    if kind == "pixels":
+        return FeatureGeometry(kind, (3, image_size, image_size))
+    if not needs_tower:
+        return None
+    from dualtoken.unified_model.vision_tower import features_per_image
+
+    settings = vision_tower.settings
+    if settings["image_size"] != image_size:
+        raise ValueError(
+            f"the vision tower reads images of {settings['image_size']} pixels a side, the visual tokenizer "
+            f"of {image_size}; expected one size for both"
+        )
+    shape = (features_per_image(settings), settings["hidden_size"])
+    return FeatureGeometry(kind, shape, vision_tower.fingerprint())

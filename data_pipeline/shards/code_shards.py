@@ -1,9 +1,11 @@
 """Dual-code shards: pictures as codes with their text, in WebDataset tars, and `dataset.json` beside them.
 
 A sample is `KEY.codes.npy`, uint16 [I, P, Q, D], and `KEY.json`,
-`{"parts": [{"image": 0, "loss": false}, {"text": "..."}], "captions": {"en": "..."}}`.
+`{"parts": [{"image": 0, "loss": false}, {"text": "..."}], "captions": {"en": "..."}}`. For models that read
+continuous features there is `KEY.features.npy` too: [I, N, C] in float16, or in bfloat16 as the uint16 of its
+bits; or, for a vision tower in the model, the images themselves, uint8 [I, 3, S, S].
 Shapes: I images of the sample, P positions per image, Q = 2 codebooks (0 pixel, 1 semantic), D quantizers;
-codes are below K. The same samples give the same bytes.
+codes are below K; N features per image, C their width, S pixels a side. The same samples give the same bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from data_pipeline.shards.tar_members import TarError, iterate_samples
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
-CODES_PART, JSON_PART = "codes.npy", "json"
+CODES_PART, JSON_PART, FEATURES_PART = "codes.npy", "json", "features.npy"
 CODEBOOKS = 2
 _MAX_CODEBOOK_SIZE = 1 << 16
 
@@ -64,9 +66,44 @@ class CodeGeometry:
             raise ValueError(f"a code is {largest}, expected codes below {self.codebook_size}")
 
 
+FEATURE_TYPES = {"float16": "float16", "bfloat16": "uint16", "pixels": "uint8"}
+"""What shards keep of images for continuous features, and the numpy type that holds it."""
+
+
+@dataclass(frozen=True)
+class FeatureGeometry:
+    """What is kept of each image for continuous features, besides its codes."""
+
+    kind: str
+    """One of `FEATURE_TYPES`."""
+    shape: tuple[int, ...]
+    """Of one image: [N, C], or [3, S, S] of pixels."""
+    fingerprint: str = ""
+    """Of the vision tower the features come from; "" for pixels."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in FEATURE_TYPES:
+            raise ValueError(f"features are {self.kind!r}, expected one of {', '.join(FEATURE_TYPES)}")
+        object.__setattr__(self, "shape", tuple(self.shape))  # a list in JSON
+
+    def check(self, features: np.ndarray | None, images: int) -> None:
+        """Raise ValueError unless `features` are those of so many images."""
+        expected = (images, *self.shape)
+        found = None if features is None else (features.shape, str(features.dtype))
+        if found != (expected, FEATURE_TYPES[self.kind]):
+            raise ValueError(f"features are {found}, expected {(expected, FEATURE_TYPES[self.kind])}")
+
+    def serves(self, other: FeatureGeometry) -> bool:
+        """Whether a model that expects `other` can read these; how exactly they are kept is left open."""
+        pixels = (self.kind == "pixels", other.kind == "pixels")
+        return pixels[0] == pixels[1] and (self.shape, self.fingerprint) == (other.shape, other.fingerprint)
+
+
 @dataclass
 class CodeSample:
     """One sample: images as codes uint16 [I, P, Q, D], ordered parts, captions of an image-text pair.
+
+    `features` are as of `FeatureGeometry`, [I, ...].
 
     A part is `{"text": str}` or `{"image": index}`, with `"loss": bool` (default: true for text, false for
     images) and for text `"markup": bool` (default false).
@@ -76,6 +113,7 @@ class CodeSample:
     codes: np.ndarray
     parts: list[dict[str, Any]]
     captions: dict[str, str] | None = None
+    features: np.ndarray | None = None
 
 
 def check_parts(parts: Any, images: int) -> None:
@@ -94,37 +132,46 @@ def check_parts(parts: Any, images: int) -> None:
 
 def encode_sample(sample: CodeSample) -> list[tuple[str, bytes]]:
     """Return the members (name in the tar, content) of a sample."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(sample.codes, dtype="<u2"), version=(1, 0))
     record: dict[str, Any] = {"parts": sample.parts}
     if sample.captions is not None:
         record["captions"] = sample.captions
     text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-    return [(f"{sample.key}.{CODES_PART}", buffer.getvalue()), (f"{sample.key}.{JSON_PART}", text.encode())]
+    members = [(CODES_PART, _npy(sample.codes, "<u2")), (JSON_PART, text.encode())]
+    if sample.features is not None:
+        members.append((FEATURES_PART, _npy(sample.features, sample.features.dtype.newbyteorder("<"))))
+    return [(f"{sample.key}.{part}", data) for part, data in members]
 
 
-_HEADERS: dict[bytes, tuple[int, ...]] = {}
+def _npy(array: np.ndarray, dtype: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array, dtype=dtype), version=(1, 0))
+    return buffer.getvalue()
 
 
-def _read_codes(data: bytes) -> np.ndarray:
-    """Read an npy of uint16; the header, parsed once per shape, is the slow part of numpy's own reader."""
+_HEADERS: dict[bytes, tuple[np.dtype, tuple[int, ...]]] = {}
+
+
+def _read_npy(data: bytes, what: str, *types: str) -> np.ndarray:
+    """Read an npy; the header, parsed once per type and shape, is the slow part of numpy's own reader."""
     length = 10 + int.from_bytes(data[8:10], "little")
     header = data[:length]
-    shape = _HEADERS.get(header)
-    if shape is None:
-        codes = np.load(io.BytesIO(data), allow_pickle=False)
-        if codes.dtype != np.dtype("<u2") or not codes.flags.c_contiguous or header[6:8] != b"\x01\x00":
-            raise ValueError(
-                f"codes are {codes.dtype} in npy {header[6]}.{header[7]}, expected uint16 in npy 1.0"
-            )
-        shape = _HEADERS[header] = codes.shape
-    return np.frombuffer(data, dtype="<u2", offset=length).reshape(shape).copy()  # writable, for torch
+    if header not in _HEADERS:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        if not array.flags.c_contiguous or header[6:8] != b"\x01\x00" or array.dtype.byteorder == ">":
+            raise ValueError(f"{what} are {array.dtype} in npy {header[6]}.{header[7]}, expected npy 1.0")
+        _HEADERS[header] = array.dtype, array.shape
+    dtype, shape = _HEADERS[header]
+    if str(dtype) not in types:
+        raise ValueError(f"{what} are {dtype}, expected {' or '.join(types)} in npy 1.0")
+    return np.frombuffer(data, dtype=dtype, offset=length).reshape(shape).copy()  # writable, for torch
 
 
-def decode_sample(key: str, codes: bytes, record: bytes) -> CodeSample:
-    """Read a sample from the contents of its two members; ValueError if one cannot be read."""
+def decode_sample(key: str, codes: bytes, record: bytes, features: bytes | None = None) -> CodeSample:
+    """Read a sample from the contents of its members; ValueError if one cannot be read."""
     content = json.loads(record)
-    return CodeSample(key, _read_codes(codes), content["parts"], content.get("captions"))
+    kept = None if features is None else _read_npy(features, "features", *FEATURE_TYPES.values())
+    codes_read = _read_npy(codes, "codes", "uint16")
+    return CodeSample(key, codes_read, content["parts"], content.get("captions"), kept)
 
 
 @dataclass
@@ -148,11 +195,19 @@ class ShardWriter:
     """
 
     def __init__(
-        self, path: str | Path, geometry: CodeGeometry, still_wanted: Callable[[], bool] = lambda: True
+        self,
+        path: str | Path,
+        geometry: CodeGeometry,
+        still_wanted: Callable[[], bool] = lambda: True,
+        features: FeatureGeometry | None = None,
     ) -> None:
-        """Write to `path`; if not `still_wanted` at the end, that is left alone and `entry` stays None."""
+        """Write to `path`; if not `still_wanted` at the end, that is left alone and `entry` stays None.
+
+        `features` says what samples have of them; None for nothing.
+        """
         self.path = Path(path)
         self.geometry = geometry
+        self.features = features
         self.still_wanted = still_wanted
         self.entry: ShardEntry | None = None
         self._temporary = temporary_name(self.path)
@@ -176,11 +231,10 @@ class ShardWriter:
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
 
     def write(self, sample: CodeSample) -> None:
-        """Add a sample; ValueError if its key, codes or parts do not fit the data set."""
+        """Add a sample; ValueError if its key, codes, features or parts do not fit the data set."""
         if not sample.key or "." in sample.key.rpartition("/")[2]:
             raise ValueError(f"key is {sample.key!r}, expected a name without dots")
-        self.geometry.check(sample.codes)
-        check_parts(sample.parts, len(sample.codes))
+        check_sample(sample, self.geometry, self.features)
         for name, data in encode_sample(sample):
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -208,6 +262,16 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
 
+def check_sample(sample: CodeSample, geometry: CodeGeometry, features: FeatureGeometry | None) -> None:
+    """Raise ValueError unless a sample's codes, features and parts fit the data set and each other."""
+    geometry.check(sample.codes)
+    if features is not None:
+        features.check(sample.features, len(sample.codes))
+    elif sample.features is not None:
+        raise ValueError("the sample has features, the data set none")
+    check_parts(sample.parts, len(sample.codes))
+
+
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file as hex."""
     with open(path, "rb") as file:
@@ -227,7 +291,7 @@ def iterate_shard(path: str | Path) -> Iterator[CodeSample]:
                 if missing := {CODES_PART, JSON_PART} - parts.keys():
                     raise DatasetError(f"{path}: sample {key!r} lacks {', '.join(sorted(missing))}")
                 try:
-                    yield decode_sample(key, parts[CODES_PART], parts[JSON_PART])
+                    yield decode_sample(key, parts[CODES_PART], parts[JSON_PART], parts.get(FEATURES_PART))
                 except (ValueError, KeyError, TypeError) as error:
                     raise DatasetError(f"{path}: sample {key!r} cannot be read: {error}") from error
     except (TarError, OSError) as error:
@@ -250,6 +314,8 @@ class DatasetManifest:
     shards: dict[str, ShardEntry] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the run that made it; {} where it was made otherwise, or is older than this field."""
+    features: FeatureGeometry | None = None
+    """What samples have for continuous features; None, and not in the file, where nothing."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -267,7 +333,10 @@ class DatasetManifest:
 
     def save(self, folder: str | Path) -> None:
         """Write `dataset.json` into `folder`, whole or not at all."""
-        write_atomically(Path(folder) / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
+        content = asdict(self)
+        if self.features is None:
+            del content["features"]
+        write_atomically(Path(folder) / MANIFEST, json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> DatasetManifest:
@@ -283,6 +352,8 @@ class DatasetManifest:
             if version != FORMAT_VERSION:
                 raise DatasetError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}")
             shards = {name: ShardEntry(**entry) for name, entry in content.pop("shards").items()}
+            if "features" in content:
+                content["features"] = FeatureGeometry(**content["features"])
             if outside := [name for name in shards if not is_below(name)]:
                 raise DatasetError(f"{path}: {outside[0]!r} is not the name of a shard below {folder}")
             return cls(**content, shards=shards)
@@ -291,14 +362,33 @@ class DatasetManifest:
                 raise
             raise DatasetError(f"{path}: not a dual-code manifest: {error}") from error
 
-    def require(self, folder: str | Path, geometry: CodeGeometry, fingerprint: str | None = None) -> None:
-        """Raise DatasetError unless the data set has the model's geometry and, where given, fingerprint."""
+    def require(
+        self,
+        folder: str | Path,
+        geometry: CodeGeometry,
+        fingerprint: str | None = None,
+        features: FeatureGeometry | None = None,
+    ) -> None:
+        """Raise DatasetError unless the data set has the model's geometry and, where given, the others."""
         for item in fields(CodeGeometry):
             found, expected = getattr(self, item.name), getattr(geometry, item.name)
             if found != expected:
                 raise DatasetError(f"{folder}: codes have {item.name} {found}, the model expects {expected}")
         if fingerprint:
             require_same_codes(folder, self.fingerprint, fingerprint)
+        if features is not None and (self.features is None or not self.features.serves(features)):
+            found = "nothing" if self.features is None else _named(self.features)
+            raise DatasetError(
+                f"{folder}: has {found} for continuous features, the model expects {_named(features)}; "
+                "pretokenize with the --features, --vision-tower and --feature-layer that it was built for"
+            )
+
+
+def _named(features: FeatureGeometry) -> str:
+    shape = " x ".join(map(str, features.shape))
+    if features.kind == "pixels":
+        return f"pixels {shape}"
+    return f"features {shape} of the vision tower {features.fingerprint[:12]}"
 
 
 def require_same_codes(
@@ -359,8 +449,7 @@ def verify_dataset(folder: str | Path, fingerprint: str | None = None) -> Datase
         samples = images = 0
         for sample in iterate_shard(path):
             try:
-                manifest.geometry.check(sample.codes)
-                check_parts(sample.parts, len(sample.codes))
+                check_sample(sample, manifest.geometry, manifest.features)
             except ValueError as error:
                 raise DatasetError(f"{path}: sample {sample.key!r}: {error}") from error
             if sample.key in keys:

@@ -19,9 +19,11 @@ from megatron.energon.metadataset.loader_interface import DatasetBlendMode, Load
 
 from data_pipeline.shards.code_shards import (
     CODES_PART,
+    FEATURES_PART,
     JSON_PART,
     CodeGeometry,
     DatasetManifest,
+    FeatureGeometry,
     decode_sample,
 )
 from data_pipeline.shards.index import check_index
@@ -35,6 +37,7 @@ from data_pipeline.streams.text_encoding import TextEncoder
 from data_pipeline.streams.views import CODE_VIEWS, VIEWS, LeftOut, build_document
 from dualtoken.unified_model.sequence import (
     Document,
+    ImageLayout,
     PackedBatch,
     SpecialTokens,
     TextPart,
@@ -119,6 +122,7 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
         geometry: CodeGeometry | None,
         seed: int,
         training: bool,
+        layout: ImageLayout,
     ) -> None:
         super().__init__()
         self.config = config
@@ -128,6 +132,7 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
         self.geometry = geometry
         self.seed = seed
         self.training = training
+        self.layout = layout
 
     def _draw(self, key: str, entry: int) -> random.Random:
         """Return the source of this sample's random choices.
@@ -148,7 +153,7 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
         except LeftOut as reason:
             yield DocumentSample(__key__=sample.__key__, **common, reason=str(reason))
             return
-        tokenized = tokenize_document(document, self.text_tokenizer, self.special)
+        tokenized = tokenize_document(document, self.text_tokenizer, self.special, layout=self.layout)
         context = self.config.context_length
         if len(tokenized) > context and entry.view in ("caption", "generate"):
             yield DocumentSample(__key__=sample.__key__, **common, reason=f"longer than {context} tokens")
@@ -167,7 +172,8 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
             return Document([TextPart(sample.parts["txt"].decode("utf-8"))], sample.__key__)
         if missing := {CODES_PART, JSON_PART} - sample.parts.keys():
             raise ValueError(f"lacks {', '.join(sorted(missing))}")
-        codes = decode_sample(sample.__key__, sample.parts[CODES_PART], sample.parts[JSON_PART])
+        features = sample.parts.get(FEATURES_PART) if self.layout.features else None
+        codes = decode_sample(sample.__key__, sample.parts[CODES_PART], sample.parts[JSON_PART], features)
         if self.geometry is not None:
             self.geometry.check(codes.codes)
         return build_document(
@@ -278,6 +284,8 @@ def document_loader(
     world_size: int = 1,
     seed: int = 0,
     split: str = "train",
+    layout: ImageLayout | None = None,
+    features: FeatureGeometry | None = None,
 ) -> DocumentLoader:
     """Stream packed documents.
 
@@ -291,18 +299,22 @@ def document_loader(
         seed: Changes order and random choices.
         split: `train` for an endless shuffled stream in which entries are drawn by weight, `val` for one
             ordered pass over every sample of every entry, without prompt dropout.
+        layout: What stands in the sequence for an image; its codes by default.
+        features: What the model takes for continuous features, where the layout has them.
 
     Raises:
         DatasetError: A folder cannot be streamed, or its codes are not those of the model.
         ValueError: The settings cannot be used.
     """
-    training = is_training(split)
+    training, layout = is_training(split), layout or ImageLayout()
+    if bool(layout.features) != (features is not None):
+        raise ValueError(f"layout is {layout} but features are {features}; give both or none")
     entries = _checked_entries(config, geometry)
     samples = {}
     for entry in entries:
         samples[entry.path] = check_index(entry.path)
         if entry.view in CODE_VIEWS and geometry is not None:
-            DatasetManifest.load(entry.path).require(entry.path, geometry, fingerprint)
+            DatasetManifest.load(entry.path).require(entry.path, geometry, fingerprint, features)
     workers = worker_config(rank, world_size, config.num_workers, seed, config.on_bad_sample)
     if training:
         require_samples(samples, workers)
@@ -311,7 +323,7 @@ def document_loader(
 
         text_tokenizer = AutoTokenizer.from_pretrained(text_tokenizer)
     special = SpecialTokens.from_tokenizer(text_tokenizer)
-    encoder = _DocumentTaskEncoder(config, entries, text_tokenizer, special, geometry, seed, training)
+    encoder = _DocumentTaskEncoder(config, entries, text_tokenizer, special, geometry, seed, training, layout)
 
     settings = asdict(config)
     del settings["blend"], settings["on_bad_sample"], settings["num_workers"]
@@ -323,6 +335,8 @@ def document_loader(
         **settings,
         "seed": seed,
     }
+    if features is not None:
+        identity["layout"] = asdict(layout)
     padding = tokenize_document(Document([]), text_tokenizer, special)
     return DocumentLoader(
         lambda reader, _: encoder.stream(reader),

@@ -104,8 +104,8 @@ def split_document(
     """Split a document that is longer than a context, between tokens but never inside an image.
 
     Each piece opens with the document's first token and takes as much as fits; only the last is closed. An
-    image that does not fit a context by itself is left out and counted. Labels and codes stay with their
-    tokens.
+    image that does not fit a context by itself is left out and counted. Labels, codes and features stay with
+    their tokens.
 
     Args:
         document: The whole document.
@@ -122,16 +122,17 @@ def split_document(
         raise ValueError(f"capacity is {capacity}, expected at least 2: a piece needs its opening token")
     if len(document) <= capacity:
         return [document], 0
-    is_visual = document.input_ids == special.image_pad
+    inside = torch.tensor([special.image_pad, special.image_sep, special.image_feature])
+    is_inside = torch.isin(document.input_ids, inside)
     pieces: list[TokenizedDocument] = []
     left_out, begin = 0, 1
 
     def cut(end: int) -> None:
         # A piece of the closing token alone would teach to write nothing.
         if end > begin and not (end == begin + 1 == len(document) and pieces):
-            pieces.append(_slice(document, begin, end, is_visual, f"{document.key}#{len(pieces)}"))
+            pieces.append(_slice(document, begin, end, special, f"{document.key}#{len(pieces)}"))
 
-    for start, end in _indivisible(is_visual):
+    for start, end in _indivisible(is_inside):
         if end - start > capacity - 1:
             cut(start)
             left_out, begin = left_out + 1, end
@@ -142,14 +143,14 @@ def split_document(
     return pieces, left_out
 
 
-def _indivisible(is_visual: torch.Tensor) -> list[tuple[int, int]]:
+def _indivisible(is_inside: torch.Tensor) -> list[tuple[int, int]]:
     """Return the ranges that must stay whole, in order: single tokens, and images with their marks."""
     ranges: list[tuple[int, int]] = []
-    index, visual = 1, is_visual.tolist()
-    while index < len(visual):
+    index, inside = 1, is_inside.tolist()
+    while index < len(inside):
         end = index + 1
-        if end < len(visual) and visual[end]:
-            while visual[end]:
+        if end < len(inside) and inside[end]:
+            while inside[end]:
                 end += 1
             end += 1
         ranges.append((index, end))
@@ -158,15 +159,27 @@ def _indivisible(is_visual: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def _slice(
-    document: TokenizedDocument, start: int, end: int, is_visual: torch.Tensor, key: str
+    document: TokenizedDocument, start: int, end: int, special: SpecialTokens, key: str
 ) -> TokenizedDocument:
-    """Return the opening token and the tokens from `start` to `end`, with the codes of their images."""
-    first = int(is_visual[:start].sum())
-    visual = slice(first, first + int(is_visual[start:end].sum()))
+    """Return the opening token and those from `start` to `end`, with their images' codes and features."""
+    visual = _within(document.input_ids == special.image_pad, start, end)
+    features = document.features
+    if features is not None:
+        places = document.input_ids == special.image_feature
+        per_image = int(places.sum()) // len(features)
+        images = _within(places, start, end, per_image)
+        features = features[images] if images.start < images.stop else None
     return TokenizedDocument(
         input_ids=torch.cat([document.input_ids[:1], document.input_ids[start:end]]),
         codes=document.codes[visual],
         labels=torch.cat([document.labels[:1], document.labels[start:end]]),
         visual_loss_mask=document.visual_loss_mask[visual],
         key=key,
+        features=features,
     )
+
+
+def _within(places: torch.Tensor, start: int, end: int, at_a_time: int = 1) -> slice:
+    """Which of the items lie from `start` to `end`, of which each takes so many of the true `places` [T]."""
+    first = int(places[:start].sum()) // at_a_time
+    return slice(first, first + int(places[start:end].sum()) // at_a_time)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from data_pipeline.languages import caption_prompt
 from data_pipeline.shards.code_shards import CodeSample
@@ -19,10 +20,16 @@ class LeftOut(Exception):
     """A sample that makes no document in this view; the message is the reason it is counted under."""
 
 
-def caption_document(codes: np.ndarray, language: str, caption: str, key: str = "") -> Document:
-    """Make the document that teaches to caption an image [P, Q, D]: the image, `English:`, the caption."""
+def caption_document(
+    codes: np.ndarray, language: str, caption: str, key: str = "", features: np.ndarray | None = None
+) -> Document:
+    """Make the document that teaches to caption an image [P, Q, D]: the image, `English:`, the caption.
+
+    `features` are those of the image, as of `FeatureGeometry`.
+    """
     prompt = TextPart(caption_prompt(language), loss=False)
-    return Document([ImagePart(codes, loss=False), prompt, TextPart(f" {caption}")], key)
+    image = ImagePart(codes, loss=False, features=_tensor(features))
+    return Document([image, prompt, TextPart(f" {caption}")], key)
 
 
 def generation_document(codes: np.ndarray, prompt: str, key: str = "") -> Document:
@@ -33,12 +40,22 @@ def generation_document(codes: np.ndarray, prompt: str, key: str = "") -> Docume
     return Document([TextPart(prompt, loss=False), ImagePart(codes, loss=True)], key)
 
 
+def _tensor(features: np.ndarray | None) -> torch.Tensor | None:
+    """What a shard keeps for continuous features, as the model takes it."""
+    if features is None:
+        return None
+    tensor = torch.from_numpy(features)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
 def parts_document(sample: CodeSample) -> Document:
     """Make the document of a sample's parts as they stand."""
     parts: list[TextPart | ImagePart] = []
     for part in sample.parts:
         if "image" in part:
-            parts.append(ImagePart(sample.codes[part["image"]], loss=part.get("loss", False)))
+            index = part["image"]
+            features = None if sample.features is None else sample.features[index]
+            parts.append(ImagePart(sample.codes[index], part.get("loss", False), _tensor(features)))
         else:
             parts.append(TextPart(part["text"], part.get("loss", True), part.get("markup", False)))
     return Document(parts, sample.key)
@@ -79,6 +96,7 @@ def build_document(
         raise LeftOut("no caption" if not captions else "no caption in the languages asked for")
     language = draw.choice(usable)
     if view == "caption":
-        return caption_document(sample.codes[0], language, captions[language], sample.key)
+        features = None if sample.features is None else sample.features[0]
+        return caption_document(sample.codes[0], language, captions[language], sample.key, features)
     dropped = draw.random() < prompt_dropout
     return generation_document(sample.codes[0], "" if dropped else captions[language], sample.key)

@@ -165,17 +165,25 @@ def text_steps(
 
 
 def append(
-    document: TokenizedDocument, ids: list[int], codes: torch.Tensor | None = None
+    document: TokenizedDocument,
+    ids: list[int],
+    codes: torch.Tensor | None = None,
+    features: torch.Tensor | None = None,
 ) -> TokenizedDocument:
-    """Return the document with tokens, and codes [V, Q, D] of image positions among them, at its end."""
+    """Return the document with tokens at its end.
+
+    `codes` [V, Q, D] and `features` (as of `TokenizedDocument`) are those of the image positions among them.
+    """
     tokens = torch.tensor(ids, dtype=torch.int64)
     added = document.codes[:0] if codes is None else codes
+    given = [one for one in (document.features, features) if one is not None]
     return replace(
         document,
         input_ids=torch.cat([document.input_ids, tokens]),
         labels=torch.cat([document.labels, torch.full_like(tokens, IGNORE_INDEX)]),
         codes=torch.cat([document.codes, added]) if len(document.codes) else added,
         visual_loss_mask=torch.cat([document.visual_loss_mask, torch.zeros(len(added), dtype=torch.bool)]),
+        features=torch.cat(given) if given else None,
     )
 
 

@@ -132,6 +132,7 @@ def stream(
     seed: int | None = None,
     stop: str = "",
     progress: Callable[[int, int], None] | None = None,
+    see: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[str | ImagePart]:
     """Continue one document by text and images as the model sees fit; yields both as they come.
 
@@ -151,9 +152,19 @@ def stream(
         seed: None for another result every time.
         stop: the mark that ends an answer, such as a chat template's; it is not part of the result.
         progress: called with (positions done, P) of the image under way.
+        see: codes [P, Q, D] of an image that was drawn -> what stands for its continuous features
+            (`ImagePart.features`); a model that reads them needs it to go on after an image.
+
+    Raises:
+        ValueError: `see` is missing, or as `open_document`.
     """
     special = model.config.special
     row = open_document(document, text_tokenizer, model)
+    if model.config.reads_features and max_images and see is None:
+        raise ValueError(
+            "this model reads continuous features of an image before it goes on after it; pass see=..., "
+            "which decodes codes and returns the features of the image, or max_images=0"
+        )
     end = _stop_tokens(stop, text_tokenizer)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     budget, images, parts = max_new_tokens, 0, 0
@@ -173,9 +184,15 @@ def stream(
             return
         row = append(row, tokens)
         codes = write_images(model, [row], guidance_scale, image_sampling, seed + parts, progress)[0].cpu()
-        row = append(row, [special.image_pad] * len(codes) + [special.image_gen_end], codes)
+        drawn = ImagePart(codes, loss=True)
+        row = append(row, [special.image_pad] * len(codes), codes)
+        if see is not None and model.config.reads_features:
+            drawn.features = see(codes)
+            seen = [special.image_sep, *[special.image_feature] * model.config.features_per_image]
+            row = append(row, seen, features=drawn.features[None])
+        row = append(row, [special.image_gen_end])
         parts, images = parts + 1, images + 1
-        yield ImagePart(codes, loss=True)
+        yield drawn
 
 
 def generate(
@@ -200,7 +217,8 @@ def open_document(prompt: Prompt, text_tokenizer: Any, model: DualTokenForCausal
     """Lay out a prompt to be continued.
 
     Raises:
-        ValueError: a text has image tags, or an image of a document has the shape of other codes.
+        ValueError: a text has image tags, or an image of a document has the shape of other codes or lacks
+            the features that the model reads.
     """
     config = model.config
     if isinstance(prompt, str):
@@ -210,9 +228,12 @@ def open_document(prompt: Prompt, text_tokenizer: Any, model: DualTokenForCausal
                 "DualTokenProcessor.documents(text, images)"
             )
         prompt = Document([TextPart(prompt, loss=False)])
+    layout = config.image_layout
     for index, part in enumerate(part for part in prompt.parts if isinstance(part, ImagePart)):
+        if part.codes is None and not (part.loss or layout.codes):
+            continue
         require_image_codes(part.codes, config.positions_per_image, config.num_quantizers, index)
-    return tokenize_document(prompt, text_tokenizer, config.special, end=False)
+    return tokenize_document(prompt, text_tokenizer, config.special, end=False, layout=layout)
 
 
 def _kept(steps: Iterable[dict[int, int]], tokens: list[int], image_start: int) -> Iterator[int]:

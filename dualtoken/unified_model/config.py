@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig, SubConfigSpec
 
-from dualtoken.unified_model.sequence import SPECIAL, SpecialTokens
+from dualtoken.unified_model.sequence import FEATURE_SPECIAL, SPECIAL, ImageLayout, SpecialTokens
+from dualtoken.unified_model.vision_tower import VisionTower, features_per_image
 
 if TYPE_CHECKING:
     from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
@@ -26,6 +27,9 @@ HEAD_PRESETS: dict[str, dict[str, Any]] = {
 }
 """Sizes of the visual heads by name, for `preset` among a recipe's `model.heads`."""
 
+WITH_FEATURES = ("features", "codes_and_features")
+"""Values of `visual_input` by which continuous features are read."""
+
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Fields by which transformers' decoders cap or scale their logits."""
 
@@ -41,9 +45,16 @@ class DualTokenConfig(PretrainedConfig):
         codebook_depths: 1 if all depths share a codebook, else D.
         positions_per_image: P.
         image_size: pixels a side of the visual tokenizer's images.
-        visual_input: which codebook's vectors the decoder reads, in training, in prompts and while it
-            draws: "both", "pixel" or "semantic". It writes both in any case; there are no weights for
-            vectors that are not read.
+        visual_input: what the decoder reads of an image, in training, in prompts and while it draws: the
+            vectors of one codebook, "pixel" or "semantic", or of "both"; "features", the continuous features
+            of a vision tower; or "codes_and_features", first both codebooks' vectors, then the features, as
+            UniToken does. It writes both codebooks in any case, and reads what it writes as codes until it
+            is complete; there are no weights for vectors that are not read.
+        vision_config: settings of the vision tower in the model (`vision_tower.tower_settings`); None
+            without features, and where they come precomputed.
+        feature_dim: C, width of a continuous feature; None without.
+        features_per_image: N; 0 without.
+        feature_fingerprint: of the vision tower that precomputed features come from.
         embedder: "concat_mlp" joins the two vectors of a position and maps them to the decoder's width by
             one MLP; "mlp_concat" has an MLP each, for half the width.
         place_embedding: add a learned embedding of a position's place in its image to what the embedder
@@ -75,6 +86,10 @@ class DualTokenConfig(PretrainedConfig):
     positions_per_image: int = 729
     image_size: int = 384
     visual_input: str = "both"
+    vision_config: dict[str, Any] | None = None
+    feature_dim: int | None = None
+    features_per_image: int = 0
+    feature_fingerprint: str = ""
     embedder: str = "concat_mlp"
     place_embedding: bool = False
     visual_features: str = "code_vectors"
@@ -96,7 +111,7 @@ class DualTokenConfig(PretrainedConfig):
 
     def _check(self) -> None:
         for field, choices in (
-            ("visual_input", ("both", "pixel", "semantic")),
+            ("visual_input", ("both", "pixel", "semantic", *WITH_FEATURES)),
             ("embedder", ("concat_mlp", "mlp_concat")),
             ("visual_features", ("code_vectors", "post_quantization")),
             ("codebook_depths", (1, self.num_quantizers)),
@@ -105,6 +120,7 @@ class DualTokenConfig(PretrainedConfig):
                 raise ValueError(
                     f"{field}={getattr(self, field)!r}; expected one of {', '.join(map(repr, choices))}"
                 )
+        self._check_features()
         if not isinstance(self.place_embedding, bool):
             raise ValueError(f"place_embedding={self.place_embedding!r}; expected true or false")
         if (self.visual_features == "post_quantization") != bool(self.post_quantization_dim):
@@ -121,12 +137,50 @@ class DualTokenConfig(PretrainedConfig):
             )
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size={self.chunk_size}; expected at least 1")
-        # Configs saved before `begin_of_text` existed come without it.
-        if self.special_tokens is not None and set(self.special_tokens) - {"begin_of_text"} != set(SPECIAL):
+        # Configs saved before `begin_of_text` and the tokens of features existed come without them.
+        later = {"begin_of_text", *FEATURE_SPECIAL}
+        if self.special_tokens is not None and set(self.special_tokens) - later != set(SPECIAL):
             raise ValueError(
                 f"special_tokens has the keys {sorted(self.special_tokens)}, expected {sorted(SPECIAL)}; "
                 "take them from SpecialTokens.from_tokenizer(text_tokenizer)"
             )
+
+    def _check_features(self) -> None:
+        sizes = (bool(self.feature_dim), self.features_per_image > 0)
+        if sizes != (self.reads_features,) * 2 or (self.vision_config and not self.reads_features):
+            raise ValueError(
+                f"visual_input={self.visual_input!r} with feature_dim={self.feature_dim}, features_per_image="
+                f"{self.features_per_image} and {'a' if self.vision_config else 'no'} vision_config; "
+                f"expected those of a vision tower for {' and '.join(map(repr, WITH_FEATURES))} alone; "
+                "feature_fields fills them in"
+            )
+        if self.vision_config:
+            made = (self.vision_config["hidden_size"], features_per_image(self.vision_config))
+            if made != (self.feature_dim, self.features_per_image):
+                raise ValueError(
+                    f"feature_dim={self.feature_dim} and features_per_image={self.features_per_image}, but "
+                    f"the tower of vision_config makes {made[1]} features of width {made[0]} of an image"
+                )
+            if self.vision_config["image_size"] != self.image_size:
+                raise ValueError(
+                    f"the vision tower reads images of {self.vision_config['image_size']} pixels a side, the "
+                    f"visual tokenizer of {self.image_size}; expected one size for both"
+                )
+        if self.reads_features and self.special_tokens is not None and not self.special.has_features:
+            raise ValueError(
+                f"special_tokens lacks {' and '.join(FEATURE_SPECIAL)}, which visual_input="
+                f"{self.visual_input!r} needs; call add_special_tokens(text_tokenizer, features=True) first"
+            )
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the decoder reads continuous features of images."""
+        return self.visual_input in WITH_FEATURES
+
+    @property
+    def image_layout(self) -> ImageLayout:
+        """What stands in the sequence for an image."""
+        return ImageLayout(codes=self.visual_input != "features", features=self.features_per_image)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what ``config.json`` holds: every field of this class, defaults included."""
@@ -205,6 +259,22 @@ class DualTokenConfig(PretrainedConfig):
             "post_quantization_dim": visual.vision.hidden_size if reads_features else None,
         }
         return cls(**{**fields, **overrides})
+
+
+def feature_fields(tower: VisionTower, inside: bool = True) -> dict[str, Any]:
+    """Return the fields of `DualTokenConfig` for a vision tower's features.
+
+    Args:
+        tower: the tower, which may lie on the meta device if it is inside.
+        inside: whether it is to be a part of the model, or features come precomputed.
+    """
+    fields = {
+        "feature_dim": tower.settings["hidden_size"],
+        "features_per_image": features_per_image(tower.settings),
+    }
+    if inside:
+        return {**fields, "vision_config": tower.settings}
+    return {**fields, "feature_fingerprint": tower.fingerprint()}
 
 
 def head_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,12 @@ output layer; at visual targets two depth transformers, one per codebook, predic
 the hidden state of the position before (arXiv 2503.14324, section 3.3). Only supervised positions meet a
 classifier.
 
+A model may also, or instead, read continuous features of complete images, through an adapter, made by a
+vision tower that is a part of it or brought along (UniToken, arXiv 2504.04423). They are never targets.
+
 Shapes: T tokens of a pack, V visual positions in it, Q = 2 codebooks (0 pixel, 1 semantic), D depths, K
-codes, E dimensions of a code vector, H width of the decoder, N selected positions.
+codes, E dimensions of a code vector, H width of the decoder, N selected positions; I images with continuous
+features, F features of each, C their width, S pixels a side.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
+from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 from transformers.utils import ModelOutput
 
 from dualtoken.projection import AttentionProjection
@@ -28,6 +33,7 @@ from dualtoken.unified_model.chunked_loss import TextHead
 from dualtoken.unified_model.config import DualTokenConfig, padded_vocabulary, require_plain_logits
 from dualtoken.unified_model.depth_transformer import VisualHead
 from dualtoken.unified_model.sequence import IGNORE_INDEX
+from dualtoken.unified_model.vision_tower import VisionTower
 from dualtoken.unified_model.visual_embedder import CODEBOOKS, Codebooks, GeluMLP, VisualEmbedder
 from dualtoken.unified_model.visual_features import FeatureCache, PostQuantization, require_whole_images
 
@@ -38,6 +44,8 @@ PARTS = (
     "semantic_projector",
     "pixel_head",
     "semantic_head",
+    "feature_adapter",
+    "vision_tower",
 )
 
 
@@ -81,8 +89,8 @@ class DualTokenForCausalLM(PreTrainedModel):
 
     Build it with `AutoModelForCausalLM.from_config(config)` (sharded under an active DeepSpeed ZeRO-3
     config), `from_base` or `from_pretrained`, then give it the visual tokenizer's codebooks by
-    `set_codebooks`, and its projections by `set_post_quantization` if it reads their features;
-    `save_pretrained` keeps both.
+    `set_codebooks`, its projections by `set_post_quantization` if it reads their features, and a vision
+    tower's weights by `set_vision_tower` if it has one; `save_pretrained` keeps all of them.
 
     Every part runs in every forward pass, on a batch without images or text targets with weight
     zero, so that all ranks of ZeRO-3 gather and reduce the same parameters in the same order.
@@ -118,6 +126,11 @@ class DualTokenForCausalLM(PreTrainedModel):
             width,
             config.positions_per_image if config.place_embedding else 0,
         )
+        self.feature_adapter = self.vision_tower = None
+        if config.feature_dim is not None:
+            self.feature_adapter = GeluMLP(config.feature_dim, width, width)
+        if config.vision_config is not None:
+            self.vision_tower = VisionTower(config.vision_config)
         self.pixel_projector = GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
         self.semantic_projector = GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
         self.pixel_head = _visual_head(config)
@@ -237,9 +250,25 @@ class DualTokenForCausalLM(PreTrainedModel):
             )
         self.post_quantization.set(pixel, semantic)
 
+    def set_vision_tower(self, vision_model: SiglipVisionModel) -> None:
+        """Take over the layers of a SigLIP tower.
+
+        Under ZeRO-3 call it where the parameters of `vision_tower` are gathered.
+
+        Raises:
+            ValueError: this model has no vision tower, or one of other sizes.
+        """
+        if self.vision_tower is None:
+            raise ValueError(
+                "this model has no vision tower; build its config with visual_input='features' or "
+                "'codes_and_features' and feature_fields(tower)"
+            )
+        self.vision_tower.set(vision_model)
+
     def parts(self) -> dict[str, nn.Module]:
         """Return the trainable parts by name, to group, freeze or count their parameters."""
-        return {name: getattr(self, name) for name in PARTS}
+        parts = ((name, getattr(self, name)) for name in PARTS)
+        return {name: part for name, part in parts if part is not None}
 
     def visual_heads(self) -> list[tuple[GeluMLP, VisualHead]]:
         """Return projector and head of each codebook, in the order of Q."""
@@ -255,6 +284,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         labels: torch.Tensor | None = None,
         visual_loss_mask: torch.Tensor | None = None,
         z_loss: float = 0.0,
+        features: torch.Tensor | None = None,
         stretch: tuple[int, int] | None = None,
     ) -> DualTokenOutput:
         """Score a pack of documents: equations (5) to (8) of arXiv 2503.14324, as sums.
@@ -269,13 +299,17 @@ class DualTokenForCausalLM(PreTrainedModel):
                 document is never a target.
             visual_loss_mask: [V] bool, which visual positions are targets; None for none.
             z_loss: weight of the squared log-partition at each target (see `chunked_loss`); 0 for none.
+            features: of the images that have them, in order: images as uint8 or floats in [-1, 1],
+                [I, 3, S, S], for the vision tower; without one, features [I, F, C]. None for none.
             stretch: first place, and the one behind the last, whose hidden states are computed here, with
                 the targets that they predict; the others are other ranks', with which the decoder's attention
-                exchanges what it needs. All other arguments are of the whole row. None for the whole row.
+                exchanges what it needs. All other arguments are of the whole row. None for the whole row,
+                as a model of continuous features needs it.
 
         Raises:
-            ValueError: on more than one row, or numbers of codes and image-pad positions that differ; on a
-                stretch, if the decoder's attention is that of a single rank.
+            ValueError: on more than one row, or numbers of codes or features and of their positions that
+                differ; on a stretch, if the decoder's attention is that of a single rank, or the model reads
+                continuous features.
         """
         if input_ids.dim() != 2 or input_ids.shape[0] != 1:
             raise ValueError(
@@ -301,6 +335,11 @@ class DualTokenForCausalLM(PreTrainedModel):
         start, stop = stretch or (0, input_ids.shape[1])
         ends = []
         if stretch is not None:
+            if self.config.reads_features:
+                raise ValueError(
+                    f"got the stretch {stretch} of a row, and a model of continuous features; expected a "
+                    "model of codes alone, or the whole row"
+                )
             if self.decoder_config._attn_implementation == DOCUMENT_ATTENTION:
                 raise ValueError(
                     f"got the stretch {stretch} of a row, and attention that sees what this rank has alone; "
@@ -309,7 +348,9 @@ class DualTokenForCausalLM(PreTrainedModel):
             supervised = supervised & _predicted_in(stretch, torch.arange(len(labels), device=labels.device))
             visual_loss_mask = visual_loss_mask & _predicted_in(stretch, visual_positions)
             ends = [visual_positions < start, visual_positions < stop]
-        codes, counts = self.checked_codes(input_ids, codes, supervised, visual_loss_mask, *ends)
+        codes, counts = self.checked_codes(
+            input_ids, codes, supervised, visual_loss_mask, *ends, features=features
+        )
         # An image of which a part is another stretch's is embedded whole, for its places and features.
         first, last = counts[2:] or (0, len(codes))
         per_image = self.config.positions_per_image
@@ -320,6 +361,7 @@ class DualTokenForCausalLM(PreTrainedModel):
                 self.codebooks(codes[images]),  # [V', Q, D, E]
                 visual_positions[images] - start,
                 slice(first - images.start, last - images.start),
+                features,
             ),
             position_ids=position_ids[:, start:stop],
             use_cache=False,
@@ -340,10 +382,15 @@ class DualTokenForCausalLM(PreTrainedModel):
         """The language model without its output layer."""
         return self.llm.base_model
 
-    def embed(self, input_ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-        """Embed tokens [B, T], and code vectors [V, Q, D, E] at the image positions: [B, T, H]."""
+    def embed(
+        self, input_ids: torch.Tensor, vectors: torch.Tensor, features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embed tokens [B, T], code vectors [V, Q, D, E] and continuous features at their places: [B, T, H].
+
+        `features` as of `forward`.
+        """
         positions = self.visual_positions(input_ids.flatten(), len(vectors))
-        return self._embed(input_ids, vectors, positions)
+        return self._embed(input_ids, vectors, positions, features=features)
 
     def _embed(
         self,
@@ -351,6 +398,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         vectors: torch.Tensor,
         positions: torch.Tensor,
         here: slice = slice(None),  # noqa: B008
+        features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `embed`, of code vectors whose `positions` [V] are in `input_ids` for those `here` alone."""
         embeddings = self.get_input_embeddings()(input_ids)
@@ -361,12 +409,25 @@ class DualTokenForCausalLM(PreTrainedModel):
         elif self.post_quantization is not None or self.config.place_embedding:
             require_whole_images(positions, per_image)
             images = vectors.unflatten(0, (-1, per_image))
-        features = self._features(images).flatten(0, 1)
-        places = torch.arange(len(features), device=features.device) % per_image
-        visual = self.visual_embedder(features, places).to(embeddings.dtype)
-        if len(vectors) == 0:
-            return embeddings + 0.0 * visual.sum()
-        return embeddings.flatten(0, 1).index_copy(0, positions[here], visual[here]).view_as(embeddings)
+        sums = self._features(images).flatten(0, 1)
+        places = torch.arange(len(sums), device=sums.device) % per_image
+        embeddings = _put(embeddings, positions[here], self.visual_embedder(sums, places)[here])
+        if self.feature_adapter is None:
+            return embeddings
+        count = 0 if features is None else len(features) * self.config.features_per_image
+        positions = _places(input_ids.flatten() == self.config.special.image_feature, count)
+        return _put(embeddings, positions, self._adapted(self.feature_adapter, features))
+
+    def _adapted(self, adapter: GeluMLP, features: torch.Tensor | None) -> torch.Tensor:
+        """Bring continuous features to the width of the decoder, [I * F, H]; of a blank image for None."""
+        if self.vision_tower is not None:
+            if features is None:
+                size = self.vision_tower.settings["image_size"]
+                features = torch.zeros(1, 3, size, size, device=self.codebooks.vectors.device)
+            features = self.vision_tower(features)
+        elif features is None:
+            features = self.codebooks.vectors.new_zeros(1, 1, cast(int, self.config.feature_dim))
+        return adapter(features.flatten(0, 1))
 
     def new_feature_cache(self) -> FeatureCache | None:
         """Return what `embed_next` needs from one position to the next; to be had anew for each image."""
@@ -444,15 +505,20 @@ class DualTokenForCausalLM(PreTrainedModel):
         return _places(input_ids == self.config.special.image_pad, count)
 
     def checked_codes(
-        self, input_ids: torch.Tensor, codes: torch.Tensor | None, *masks: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        codes: torch.Tensor | None,
+        *masks: torch.Tensor,
+        features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[int]]:
         """Return codes as int64 [V, Q, D], V being 0 for None, and how often each of `masks` is true.
 
         All that the host has to know of a batch is asked for here, so that it waits for the device only once.
 
         Raises:
-            ValueError: the codes do not fit the tokens, or there are no codebooks yet.
+            ValueError: the codes or features do not fit the tokens, or there are no codebooks yet.
         """
+        self._check_features(features)
         expected = (len(CODEBOOKS), self.config.num_quantizers)
         if codes is None or len(codes) == 0:
             codes = torch.zeros(0, *expected, dtype=torch.int64, device=input_ids.device)
@@ -462,9 +528,22 @@ class DualTokenForCausalLM(PreTrainedModel):
                 "they come from another visual tokenizer"
             )
         codes = codes.long()
-        found = [(input_ids == self.config.special.image_pad).sum(), *(mask.sum() for mask in masks)]
+        special = self.config.special
+        found = [(input_ids == token).sum() for token in (special.image_pad, special.image_feature)]
+        found += [mask.sum() for mask in masks]
         known = torch.stack([*found, *(codes.aminmax() if len(codes) else ())]).tolist()
-        places, counts, extremes = known[0], known[1 : len(found)], known[len(found) :]
+        places, feature_places, counts, extremes = (
+            known[0],
+            known[1],
+            known[2 : len(found)],
+            known[len(found) :],
+        )
+        per_image = self.config.features_per_image
+        if feature_places != per_image * (0 if features is None else len(features)):
+            raise ValueError(
+                f"{feature_places} positions of continuous features but features of "
+                f"{0 if features is None else len(features)} images; an image takes {per_image} positions"
+            )
         if places != len(codes):
             raise ValueError(
                 f"{places} image-pad tokens but {len(codes)} visual positions in codes; "
@@ -488,6 +567,23 @@ class DualTokenForCausalLM(PreTrainedModel):
                 )
             self._codebooks_checked = True
         return codes, counts
+
+    def _check_features(self, features: torch.Tensor | None) -> None:
+        if features is None:
+            return
+        config = self.config
+        shape: tuple[int, ...] = (config.features_per_image, config.feature_dim or 0)
+        what = "precomputed features [images, {}, {}]".format(*shape)
+        if config.vision_config is not None:
+            size = config.vision_config["image_size"]
+            shape, what = (3, size, size), f"images [images, 3, {size}, {size}] for the vision tower"
+        if not config.reads_features:
+            what = "none, it reads codes alone"
+        if not config.reads_features or tuple(features.shape[1:]) != shape:
+            raise ValueError(
+                f"features have shape {tuple(features.shape)}, the model expects {what}; pretokenize with "
+                "the --features that it was built for"
+            )
 
 
 def require_decoder(llm: PreTrainedModel) -> None:
@@ -525,6 +621,14 @@ def _sum(scores: torch.Tensor, count: int) -> torch.Tensor:
     """
     total = scores.sum(dim=0)
     return total if count else (0.0 * total.sum()).expand_as(total)
+
+
+def _put(embeddings: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Put values [N, H] at N places of embeddings [B, T, H]; without places, into the graph times zero."""
+    values = values.to(embeddings.dtype)
+    if len(positions) == 0:
+        return embeddings + 0.0 * values.sum()
+    return embeddings.flatten(0, 1).index_copy(0, positions, values).view_as(embeddings)
 
 
 def _predicted_in(stretch: tuple[int, int], places: torch.Tensor) -> torch.Tensor:

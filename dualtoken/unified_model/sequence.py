@@ -8,8 +8,13 @@ model reads stands between ``<|vision_start|>`` and ``<|vision_end|>``, one it h
 ``<|image_pad|>`` and its codes travel beside the tokens. Labels follow the transformers convention:
 ``labels[i]`` is the token at ``i``, to be predicted from the positions before it, or -100.
 
+A model that reads continuous features has them in place of the codes of images it reads, or after them, as
+UniToken does: codes, ``<|image_sep|>``, N times ``<|image_feature|>``, all between the same two marks. An
+image it writes always has its codes and the separator, and features only if something follows it: while it is
+written they do not exist. `ImageLayout` says which.
+
 Shapes: T tokens, V visual positions of a document or pack, P positions per image, Q = 2 codebooks (0 pixel,
-1 semantic), D quantizers.
+1 semantic), D quantizers, I images with features, N features per image, C their width, S pixels a side.
 """
 
 from __future__ import annotations
@@ -35,6 +40,12 @@ SPECIAL: dict[str, str] = {
 }
 """Field of `SpecialTokens` -> the token's text. The first four are part of Qwen's tokenizer."""
 
+FEATURE_SPECIAL: dict[str, str] = {
+    "image_sep": "<|image_sep|>",
+    "image_feature": "<|image_feature|>",
+}
+"""The same of the tokens that only models with continuous features need."""
+
 
 @dataclass(frozen=True)
 class SpecialTokens:
@@ -48,6 +59,10 @@ class SpecialTokens:
     image_gen_end: int
     begin_of_text: int = -1
     """What opens a document; -1, and where saved without, for `end_of_text`."""
+    image_sep: int = -1
+    """What stands between codes and continuous features; -1, as the next, where the tokenizer lacks it."""
+    image_feature: int = -1
+    """What holds the place of a continuous feature."""
 
     def __post_init__(self) -> None:
         if self.begin_of_text < 0:
@@ -68,22 +83,35 @@ class SpecialTokens:
         if found["end_of_text"] is None:
             found["end_of_text"] = text_tokenizer.eos_token_id
         begin = text_tokenizer.bos_token_id
+        found |= {field: vocabulary.get(token, -1) for field, token in FEATURE_SPECIAL.items()}
         return cls(**found, begin_of_text=-1 if begin is None else begin)
 
+    @property
+    def has_features(self) -> bool:
+        """Whether there are tokens for continuous features."""
+        return self.image_sep >= 0 and self.image_feature >= 0
+
     def ids(self) -> set[int]:
-        """Return the ids, six or seven."""
-        return {getattr(self, field.name) for field in fields(self)}
+        """Return the ids that there are, six to nine."""
+        return {getattr(self, field.name) for field in fields(self)} - {-1}
 
 
-def add_special_tokens(text_tokenizer: Any) -> int:
+def add_special_tokens(text_tokenizer: Any, features: bool = False) -> int:
     """Add those special tokens that the text tokenizer lacks and return how many were added.
 
     ``<|endoftext|>`` is not added where the tokenizer has an end token of its own, which the model knows.
     A model built for the tokenizer before has to be resized when the result is not zero.
+
+    Args:
+        text_tokenizer: a transformers tokenizer.
+        features: also those that a model with continuous features needs.
     """
     from transformers import AddedToken
 
     missing = _missing(text_tokenizer)
+    if features:
+        vocabulary = text_tokenizer.get_vocab()
+        missing += [token for token in FEATURE_SPECIAL.values() if token not in vocabulary]
     tokens = [AddedToken(token, special=True, normalized=False) for token in missing]
     return text_tokenizer.add_tokens(tokens, special_tokens=True) if tokens else 0
 
@@ -100,8 +128,8 @@ class TextPart:
     """A stretch of text; `loss` says whether the model learns to write it.
 
     Special tokens spelled out in the text are ordinary characters, unless `markup` is set: then the
-    tokenizer's own marks (the chat template's turn marks, say) count, and only the six of `SPECIAL` are
-    refused.
+    tokenizer's own marks (the chat template's turn marks, say) count, and only those of `SPECIAL` and
+    `FEATURE_SPECIAL` are refused.
     """
 
     text: str
@@ -109,12 +137,28 @@ class TextPart:
     markup: bool = False
 
 
+@dataclass(frozen=True)
+class ImageLayout:
+    """What stands in the sequence for an image, as the model was built to read it."""
+
+    codes: bool = True
+    """Whether an image that is read has its codes; one that is written always has."""
+    features: int = 0
+    """Continuous features per image, N; 0 without."""
+
+
 @dataclass
 class ImagePart:
-    """An image by its codes, integers [P, Q, D]; `loss` says whether the model learns to generate it."""
+    """An image; `loss` says whether the model learns to generate it.
 
-    codes: np.ndarray | torch.Tensor
+    `codes` are integers [P, Q, D]; None where the model reads only features of it. `features` are floats
+    [N, C], or the image itself as uint8 [3, S, S], of which a vision tower in the model makes them; a layout
+    without features leaves them alone.
+    """
+
+    codes: np.ndarray | torch.Tensor | None
     loss: bool = False
+    features: torch.Tensor | None = None
 
 
 def require_image_codes(codes: Any, positions: int, num_quantizers: int, index: int) -> None:
@@ -140,7 +184,8 @@ class TokenizedDocument:
     """A document as tokens and codes.
 
     `input_ids` int64 [T]; `codes` [V, Q, D] in the order of the image-pad positions, in the integer type
-    they came in ([0, 2, 0] without images); `labels` int64 [T]; `visual_loss_mask` bool [V].
+    they came in ([0, 2, 0] without images); `labels` int64 [T]; `visual_loss_mask` bool [V]; `features`
+    [I, N, C] or uint8 [I, 3, S, S] in the order of the images that have them, None without.
     """
 
     input_ids: torch.Tensor
@@ -148,36 +193,43 @@ class TokenizedDocument:
     labels: torch.Tensor
     visual_loss_mask: torch.Tensor
     key: str = ""
+    features: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
 
 def tokenize_document(
-    document: Document, text_tokenizer: Any, special: SpecialTokens, end: bool = True
+    document: Document,
+    text_tokenizer: Any,
+    special: SpecialTokens,
+    end: bool = True,
+    layout: ImageLayout | None = None,
 ) -> TokenizedDocument:
-    """Lay a document out as tokens, codes and labels.
+    """Lay a document out as tokens, codes, features and labels.
 
-    Targets are the tokens of text parts with loss, ``<|image_gen_start|>`` of images with loss, and the
-    closing END if the last part has loss; an END that the last part spells out is not repeated. The token
-    after an image's last position is forced when generating, so it is never a target.
+    Targets are the tokens of text parts with loss, ``<|image_gen_start|>`` and ``<|image_sep|>`` of images
+    with loss, and the closing END if the last part has loss; an END that the last part spells out is not
+    repeated. The token that closes an image is forced when generating, so it is never a target.
 
     Args:
         document: the parts, in order.
         text_tokenizer: a transformers tokenizer that knows the special tokens.
         special: their ids.
         end: whether to close the document; a prompt to be continued is left open.
+        layout: what stands for an image (`DualTokenConfig.image_layout`); its codes by default.
 
     Raises:
-        ValueError: on codes that are not [P, 2, D] or differ in shape between the images of the document.
+        ValueError: on codes that are not [P, 2, D] or differ in shape between the images of the document, on
+            features likewise, or on an image that lacks what the layout asks for.
     """
-    builder = _Builder(text_tokenizer, special)
+    builder = _Builder(text_tokenizer, special, layout or ImageLayout())
     builder.add([special.begin_of_text], loss=False)
-    for part in document.parts:
+    for index, part in enumerate(document.parts):
         if isinstance(part, TextPart):
             builder.add_text(part, document.key)
         elif isinstance(part, ImagePart):
-            builder.add_image(part, document.key)
+            builder.add_image(part, document.key, followed=not end or index + 1 < len(document.parts))
         else:
             raise ValueError(
                 f"document {document.key!r}: a part is a {type(part).__name__}, "
@@ -190,11 +242,13 @@ def tokenize_document(
 
 
 class _Builder:
-    """Collects the tokens, labels and codes of one document."""
+    """Collects the tokens, labels, codes and features of one document."""
 
-    def __init__(self, text_tokenizer: Any, special: SpecialTokens) -> None:
+    def __init__(self, text_tokenizer: Any, special: SpecialTokens, layout: ImageLayout) -> None:
         self.text_tokenizer = text_tokenizer
         self.special = special
+        self.layout = layout
+        self.features: list[torch.Tensor] = []
         self.input_ids: list[int] = []
         self.labels: list[int] = []
         self.codes: list[torch.Tensor] = []
@@ -212,7 +266,8 @@ class _Builder:
         ]
         found = sorted(self.special.ids().intersection(ids)) if part.markup else []
         # A tokenizer's own end token may end the turns of a chat, as Vicuna's do.
-        names = [n for n in self.text_tokenizer.convert_ids_to_tokens(found) if n in SPECIAL.values()]
+        placed = {*SPECIAL.values(), *FEATURE_SPECIAL.values()}
+        names = [n for n in self.text_tokenizer.convert_ids_to_tokens(found) if n in placed]
         if names:
             raise ValueError(
                 f"document {key!r}: the text spells out {', '.join(names)}, which only the layout may place; "
@@ -220,7 +275,26 @@ class _Builder:
             )
         self.add(ids, part.loss)
 
-    def add_image(self, part: ImagePart, key: str) -> None:
+    def add_image(self, part: ImagePart, key: str, followed: bool) -> None:
+        special, layout = self.special, self.layout
+        start, stop = special.vision_start, special.vision_end
+        if part.loss:
+            start, stop = special.image_gen_start, special.image_gen_end
+        self.add([start], loss=part.loss)
+        if part.loss or layout.codes:
+            self.add_codes(part, key)
+            if layout.features:
+                self.add([special.image_sep], loss=part.loss)
+        if layout.features and (followed or not part.loss):
+            self.add_features(part, key)
+        self.add([stop], loss=False)
+
+    def add_codes(self, part: ImagePart, key: str) -> None:
+        if part.codes is None:
+            raise ValueError(
+                f"document {key!r}: an image has no codes, expected [positions, 2 (pixel, semantic), "
+                "quantizers]; encode it with the visual tokenizer"
+            )
         codes = torch.as_tensor(part.codes)
         if codes.dim() != 3 or codes.shape[1] != 2 or 0 in codes.shape:
             raise ValueError(
@@ -235,16 +309,34 @@ class _Builder:
                 f"{tuple(self.codes[0].shape)} and {tuple(codes.shape)}; "
                 "tokenize all images with one visual tokenizer"
             )
-        special = self.special
-        start, stop = special.vision_start, special.vision_end
-        if part.loss:
-            start, stop = special.image_gen_start, special.image_gen_end
         positions = codes.shape[0]
-        self.add([start], loss=part.loss)
-        self.add([special.image_pad] * positions, loss=False)
-        self.add([stop], loss=False)
+        self.add([self.special.image_pad] * positions, loss=False)
         self.codes.append(codes)
         self.visual_loss.extend([part.loss] * positions)
+
+    def add_features(self, part: ImagePart, key: str) -> None:
+        features, expected = part.features, self.layout.features
+        if features is None:
+            raise ValueError(
+                f"document {key!r}: an image has no continuous features, which the model reads; pretokenize "
+                "with --features, or give the image itself to a model with a vision tower"
+            )
+        are_pixels = features.dtype == torch.uint8
+        if features.dim() != (3 if are_pixels else 2) or not (are_pixels or len(features) == expected):
+            raise ValueError(
+                f"document {key!r}: features of an image have shape {tuple(features.shape)} and type "
+                f"{features.dtype}, expected floats [{expected}, width] or pixels uint8 [3, size, size]"
+            )
+        if self.features and (features.shape, features.dtype) != (
+            self.features[0].shape, self.features[0].dtype,
+        ):  # fmt: skip
+            raise ValueError(
+                f"document {key!r}: images of one document have features of shapes "
+                f"{tuple(self.features[0].shape)} and {tuple(features.shape)}, types "
+                f"{self.features[0].dtype} and {features.dtype}; make those of all with one vision tower"
+            )
+        self.add([self.special.image_feature] * expected, loss=False)
+        self.features.append(features)
 
     def build(self, key: str) -> TokenizedDocument:
         return TokenizedDocument(
@@ -253,6 +345,7 @@ class _Builder:
             labels=torch.tensor(self.labels, dtype=torch.int64),
             visual_loss_mask=torch.tensor(self.visual_loss, dtype=torch.bool),
             key=key,
+            features=torch.stack(self.features) if self.features else None,
         )
 
 
@@ -263,7 +356,7 @@ class PackedBatch:
     `input_ids`, `position_ids` (restarting per document) and `labels` int64 [1, T]; `cu_seqlens` int32 [n +
     1], the borders of the n documents, the padding being the last of them; `max_seqlen` the longest;
     `codes` int64 [V, Q, D]; `visual_loss_mask` bool [V]; `keys` of the documents; `padding` the number of
-    padding tokens.
+    padding tokens; `features` [I, N, C] or uint8 [I, 3, S, S] of the images that have them, None without.
     """
 
     input_ids: torch.Tensor
@@ -275,6 +368,7 @@ class PackedBatch:
     visual_loss_mask: torch.Tensor
     keys: list[str]
     padding: int = 0
+    features: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on a device."""
@@ -286,11 +380,8 @@ class PackedBatch:
 
     def model_inputs(self) -> dict[str, Any]:
         """Return the arguments of `DualTokenForCausalLM.forward`."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name not in ("keys", "padding")
-        }
+        inputs = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {n: v for n, v in inputs.items() if v is not None and n not in ("keys", "padding")}
 
     def _map(self, function: Any) -> PackedBatch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -301,7 +392,7 @@ def pack_documents(documents: Sequence[TokenizedDocument], context_length: int |
     """Pack documents into one row, padded to `context_length` by a document of its own without targets.
 
     Without `context_length` nothing is padded. ValueError if there is no document, if they do not fit, or
-    if their images have codes of different depth.
+    if their images have codes of different depth or features of different shape or type.
     """
     if not documents:
         raise ValueError("cannot pack an empty list of documents")
@@ -320,6 +411,13 @@ def pack_documents(documents: Sequence[TokenizedDocument], context_length: int |
             "tokenize all images with one visual tokenizer"
         )
     codes = [document.codes.to(torch.int64) for document in documents if len(document.codes)]
+    features = [document.features for document in documents if document.features is not None]
+    kinds = {(tuple(given.shape[1:]), str(given.dtype)) for given in features}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"features of different shapes and types {sorted(kinds)} in one pack; "
+            "make those of all images with one vision tower"
+        )
     input_ids = [document.input_ids for document in documents]
     labels = [document.labels for document in documents]
     if padding:
@@ -336,4 +434,5 @@ def pack_documents(documents: Sequence[TokenizedDocument], context_length: int |
         visual_loss_mask=torch.cat([document.visual_loss_mask for document in documents]),
         keys=[document.key for document in documents],
         padding=padding,
+        features=torch.cat(features) if features else None,
     )

@@ -16,6 +16,11 @@ from torch import nn
 CODEBOOKS = ("pixel", "semantic")
 
 
+def codebooks_read(visual_input: str) -> tuple[str, ...]:
+    """Return whose code vectors a model with this `visual_input` embeds wherever it has an image's codes."""
+    return (visual_input,) if visual_input in CODEBOOKS else CODEBOOKS
+
+
 class Codebooks(nn.Module):
     """The frozen code vectors, in fp32 whatever happens to the rest of the model.
 
@@ -85,7 +90,7 @@ class VisualEmbedder(nn.Module):
         self, visual_input: str, embedder: str, codebook_dim: int, hidden_size: int, places: int = 0
     ) -> None:
         super().__init__()
-        self.read = [q for q, name in enumerate(CODEBOOKS) if visual_input in ("both", name)]
+        self.read = [q for q, name in enumerate(CODEBOOKS) if name in codebooks_read(visual_input)]
         self.joined = embedder == "concat_mlp" or len(self.read) == 1
         mlps, width = (1, len(self.read) * codebook_dim) if self.joined else (len(self.read), codebook_dim)
         if hidden_size % mlps:

@@ -5,13 +5,11 @@ Codes on disk carry it, and models that learn from them refuse codes of another 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from dualtoken.digest import sha256_of
 from dualtoken.visual_tokenizer.config import VISION_SIZES, DualTokenVisualTokenizerConfig
 
 _SETTINGS = (
@@ -39,12 +37,9 @@ def fingerprint_of_codes(config: DualTokenVisualTokenizerConfig, state: Mapping[
     values = config.to_dict()
     settings = {name: values[name] for name in _SETTINGS}
     settings["vision"] = {name: values["vision_config"][name] for name in _VISION_SETTINGS}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, tensor in sorted(state.items()):
-        if _changes_codes(name, config):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return sha256_of(
+        settings, {name: tensor for name, tensor in state.items() if _changes_codes(name, config)}
+    )
 
 
 def _changes_codes(name: str, config: DualTokenVisualTokenizerConfig) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from data_pipeline.shards.code_shards import require_same_codes
 from dualtoken.plain_tensors import read_tensors
 from dualtoken.unified_model.config import DualTokenConfig
-from dualtoken.unified_model.visual_embedder import CODEBOOKS
+from dualtoken.unified_model.visual_embedder import codebooks_read
 from eval.inputs import load_visual_tokenizer
 from eval.progress import with_progress
 from launchers.conversions.decoders import unified_config
@@ -85,7 +85,12 @@ def export_llava(model: Path, visual_tokenizer: Path, output: Path) -> Iterator[
 
 def _codebooks_read(model: Path, config: DualTokenConfig, files: WeightFiles) -> list[str]:
     """Names of the codebooks whose features the one MLP reads; UserError if there are two MLPs."""
-    read = [name for name in CODEBOOKS if config.visual_input in ("both", name)]
+    if config.reads_features:
+        raise UserError(
+            f"{model} has visual_input={config.visual_input!r}, of which LLaVA's layout has no tower here; "
+            "expected a model that reads codes alone"
+        )
+    read = list(codebooks_read(config.visual_input))
     if config.embedder != "concat_mlp" and len(read) > 1:
         raise UserError(
             f"{model} has embedder={config.embedder!r}, an MLP for each codebook; LLaVA's mlp2x_gelu is one "

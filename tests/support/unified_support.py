@@ -2,25 +2,29 @@
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
 from dualtoken.projection import AttentionProjection
-from dualtoken.unified_model.config import DualTokenConfig
+from dualtoken.unified_model.config import DualTokenConfig, feature_fields
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.unified_model.sequence import (
     Document,
+    ImageLayout,
     ImagePart,
     SpecialTokens,
     TextPart,
     add_special_tokens,
     tokenize_document,
 )
+from dualtoken.unified_model.vision_tower import VisionTower
 
 POSITIONS, DEPTH, CODES, DIM = 4, 3, 11, 8
+IMAGE_SIZE, SEEN = 32, 9  # pixels a side, continuous features per image
 FEATURES = {"visual_features": "post_quantization", "post_quantization_dim": 16}
 
 
-def byte_tokenizer(special: bool = True) -> PreTrainedTokenizerFast:
+def byte_tokenizer(special: bool = True, features: bool = False) -> PreTrainedTokenizerFast:
     """A text tokenizer with one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -28,7 +32,7 @@ def byte_tokenizer(special: bool = True) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     text_tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     if special:
-        add_special_tokens(text_tokenizer)
+        add_special_tokens(text_tokenizer, features)
     return text_tokenizer
 
 
@@ -41,6 +45,8 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
 
 TOKENIZER = byte_tokenizer()
 IDS = SpecialTokens.from_tokenizer(TOKENIZER)
+FEATURE_TOKENIZER = byte_tokenizer(features=True)
+FEATURE_IDS = SpecialTokens.from_tokenizer(FEATURE_TOKENIZER)
 
 
 def tiny_config(decoder: str = "qwen2", initializer_range: float = 0.02, **overrides) -> DualTokenConfig:
@@ -53,8 +59,8 @@ def tiny_config(decoder: str = "qwen2", initializer_range: float = 0.02, **overr
     fields = {
         "text_config": kind(**sizes, tie_word_embeddings=decoder == "qwen2"),
         "codebook_size": CODES, "codebook_dim": DIM, "num_quantizers": DEPTH,
-        "positions_per_image": POSITIONS, "image_size": 32, "head_hidden_size": 24, "head_num_layers": 2,
-        "head_num_attention_heads": 3, "chunk_size": 5, "special_tokens": vars(IDS),
+        "positions_per_image": POSITIONS, "image_size": IMAGE_SIZE, "head_hidden_size": 24,
+        "head_num_layers": 2, "head_num_attention_heads": 3, "chunk_size": 5, "special_tokens": vars(IDS),
     }  # fmt: skip
     return DualTokenConfig(**{**fields, **overrides})
 
@@ -67,6 +73,8 @@ def tiny_model(seed: int = 0, sharpen: float = 1.0, **overrides) -> DualTokenFor
     model.set_codebooks(torch.randn(2, config.codebook_depths, CODES, DIM))
     if model.post_quantization is not None:
         model.set_post_quantization(*projections(config.post_quantization_dim))
+    if model.vision_tower is not None:
+        model.set_vision_tower(vision_model())
     with torch.no_grad():
         for _, head in model.visual_heads():
             head.classifier.mul_(sharpen)
@@ -80,23 +88,48 @@ def projections(width: int = 16, causal: bool = True) -> list[AttentionProjectio
     return [AttentionProjection(DIM, width, causal) for _ in range(2)]
 
 
+def vision_model(seed: int = 12, layers: int = 3) -> SiglipVisionModel:
+    """A whole SigLIP tower with 3 x 3 patches of 10 pixels, two pixels at the edges left over."""
+    torch.manual_seed(seed)
+    config = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
+        image_size=IMAGE_SIZE, patch_size=10,
+    )  # fmt: skip
+    return SiglipVisionModel._from_config(config).eval()
+
+
+def seeing(visual_input: str = "codes_and_features", inside: bool = True) -> dict:
+    """Fields of the config of a model that reads continuous features, of a tower inside or brought along."""
+    fields = feature_fields(VisionTower.of_model(vision_model()), inside)
+    return {"visual_input": visual_input, "special_tokens": vars(FEATURE_IDS), **fields}
+
+
+def random_pixels(seed: int) -> torch.Tensor:
+    """An image as uint8 [3, S, S]."""
+    shape = (3, IMAGE_SIZE, IMAGE_SIZE)
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
 def random_codes(generator: torch.Generator | None = None, positions: int = POSITIONS) -> torch.Tensor:
     return torch.randint(CODES, (positions, 2, DEPTH), generator=generator)
 
 
 def caption(text: str, seed: int = 0) -> Document:
     codes = random_codes(torch.Generator().manual_seed(seed))
-    return Document([ImagePart(codes), TextPart("Say: ", loss=False), TextPart(text)], f"caption {text}")
+    image = ImagePart(codes, features=random_pixels(seed))
+    return Document([image, TextPart("Say: ", loss=False), TextPart(text)], f"caption {text}")
 
 
 def generation(text: str, seed: int = 0) -> Document:
     codes = random_codes(torch.Generator().manual_seed(seed))
-    return Document([TextPart(text, loss=False), ImagePart(codes, loss=True)], f"generate {text}")
+    image = ImagePart(codes, loss=True, features=random_pixels(seed))
+    return Document([TextPart(text, loss=False), image], f"generate {text}")
 
 
 def plain(text: str) -> Document:
     return Document([TextPart(text)], f"text {text}")
 
 
-def tokenized(*documents: Document):
-    return [tokenize_document(document, TOKENIZER, IDS) for document in documents]
+def tokenized(*documents: Document, layout: ImageLayout | None = None):
+    ids = FEATURE_IDS if layout and layout.features else IDS
+    return [tokenize_document(document, TOKENIZER, ids, layout=layout) for document in documents]

@@ -155,6 +155,10 @@ def test_shards_are_as_large_as_said(tmp_path):
             ["tokenizer_joint", "--llm", "qwen2.5-7b"],
             "are for unified models, tokenizer_joint is a tokenizer job",
         ),
+        (
+            ["mllm_align", "model.heads.visual_input=features"],
+            "model.heads.visual_input=features: expected both, pixel or semantic, plans are made for models",
+        ),
         (["mllm_joint", "model.init_from=gone"], "model.init_from=gone is not there, and no recipe makes it"),
         (
             ["quickstart_mllm", "data.context_length=640", "--gpus", "2", "--visual-tokenizer", "so400m_384"],

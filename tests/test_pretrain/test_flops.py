@@ -27,10 +27,13 @@ from pretrain.tokenizer_flops import (
 )
 from tests.support.unified_support import (
     FEATURES,
+    IDS,
     POSITIONS,
+    SEEN,
     caption,
     generation,
     plain,
+    seeing,
     tiny_model,
     tokenized,
 )
@@ -57,13 +60,18 @@ def counted(run) -> tuple[float, float]:
         ({"decoder": "llama", "embedder": "mlp_concat"}, []),
         (FEATURES, ["llm.*", "pixel_*", "semantic_*"]),  # as mllm_align
         ({}, ["llm.*", "visual_embedder.*"]),  # as mllm_generate
+        (seeing("codes_and_features"), []),
+        (seeing("features"), ["llm.*", "vision_tower.*"]),
+        (seeing("features", inside=False), []),
     ],
 )
 def test_unified_model(overrides, frozen):
     model = tiny_model(chunk_size=64, **overrides)
     freeze_parameters(model, frozen)
     documents = [caption("a red cat"), generation("a blue dog, large and fierce"), plain("some words")]
-    batch = pack_documents(tokenized(*documents), 80)
+    batch = pack_documents(tokenized(*documents, layout=model.config.image_layout), 110)
+    if model.feature_adapter is not None and model.vision_tower is None:
+        batch.features = torch.rand(len(batch.features), SEEN, 16)
     lengths = batch.cu_seqlens.diff().tolist()
 
     def run():
@@ -74,9 +82,10 @@ def test_unified_model(overrides, frozen):
     pack = PackContents(
         tokens=sum(lengths),
         pairs=sum(length**2 for length in lengths),
-        visual_positions=2 * POSITIONS,
+        visual_positions=len(batch.codes),
         text_targets=int((batch.labels != -100).sum()),
         visual_targets=POSITIONS,
+        feature_pictures=0 if batch.features is None else 1,
     )
     parts = unified_model_flops(model, pack)
     _, total = counted(run)
@@ -103,7 +112,7 @@ def test_parts_of_the_unified_model():
         name.partition(".")[2]: sum(by_operator.values())
         for name, by_operator in counter.get_flop_counts().items()
     }
-    pack = PackContents.of_batch(batch, POSITIONS)
+    pack = PackContents.of_batch(batch, IDS)
     lengths = batch.cu_seqlens.diff().tolist()
     assert batch.padding == lengths[-1] > 0 and pack.tokens == sum(lengths[:-1])
     assert pack == dataclasses.replace(

@@ -32,6 +32,8 @@ from tests.support.unified_support import (
     generation,
     plain,
     random_codes,
+    random_pixels,
+    seeing,
     tiny_config,
     tiny_model,
     tokenized,
@@ -54,7 +56,9 @@ DOCUMENTS = {
     "caption": caption("cat"),
     "generate": generation("dog", 1),
     "text": plain("some words"),
-    "document": Document([TextPart("a"), ImagePart(random_codes(), loss=True), TextPart("then")], "mixed"),
+    "document": Document(
+        [TextPart("a"), ImagePart(random_codes(), True, random_pixels(2)), TextPart("then")], "mixed"
+    ),
 }
 
 
@@ -173,6 +177,49 @@ def test_each_part_can_have_a_rate_of_its_own():
     assert scale_of["llm.lm_head.weight"] == scale_of["llm.model.norm.weight"] == 0.1
     assert scale_of["pixel_head.classifier"] == scale_of["semantic_head.code_in"] == 3.0
     assert scale_of["pixel_projector.up.weight"] == scale_of["visual_embedder.mlps.0.up.weight"] == 1.0
+
+
+def test_the_vision_tower_has_a_rate_of_its_own_or_no_state():
+    """A hundredth of the adapter's for the tower and nothing else; frozen, it is in no group."""
+    config = recipe_of("mllm_joint", "optimizer.lr_scales={'vision_tower.*': 0.01}")
+    model = tiny_model(decoder="llama", **seeing("codes_and_features"))
+    scales = rates_by_part(model, config)
+    assert scales.pop("vision_tower") == {0.01} and scales["feature_adapter"] == {1.0}
+    assert set().union(*scales.values()) == {1.0} and scales.keys() == model.parts().keys() - {"vision_tower"}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, config.optimizer)
+    documents = tokenized(*DOCUMENTS.values(), layout=model.config.image_layout)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01 * group["lr_scale"]
+    output = model(**pack_documents(documents, 160).model_inputs())
+    (output.text_nll + output.visual_nll.sum()).backward()
+    optimizer.step()
+    moved = {n: (p.detach() - before[n]).abs().max().item() for n, p in model.named_parameters()}
+    for part in ("vision_tower", "feature_adapter"):  # Adam's first step is the rate, whatever the gradient
+        largest = max(step for name, step in moved.items() if name.startswith(part))
+        assert largest == pytest.approx(1e-4 if part == "vision_tower" else 1e-2, rel=0.01), part
+
+    config = recipe_of("mllm_joint")
+    freeze_parameters(model, ["vision_tower.*"])
+    assert "vision_tower" not in rates_by_part(model, config)
+    optimizer = build_optimizer(model, config.optimizer)
+    output = model(**pack_documents(documents, 160).model_inputs())
+    model.zero_grad()
+    (output.text_nll + output.visual_nll.sum()).backward()
+    optimizer.step()
+    with_state = {name for name, parameter in model.named_parameters() if parameter in optimizer.state}
+    assert {name.split(".")[0] for name in with_state} == model.parts().keys() - {"vision_tower"}
+    assert all(p.grad is None for p in model.vision_tower.parameters())
+
+
+def rates_by_part(model, config):
+    """Scales of the learning rate by part of the model, of what is in the optimizer's groups."""
+    names = {parameter: name.split(".")[0] for name, parameter in model.named_parameters()}
+    found = {}
+    for group in parameter_groups(model, config.optimizer):
+        for parameter in group["params"]:
+            found.setdefault(names[parameter], set()).add(group["lr_scale"])
+    return found
 
 
 def words_of(folder, phase, *words):

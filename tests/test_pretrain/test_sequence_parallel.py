@@ -32,6 +32,7 @@ from tests.support.unified_support import (
     caption,
     generation,
     plain,
+    seeing,
     tiny_config,
     tiny_model,
     tokenized,
@@ -130,6 +131,14 @@ def test_ranks_with_different_packs_do_not_go_unnoticed(ranks):
 def test_attention_of_one_rank_does_not_take_a_stretch():
     with pytest.raises(ValueError, match=re.escape("got the stretch (0, 32) of a row")):
         tiny_model()(**pack(24).model_inputs(), stretch=(0, 32))
+
+
+def test_packs_with_continuous_features_are_not_shared():
+    model = tiny_model(**seeing())
+    with pytest.raises(ConfigError, match="sequence_parallel_size=2 with visual_input='codes_and_features'"):
+        share_attention(model, 2)
+    with pytest.raises(ValueError, match=re.escape("stretch (0, 32) of a row, and a model of continuous")):
+        model(**pack(24).model_inputs(), stretch=(0, 32))
 
 
 def runs(folder):

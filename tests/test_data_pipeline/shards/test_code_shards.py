@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from data_pipeline.shards.code_shards import (
     CodeGeometry,
     CodeSample,
     DatasetManifest,
+    FeatureGeometry,
     ShardWriter,
     iterate_shard,
     verify_dataset,
@@ -199,3 +201,72 @@ def test_geometry_of_the_model_is_required(tmp_path: Path) -> None:
         manifest.require(tmp_path, CodeGeometry(4, 8, 50))
     with pytest.raises(ValueError, match="stored as uint16"):
         CodeGeometry(4, 8, 70000)
+
+
+KEPT = {
+    "float16": (FeatureGeometry("float16", (5, 6), "t" * 64), np.float16),
+    "bfloat16": (FeatureGeometry("bfloat16", (5, 6), "t" * 64), np.uint16),
+    "pixels": (FeatureGeometry("pixels", (3, 8, 8)), np.uint8),
+}
+
+
+def write_features(folder: Path, kind: str, **changes: object) -> Path:
+    """Samples of one, two and no images, with what is kept of them for continuous features."""
+    folder.mkdir()
+    geometry, dtype = KEPT[kind]
+    manifest = DatasetManifest(FINGERPRINT, 50, 3, 4, image_size=8, features=geometry)
+    with ShardWriter(folder / "a.tar", GEOMETRY, features=geometry) as writer:
+        for images in (1, 2, 0):
+            sample = make_sample(f"k{images}", images)
+            noise = np.random.default_rng(images).integers(0, 200, (images, *geometry.shape))
+            sample.features = noise.astype(dtype)
+            writer.write(replace(sample, **changes))
+    assert writer.entry is not None
+    writer.entry.samples_in = writer.entry.samples
+    manifest.add("a.tar", writer.entry)
+    manifest.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_features_are_kept_beside_codes(tmp_path: Path, kind: str) -> None:
+    geometry, dtype = KEPT[kind]
+    folder = write_features(tmp_path / kind, kind)
+    assert verify_dataset(folder).features == geometry
+    for sample in iterate_shard(folder / "a.tar"):
+        images = len(sample.codes)
+        noise = np.random.default_rng(images).integers(0, 200, (images, *geometry.shape))
+        assert sample.features is not None and sample.features.dtype == dtype
+        assert np.array_equal(sample.features, noise.astype(dtype)) and sample.features.flags.writeable
+        sample.features = None
+        assert same(sample, make_sample(sample.key, images))
+
+
+def test_data_sets_without_features_say_nothing_of_them(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "plain")
+    assert "features" not in json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    assert DatasetManifest.load(folder).features is None
+
+
+def test_features_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    expected = {kind: geometry for kind, (geometry, _) in KEPT.items()}
+    folder = write_features(tmp_path / "a", "float16")
+    manifest = DatasetManifest.load(folder)
+    manifest.require(folder, GEOMETRY, FINGERPRINT, expected["bfloat16"])  # how exactly is not the model's
+    other = FeatureGeometry("float16", (5, 6), "u" * 64)
+    message = "has features 5 x 6 of the vision tower tttttttttttt for continuous features, the model expects"
+    for unfit in (expected["pixels"], other, FeatureGeometry("float16", (5, 7), "t" * 64)):
+        with pytest.raises(DatasetError, match=message):
+            manifest.require(folder, GEOMETRY, FINGERPRINT, unfit)
+    plain = write_dataset(tmp_path / "plain")
+    with pytest.raises(DatasetError, match="has nothing for continuous features, the model expects pixels"):
+        DatasetManifest.load(plain).require(plain, GEOMETRY, FINGERPRINT, expected["pixels"])
+    with pytest.raises(ValueError, match="features are None, expected"):
+        write_features(tmp_path / "b", "float16", features=None)
+    with pytest.raises(ValueError, match=r"features are .*'float64'.*, expected .*'float16'"):
+        write_features(tmp_path / "c", "float16", features=np.zeros((1, 5, 6)))
+    with pytest.raises(ValueError, match="features are 'float8', expected one of float16, bfloat16, pixels"):
+        FeatureGeometry("float8", (5, 6))
+    edit_manifest(folder, features={"kind": "float16", "shape": [5, 7], "fingerprint": "t" * 64})
+    with pytest.raises(DatasetError, match=r"sample 'k1': features are \(\(1, 5, 6\), 'float16'\), expected"):
+        verify_dataset(folder)

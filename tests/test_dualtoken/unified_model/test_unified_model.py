@@ -18,6 +18,7 @@ from tests.support.unified_support import (
     CODES,
     DEPTH,
     DIM,
+    FEATURE_IDS,
     IDS,
     POSITIONS,
     caption,
@@ -72,6 +73,7 @@ def naive_losses(model, document):
         return books[q, min(d, config.codebook_depths - 1), code] * scales[q]
 
     inputs, code_of, v = [], {}, 0
+    seen = [] if document.features is None else list(document.features.flatten(0, 1))
     for t, token in enumerate(document.input_ids.tolist()):
         if token == IDS.image_pad:
             codes = document.codes[v].long().tolist()
@@ -79,6 +81,9 @@ def naive_losses(model, document):
             inputs.append(model.visual_embedder(features[None])[0])
             code_of[t] = (codes, bool(document.visual_loss_mask[v]))
             v += 1
+        elif token == FEATURE_IDS.image_feature:
+            up, down = model.feature_adapter.up, model.feature_adapter.down
+            inputs.append(down(torch.nn.functional.gelu(up(seen.pop(0)))))
         else:
             inputs.append(model.llm.get_input_embeddings().weight[token])
     hidden = model.llm.base_model(inputs_embeds=torch.stack(inputs)[None], use_cache=False).last_hidden_state[

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dualtoken.unified_model.model import DualTokenForCausalLM, DualTokenOutput
-from dualtoken.unified_model.sequence import Document, PackedBatch, TextPart, pack_documents
+from dualtoken.unified_model.sequence import Document, ImageLayout, PackedBatch, TextPart, pack_documents
 from tests.support.distributed import run_module
 from tests.support.unified_support import (
     FEATURES,
@@ -22,23 +22,27 @@ from tests.support.unified_support import (
     generation,
     plain,
     projections,
+    seeing,
     tiny_config,
     tiny_model,
     tokenized,
+    vision_model,
 )
 
-STEPS, RATE, CONTEXT = 3, 1e-2, 96
+STEPS, RATE, CONTEXT = 3, 1e-2, 128
 SCENARIOS = {
     # (config overrides, frozen parts, gradient checkpointing)
     "joint": ({}, (), True),
     "frozen_llm": ({"decoder": "llama", "embedder": "mlp_concat"}, ("llm",), True),
     "frozen_heads": ({"decoder": "llama", "visual_input": "pixel"}, ("pixel_head", "semantic_head"), False),
     "features": (FEATURES, ("llm",), True),
+    "vision_tower": (seeing("codes_and_features"), (), True),
+    "frozen_tower": (seeing("features"), ("vision_tower",), False),
     "heads_only": ({}, ("llm", "visual_embedder", "pixel_projector", "semantic_projector"), False),
 }
 
 
-def batch(rank: int, step: int) -> PackedBatch:
+def batch(rank: int, step: int, layout: ImageLayout) -> PackedBatch:
     """Rank 0 sees images, more than a chunk of them; rank 1 has only text, at last without a target."""
     if rank == 0:
         documents = [
@@ -48,15 +52,15 @@ def batch(rank: int, step: int) -> PackedBatch:
         ]
     else:
         documents = [plain("only words")] if step < 2 else [Document([TextPart("none", loss=False)])]
-    return pack_documents(tokenized(*documents), CONTEXT)
+    return pack_documents(tokenized(*documents, layout=layout), CONTEXT)
 
 
 def loss_of(output: DualTokenOutput, text: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     return output.text_nll / text + output.visual_nll.sum() / visual
 
 
-def counts(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    packs = [batch(rank, step) for rank in range(2)]
+def counts(step: int, layout: ImageLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    packs = [batch(rank, step, layout) for rank in range(2)]
     text = sum((pack.labels != -100).sum() for pack in packs)
     return text, sum(pack.visual_loss_mask.sum() for pack in packs)
 
@@ -88,6 +92,7 @@ def worker(output: Path) -> None:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1000,
     }
+    tower = vision_model()  # whole: built before models are built sharded
     alive = HfDeepSpeedConfig(settings)
     for name, (overrides, frozen, checkpointing) in SCENARIOS.items():
         torch.manual_seed(0)
@@ -99,6 +104,10 @@ def worker(output: Path) -> None:
         if model.post_quantization is not None:
             with gathered_for_writing(model.post_quantization):
                 model.set_post_quantization(*projections())
+        if model.vision_tower is not None:
+            with gathered_for_writing(model.vision_tower):
+                model.set_vision_tower(tower)
+        layout = model.config.image_layout
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         freeze(model, frozen)
@@ -106,8 +115,8 @@ def worker(output: Path) -> None:
         start = full_state(model)
         losses = []
         for step in range(STEPS):
-            result = engine(**batch(rank, step).model_inputs())
-            loss = loss_of(result, *counts(step))
+            result = engine(**batch(rank, step, layout).model_inputs())
+            loss = loss_of(result, *counts(step, layout))
             losses.append(loss.item())
             engine.backward(2 * loss)  # the engine takes the mean over ranks
             engine.step()
@@ -166,6 +175,11 @@ def test_two_ranks_of_which_one_has_no_images_train_like_one_process(runs, name)
         model.set_post_quantization(*projections())
         for key, value in model.post_quantization.named_parameters():
             assert torch.equal(saved[0]["start"][f"post_quantization.{key}"], value), key
+    if model.vision_tower is not None:
+        model.set_vision_tower(vision_model())
+        for key, value in model.vision_tower.named_parameters():
+            assert torch.equal(saved[0]["start"][f"vision_tower.{key}"], value), key
+    layout = model.config.image_layout
     missing, unexpected = model.load_state_dict(saved[0]["start"], strict=False)
     buffers = {key for key, _ in model.named_buffers()}
     assert not unexpected and set(missing) <= buffers | {"llm.lm_head.weight"}
@@ -173,7 +187,8 @@ def test_two_ranks_of_which_one_has_no_images_train_like_one_process(runs, name)
     freeze(model, frozen)
     optimizer = optimizer_for(model)
     for step in range(STEPS):
-        losses = [loss_of(model(**batch(rank, step).model_inputs()), *counts(step)) for rank in range(2)]
+        packs = [batch(rank, step, layout) for rank in range(2)]
+        losses = [loss_of(model(**pack.model_inputs()), *counts(step, layout)) for pack in packs]
         for rank in range(2):
             assert saved[rank]["losses"][step] == pytest.approx(losses[rank].item(), rel=1e-5), (step, rank)
         optimizer.zero_grad()
