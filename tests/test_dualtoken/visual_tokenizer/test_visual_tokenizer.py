@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, SiglipModel
 
 import dualtoken
@@ -326,6 +327,16 @@ def test_saved_tokenizer_loads_as_the_same_model(tmp_path, options):
     loaded.train()
     loaded(images())
     loaded.update_codebooks()  # the buffers that are not saved are there and clean
+
+
+def test_a_loaded_tokenizer_is_saved_under_the_same_names(tmp_path):
+    """Transformers renames weights of SigLIP towers when it loads and saves them."""
+    model = build()
+    folders = [tmp_path / "one", tmp_path / "two"]
+    model.save_pretrained(folders[0])
+    DualTokenVisualTokenizer.from_pretrained(folders[0]).save_pretrained(folders[1])
+    for folder in folders:
+        assert load_file(folder / "model.safetensors").keys() == model.state_dict().keys()
 
 
 def test_loading_in_bf16_keeps_codebooks_unrounded(tmp_path):
