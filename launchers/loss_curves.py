@@ -85,8 +85,9 @@ def plot_losses(runs: Mapping[str, tuple[str, LossCurves]], path: Path) -> None:
     """Draw the losses of trainings over their steps, a panel for each loss, and save the picture.
 
     A colour stands for a variant, its seeds are lines of the same one; training is drawn solid, held-out
-    figures dashed with dots; a triangle marks a log line with new loss spikes, a cross the end of a training
-    that is not finished. A loss whose positive values span more than a factor of 30 has a logarithmic axis.
+    figures dashed with dots; a triangle marks a log line with new loss spikes (in every panel: the log does
+    not say of which loss), a cross the end of a training that is not finished. A loss whose
+    positive values span more than a factor of 30 has a logarithmic axis.
 
     Args:
         runs: name -> what the variant is called, and the losses.
