@@ -3,8 +3,9 @@
 import statistics
 from pathlib import Path
 
-from launchers.ablate import Ablation, Figure, Ordering, Variant
+from launchers.ablate import Ablation, Ordering
 from launchers.errors import UserError
+from launchers.variants import Figure, Variant
 
 RECIPE = "quickstart_tokenizer"
 STEPS = 200

@@ -9,8 +9,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from launchers.ablate import Ablation, Figure, Ordering, Variant
+from launchers.ablate import Ablation, Ordering
 from launchers.errors import UserError
+from launchers.variants import Figure, Variant
 
 RECIPE = "quickstart_mllm"
 QUESTIONS = {"what": "what", "colour": "colour", "count": "count", "where": "where", "yes/no": "yes_no"}

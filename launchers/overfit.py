@@ -217,10 +217,7 @@ def train(words: Sequence[str], ranks: int, say: Callable[[str], None]) -> None:
     if line := finished_before(load_job_config(words, ranks)):
         say(line)
         return
-    command = processes.deepspeed_command("pretrain.train", words, ranks)
-    if ranks == 1:  # without the launcher, which takes seconds to start
-        command = ["python", "-m", "pretrain.train", *words]
-    if code := processes.run(command, ranks).returncode:
+    if code := processes.run(processes.training_command(words, ranks), ranks).returncode:
         raise UserError(f"the training ended with exit code {code}; see above, then start this again")
 
 

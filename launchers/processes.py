@@ -1,6 +1,7 @@
 """Commands as subprocesses: the DeepSpeed launcher, threads per process, peak memory, orderly ends."""
 
 import contextlib
+import fcntl
 import os
 import resource
 import signal
@@ -9,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from launchers.errors import UserError
 
 SECONDS_BETWEEN_SAMPLES = 1.5
 SECONDS_TO_END = 60  # a trainer finishes its step and writes a checkpoint in this time
@@ -58,6 +61,13 @@ def free_port() -> int:
 def deepspeed_command(module: str, arguments: Sequence[str], ranks: int) -> list[str]:
     """The command that starts `module` on `ranks` ranks of this machine, as a person would type it."""
     return ["deepspeed", "--num_gpus", str(ranks), "--module", module, *arguments]
+
+
+def training_command(words: Sequence[str], ranks: int) -> list[str]:
+    """The command that trains with `recipe=NAME key=value ...` on `ranks` ranks of this machine."""
+    if ranks == 1:  # without the launcher, which takes seconds to start
+        return ["python", "-m", "pretrain.train", *words]
+    return deepspeed_command("pretrain.train", words, ranks)
 
 
 def environment(processes: int) -> dict[str, str]:
@@ -148,6 +158,26 @@ def end_session(session: int, started_after: float = 0.0) -> int:
 
 def _wait_for_session(session: int, seconds: float) -> None:
     psutil.wait_procs(session_members(session), timeout=seconds)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, what: str, option: str) -> Iterator[None]:
+    """Hold the lock of a folder while entered.
+
+    Args:
+        folder: whose `.lock` is taken; the system gives it back however this process ends.
+        what: is at work, for the error.
+        option: that names another folder, for the error.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with open(folder / ".lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another {what} is at work in {folder}: wait for it or use {option}") from None
+        yield
 
 
 @contextlib.contextmanager

@@ -1,14 +1,12 @@
 """The quickstart chain: from sample data to the report, each step a command of its own, resumable."""
 
-import contextlib
-import fcntl
 import json
 import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -218,7 +216,7 @@ def run_chain(root: Path, ranks: int, say: Callable[[str], None]) -> ChainRecord
         KeyboardInterrupt: a signal arrived; the step under way has ended in order.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with _only_one(root):
+    with processes.only_one(root, "quickstart", "--run"):
         path = root / "chain.json"
         record = ChainRecord.load(path)
         _end_leftovers(record, say)
@@ -296,16 +294,6 @@ def _end_leftovers(record: ChainRecord, say: Callable[[str], None]) -> None:
     if count:
         say(f"ended {count} processes that a killed run had left behind")
     record.session = record.session_started = None
-
-
-@contextlib.contextmanager
-def _only_one(root: Path) -> Iterator[None]:
-    with open(root / ".lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another quickstart is at work in {root}: wait for it or use --run") from None
-        yield
 
 
 def _machine(ranks: int) -> dict:

@@ -179,7 +179,7 @@ def console_line(step: int, steps: int, split: str, numbers: dict[str, float], w
         numbers: figures by name.
         width: columns that the line may have.
     """
-    left = {key: value for key, value in numbers.items() if not _is_detail(key)}
+    left = {key: value for key, value in numbers.items() if not is_detail(key)}
     line = f"{split:5s} {step:>{len(str(steps))}}/{steps}"
     words = []
     if "loss/total" in left:
@@ -251,7 +251,7 @@ def _start_wandb(config: JobConfig, run_dir: Path) -> Any:
     )
 
 
-def _is_detail(key: str) -> bool:
+def is_detail(key: str) -> bool:
     """Whether a figure is one of many of its kind (by depth, codebook, part, ...): not printed."""
     return key.startswith(("codebook_", "nll_", "accuracy_", "seconds/", "memory/", "tflops_"))
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launchers.commands.options import RUN, RanksOption, RunOption, say
+from launchers.commands.options import RUN, RanksOption, RecipeArgument, RunOption, say
 
 commands = typer.Typer()
 
@@ -84,6 +84,38 @@ def ablate(
     else:
         ablation, folder = tokenizer_ablation(run, steps), Path("runs/ablation")
     run_all(ablation, output or folder, seeds, ranks or default_ranks(ablation.recipe), say)
+
+
+@commands.command(rich_help_panel="Measure")
+def sweep(
+    recipe: RecipeArgument,
+    settings: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY=VALUE,VALUE...",
+            help="Keys of the recipe with the values to compare; one with a single value is set for all.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--out", "--output", help="Folder for the runs, the table and the plot.")
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each combination.")] = 1,
+    ranks: RanksOption = None,
+) -> None:
+    """Train a recipe once for each value of a key, or combination of several, and compare the losses.
+
+    Commas separate values, but for those in brackets and quotes: optimizer.betas=[0.9,0.95],[0.9,0.99]
+    are two lists, and a text with a comma goes in quotes of its own, "data.path='a,b',c".
+
+    Started again, it goes on after the runs that are done; values and seeds may be added. Writes sweep.md,
+    sweep.json and sweep.png, with loss spikes marked.
+
+    Example: [bold]dualtoken sweep quickstart_siglip optimizer.lr=5e-4,1e-3,2e-3 steps=200 --output runs/lr[/]
+    """
+    from launchers.sweep import parse_sweep
+    from launchers.sweep import sweep as run_all
+
+    run_all(parse_sweep(recipe, settings), output, seeds, ranks, say)
 
 
 @commands.command(rich_help_panel="Measure")

@@ -15,10 +15,11 @@ from eval.results import write_json
 from eval.scenes.answered import YES_NO
 from eval.scenes.correctness import ALL, PARTS
 from launchers import ablate_tokenizer, ablate_unified, processes
-from launchers.ablate import ablate, chance_rows, orderings, table_lines
+from launchers.ablate import ablate, chance_rows, orderings
 from launchers.ablate_tokenizer import variants
 from launchers.ablate_unified import figures_of, unified_ablation
 from launchers.errors import UserError
+from launchers.variants import table_lines
 from pretrain.config import load_job_config
 from tests.support.tiny_run import make_tiny_run
 from tests.support.unified_support import tiny_config
@@ -168,7 +169,9 @@ def finish(ablation, output, seeds):
 def test_what_is_done_is_not_repeated(run, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(
-        processes, "run", lambda command, ranks: started.append(command) or processes.Finished(3, 0, 0)
+        processes,
+        "run",
+        lambda command, ranks, notice: started.append(command) or processes.Finished(3, 0, 0),
     )
     ablation, said = unified_ablation(run, steps=7), []
     folders = finish(ablation, tmp_path, seeds=2)
@@ -196,7 +199,7 @@ def test_what_is_done_is_not_repeated(run, tmp_path, monkeypatch):
 
 
 def test_runs_of_other_settings_are_not_taken_for_these(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "run", lambda command, ranks: pytest.fail("trained"))
+    monkeypatch.setattr(processes, "run", lambda command, ranks, notice: pytest.fail("trained"))
     ablation = unified_ablation(run, steps=7)
     finish(ablation, tmp_path, seeds=1)
     with pytest.raises(

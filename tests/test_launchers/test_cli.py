@@ -17,7 +17,7 @@ from tests.support.command import call
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     "quickstart", "sample-data", "train", "plan", "pretokenize", "overfit", "reconstruct", "generate",
-    "caption", "chat", "evaluate", "report",
+    "caption", "chat", "evaluate", "sweep", "report",
 )  # fmt: skip
 
 

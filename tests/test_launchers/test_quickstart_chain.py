@@ -86,7 +86,8 @@ def test_times_add_up_over_attempts(chain, monkeypatch):
 
 
 def test_only_one_chain_at_a_time(chain):
-    with quickstart._only_one(chain), pytest.raises(UserError, match="another quickstart is at work"):
+    held = processes.only_one(chain, "quickstart", "--run")
+    with held, pytest.raises(UserError, match="another quickstart is at work"):
         run_chain(chain, 1, lambda line: None)
 
 
