@@ -129,7 +129,7 @@ class PackContents:
     @classmethod
     def of_batch(cls, batch: PackedBatch, special: SpecialTokens) -> PackContents:
         """Contents of a pack that is still on the CPU, without its padding."""
-        starts = torch.tensor([special.vision_start, special.image_gen_start])
+        starts = batch.input_ids.new_tensor([special.vision_start, special.image_gen_start])
         counted = [batch.labels != IGNORE_INDEX, torch.isin(batch.input_ids, starts)]
         text_targets, pictures = torch.stack([mask.sum() for mask in counted]).tolist()
         lengths = batch.cu_seqlens.diff()[: len(batch.keys)].double()  # the padding is the last one

@@ -132,6 +132,8 @@ class Reader:
         if not self._in_process:
             # The process reads ahead, and keeps a few states, some from before what it handed out last.
             (kept,) = self._loader._worker_command("get_checkpoint", [batches - 1])
+            if kept.state is None:  # the process has started and has not begun to read
+                return self._place
             state, batches = kept.state.dataset_state, kept.state.sample_index
         elif batches == self._batches:
             state = self._loader.dataset.save_state()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.structs import ShardInfo
+from megatron.energon.savable_loader import SavableDatasetCheckpoint
 
 from data_pipeline.shards.reader import PreparedShards
 from data_pipeline.streams import (
@@ -176,6 +177,21 @@ def test_a_state_before_what_was_taken_ahead(
     for state, used in zip(states, (9, 8, 7, 0), strict=True):
         loader.restore_states([json.loads(json.dumps(state))])
         assert keys(loader, 12 - used) == seen[used:]
+    loader.close()
+
+
+def test_a_state_while_processes_only_start(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They keep none until they read: the place is that from which they were started."""
+    other, loader = (image_loader(config(images, num_workers=1), 3) for _ in range(2))
+    expected, beginning = keys(other, 4), loader.save_state()
+    loader._open()
+    for reader in loader._readers.values():
+        nothing_yet = [SavableDatasetCheckpoint(state=None, offset=0)]
+        monkeypatch.setattr(reader._loader, "_worker_command", lambda *_, found=nothing_yet: found)
+    assert loader.save_state() == beginning
+    monkeypatch.undo()
+    assert keys(loader, 4) == expected
+    other.close()
     loader.close()
 
 

@@ -465,7 +465,7 @@ def test_quickstart_runs_and_is_small():
     torch.manual_seed(0)
     model = DualTokenVisualTokenizer(preset_config("quickstart"))
     output = model(images(1, 64))
-    assert output.codes.shape == (1, 16, 2, 6) and output.reconstruction.shape == (1, 3, 64, 64)
+    assert output.codes.shape == (1, 16, 2, 8) and output.reconstruction.shape == (1, 3, 64, 64)
     vision = sum(n for part, n in model.parameters_per_part().items() if part != "text_model")
     assert vision < 6e6
 
