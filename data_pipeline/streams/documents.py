@@ -15,7 +15,7 @@ from megatron.energon import (
     WorkerConfig,
     stateless,
 )
-from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode
 
 from data_pipeline.shards.code_shards import (
     CODES_PART,
@@ -27,8 +27,8 @@ from data_pipeline.shards.code_shards import (
     decode_sample,
 )
 from data_pipeline.shards.index import check_index
-from data_pipeline.shards.reader import PreparedShards, RawSample
-from data_pipeline.streams.loader import StreamLoader, is_training, require_samples
+from data_pipeline.shards.reader import RawSample
+from data_pipeline.streams.loader import StreamLoader, drawn_entries, is_training, load_blend, require_samples
 from data_pipeline.streams.packing import split_document
 from data_pipeline.streams.packing_dataset import DocumentSample, Pack, PackingDataset
 from data_pipeline.streams.reader import worker_config
@@ -188,20 +188,7 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
     def stream(self, workers: WorkerConfig) -> SavableDataset:
         """Build the whole stream: shards of every entry, blended by weight, shuffled and packed."""
         config = self.config
-        datasets = [
-            LoadedDataset(
-                dataset=PreparedShards(
-                    entry.path,
-                    workers,
-                    self.training,
-                    config.slice_length,
-                    index,
-                    skip_unreadable=config.on_bad_sample == "skip",
-                ),
-                weight=entry.weight,
-            )
-            for index, entry in enumerate(self.entries)
-        ]
+        datasets = load_blend(self.entries, workers, self.training, config.slice_length, config.on_bad_sample)
         if self.training:
             return self.build_train_datasets(
                 datasets=datasets,
@@ -354,11 +341,7 @@ def _checked_entries(config: DocumentStreamConfig, geometry: CodeGeometry | None
     for entry in config.blend:
         if entry.view not in VIEWS:
             raise ValueError(f"{entry.path}: view is {entry.view!r}, expected one of {', '.join(VIEWS)}")
-        if not entry.weight >= 0:
-            raise ValueError(f"{entry.path}: weight is {entry.weight}, expected 0 or more")
-    entries = [entry for entry in config.blend if entry.weight > 0]
-    if not entries:
-        raise ValueError("the blend is empty; expected at least one entry with a weight above 0")
+    entries = drawn_entries(config.blend)
     if geometry is None and any(entry.view in CODE_VIEWS for entry in entries):
         raise ValueError(
             "geometry is None, but the blend has entries with codes; pass the model's CodeGeometry"

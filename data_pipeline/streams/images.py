@@ -13,12 +13,12 @@ from megatron.energon import (
     edataclass,
     stateless,
 )
-from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode
 
 from data_pipeline.shards.image_text_shards import image_parts, read_captions
 from data_pipeline.shards.index import check_index
-from data_pipeline.shards.reader import PreparedShards, RawSample
-from data_pipeline.streams.loader import StreamLoader, is_training, require_samples
+from data_pipeline.shards.reader import RawSample
+from data_pipeline.streams.loader import StreamLoader, drawn_entries, is_training, load_blend, require_samples
 from data_pipeline.streams.reader import worker_config
 
 
@@ -67,11 +67,7 @@ class ImageStreamConfig:
         for folder in folders:
             if not folder.path:
                 raise ValueError("an entry of the blend has no path, expected a folder of image-text shards")
-            if not folder.weight >= 0:
-                raise ValueError(f"{folder.path}: weight is {folder.weight}, expected 0 or more")
-        if not any(folder.weight for folder in folders):
-            raise ValueError("every weight of the blend is 0; expected one above 0")
-        return [folder for folder in folders if folder.weight > 0]
+        return drawn_entries(folders)
 
 
 @dataclass
@@ -172,16 +168,7 @@ def image_loader(
 
     def build(workers: WorkerConfig, batch_size: int) -> SavableDataset:
         encoder = _ImageTaskEncoder(config)
-        skip = config.on_bad_sample == "skip"
-        datasets = [
-            LoadedDataset(
-                dataset=PreparedShards(
-                    folder.path, workers, training, config.slice_length, index, skip_unreadable=skip
-                ),
-                weight=folder.weight,
-            )
-            for index, folder in enumerate(folders)
-        ]
+        datasets = load_blend(folders, workers, training, config.slice_length, config.on_bad_sample)
         if training:
             return encoder.build_train_datasets(
                 datasets=datasets,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from megatron.energon import SavableDataset, WorkerConfig
+from megatron.energon.metadataset.loader_interface import LoadedDataset
 
 from data_pipeline.errors import DatasetError
+from data_pipeline.shards.reader import PreparedShards
 from data_pipeline.streams.dealing import Dealing
 from data_pipeline.streams.reader import Reader
 from data_pipeline.streams.states import STATE_VERSION, furthest_places, states_for
@@ -35,6 +37,48 @@ def require_samples(samples: dict[str, int], config: WorkerConfig) -> None:
             f"{', '.join(samples)}: {sum(samples.values())} samples for {readers} readers (ranks x workers), "
             "expected at least one for each; use fewer ranks or workers"
         )
+
+
+class Weighted(Protocol):
+    """A folder of a blend."""
+
+    @property
+    def path(self) -> str:
+        """Folder or address of shards."""
+
+    @property
+    def weight(self) -> float:
+        """How often it is drawn, relative to the others."""
+
+
+W = TypeVar("W", bound=Weighted)
+
+
+def drawn_entries(blend: Sequence[W]) -> list[W]:
+    """Return the entries with a weight above 0; ValueError if there is none, or a weight below 0."""
+    for entry in blend:
+        if not entry.weight >= 0:
+            raise ValueError(f"{entry.path}: weight is {entry.weight}, expected 0 or more")
+    entries = [entry for entry in blend if entry.weight > 0]
+    if not entries:
+        raise ValueError(
+            "the blend is empty or every weight of the blend is 0; expected an entry with a weight above 0"
+        )
+    return entries
+
+
+def load_blend(
+    entries: Sequence[Weighted], workers: WorkerConfig, training: bool, slice_length: int, on_bad_sample: str
+) -> list[LoadedDataset]:
+    """Make the data sets of a blend, for Energon to draw from by their weights."""
+    skip = on_bad_sample == "skip"
+    return [
+        LoadedDataset(
+            dataset=PreparedShards(entry.path, workers, training, slice_length, index, skip_unreadable=skip),
+            weight=entry.weight,
+        )
+        for index, entry in enumerate(entries)
+    ]
 
 
 class StreamLoader(Generic[T]):
