@@ -20,6 +20,7 @@ from dualtoken.processing import DualTokenProcessor
 from dualtoken.unified_model.config import WITH_FEATURES, DualTokenConfig, feature_fields, head_settings
 from dualtoken.unified_model.model import DualTokenForCausalLM, DualTokenOutput
 from dualtoken.unified_model.sequence import PackedBatch, SpecialTokens, add_special_tokens
+from dualtoken.unified_model.tiles import parse_grids
 from dualtoken.unified_model.vision_tower import VisionTower, name_in_siglip
 from dualtoken.visual_tokenizer.backbone import load_backbone, model_folder
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
@@ -63,6 +64,9 @@ class MllmModelConfig:
     feature_layer: int | None = None
     # The tower stays outside: features come out of the shards, as pretokenize --features wrote them.
     precomputed_features: bool = False
+    # Rows x columns of the grids of tiles that a picture is read in besides as a whole, as pretokenize has
+    # them: [1x2,2x1,2x2,1x3,3x1], say. Empty to read it as a whole alone.
+    tiles: list[str] = field(default_factory=list)
     # An exported unified model to go on from (the previous phase), with its language model and its heads.
     init_from: str | None = None
 
@@ -202,6 +206,11 @@ class MllmTask:
             expected = model.config.tokenizer_fingerprint
             require_same_codes(parts.visual_tokenizer, fingerprint, expected, parts.init_from)
             require_heads(model.config, head_settings(parts.heads), parts.init_from)
+            if parts.tiles and model.config.tiles != (tiles := parse_grids(parts.tiles)):
+                raise ConfigError(
+                    f"model.tiles={tiles}, but {parts.init_from} has tiles={model.config.tiles}: leave it "
+                    "out, a model keeps its tiles from phase to phase"
+                )
             if model.config.special != self.special:
                 raise ValueError(
                     f"{parts.init_from} has {model.config.special}, the text tokenizer "
@@ -223,6 +232,8 @@ class MllmTask:
             whole = load_backbone(parts.vision_tower).vision_model
             tower = VisionTower.of_model(whole, parts.feature_layer)
             heads |= feature_fields(tower, inside=not parts.precomputed_features)
+        if parts.tiles:
+            heads["tiles"] = parse_grids(parts.tiles)
         config = DualTokenConfig.for_tokenizers(text_config, self.text_tokenizer, visual_tokenizer, **heads)
         with sharded_construction(self.config, self.runtime):
             if parts.llm:
@@ -291,7 +302,8 @@ class MllmTask:
         totals: dict[str, float] = {"documents": sum(pack.documents for pack in contents)}
         totals["count/tokens"] = sum(pack.tokens for pack in contents)
         totals["count/images"] = sum(pack.pictures for pack in contents)
-        for name in ("pairs", "visual_positions", "text_targets", "visual_targets", "feature_pictures"):
+        work = ("pairs", "visual_positions", "text_targets", "visual_targets", "feature_pictures")
+        for name in (*work, "feature_positions"):
             totals[f"work/{name}"] = sum(getattr(pack, name) for pack in contents)
         for name, total in {**totals, **self.train_loader.statistics.figures()}.items():
             # A group counts its packs `size` times.
@@ -396,10 +408,11 @@ def expected_features(config: DualTokenConfig) -> FeatureGeometry | None:
     """What a model takes of images for continuous features; None without."""
     if not config.reads_features:
         return None
+    tiles = config.image_layout.tiles
     if config.vision_config is not None:
-        return FeatureGeometry("pixels", (3, config.image_size, config.image_size))
+        return FeatureGeometry("pixels", (3, config.image_size, config.image_size), tiles=tiles)
     shape = (config.features_per_image, config.feature_dim)
-    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint)
+    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint, tiles)
 
 
 def require_heads(config: DualTokenConfig, heads: Mapping[str, Any], folder: str) -> None:
