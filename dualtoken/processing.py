@@ -82,7 +82,7 @@ class DualTokenProcessor(ProcessorMixin):
     @property
     def layout(self) -> ImageLayout:
         """What stands in the sequence for an image."""
-        tiles = Tiles(tuple(map(tuple, self.tiles)), self.image_size) if self.tiles else None
+        tiles = Tiles(self.tiles, self.image_size) if self.tiles else None
         return ImageLayout(self.reads_codes, self.features_per_image, tiles)
 
     @property

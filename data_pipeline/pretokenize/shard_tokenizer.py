@@ -71,7 +71,7 @@ class Settings(SourceSettings):
         """
         if not self.tiles:
             return None
-        return Tiles(tuple(map(tuple, parse_grids(self.tiles.split(",")))), image_size)
+        return Tiles(parse_grids(self.tiles.split(",")), image_size)
 
 
 @dataclass(frozen=True)
@@ -264,47 +264,39 @@ class ShardTokenizer:
             if len(made) != len(images.kept):
                 raise ValueError(f"the visual tokenizer gave {len(made)} codes for {len(images.kept)} images")
             codes.append(made.to("cpu", non_blocking=True))  # into pinned memory
-            if self.features is not None and self.features.tiles is not None:
-                features.append(self._of_crops(pictures, images, self.features).to("cpu", non_blocking=True))
-                counts += [self.features.count(size) for size in images.sizes]
+            if (geometry := self.features) is not None:
+                features.append(self._kept(pictures, images, geometry).to("cpu", non_blocking=True))
+                in_tiles = geometry.tiles is not None
+                counts += [geometry.count(size) for size in images.sizes] if in_tiles else [1] * len(made)
                 sizes += images.sizes
-            elif self.features is not None:
-                features.append(self._features(pictures, self.features.kind).to("cpu", non_blocking=True))
-                counts += [1] * len(made)
             if made.is_cuda:
                 copied = torch.cuda.current_stream(made.device).record_event()
         return EncodedBatch(batch.results, codes, features, counts, sizes, copied, batch.sent, batch.last)
 
-    def _of_crops(
-        self, pictures: torch.Tensor, images: DecodedImages, geometry: FeatureGeometry
-    ) -> torch.Tensor:
-        """As `_features`, of pictures in tiles: crops [F, 3, S, S] or features in order [m, C] of all."""
+    def _kept(self, pictures: torch.Tensor, images: DecodedImages, geometry: FeatureGeometry) -> torch.Tensor:
+        """What is kept of pictures [N, 3, S, S] besides codes, in the type that numpy holds it in."""
         import torch
 
         from dualtoken.unified_model.vision_tower import to_bytes
 
-        groups = zip(to_bytes(pictures)[:, None], images.tiles, strict=True)
-        crops = torch.cat([part.to(pictures.device) for group in groups for part in group])
+        tiles, crops = geometry.tiles, pictures
+        if tiles is not None or geometry.kind == "pixels":
+            crops = to_bytes(pictures)
+        if tiles is not None:
+            groups = zip(crops[:, None], images.tiles, strict=True)
+            crops = torch.cat([part.to(pictures.device) for group in groups for part in group])
         if geometry.kind == "pixels":
             return crops
-        made = torch.cat(
-            [self._features(part, geometry.kind) for part in crops.split(self.settings.batch_size)]
-        )
-        orders = [geometry.tiles.order(size, geometry.shape[0]) for size in images.sizes]
-        each = made.split([geometry.tiles.crops(size) for size in images.sizes])
-        return torch.cat([in_order(own, order) for own, order in zip(each, orders, strict=True)])
-
-    def _features(self, pictures: torch.Tensor, kind: str) -> torch.Tensor:
-        """What is kept of whole pictures [N, 3, S, S] besides codes, in the type that numpy holds it in."""
-        import torch
-
-        from dualtoken.unified_model.vision_tower import to_bytes
-
-        if kind == "pixels":
-            return to_bytes(pictures)
         with torch.no_grad():
-            features = self.vision_tower(pictures).to(getattr(torch, kind))
-        return features.view(torch.uint16) if kind == "bfloat16" else features
+            made = [self.vision_tower(some) for some in crops.split(self.settings.batch_size)]
+        features = torch.cat(made).to(getattr(torch, geometry.kind))
+        if tiles is not None:
+            each = zip(
+                features.split([tiles.crops(size) for size in images.sizes]), images.sizes, strict=True
+            )
+            orders = ((own, tiles.order(size, geometry.shape[0])) for own, size in each)
+            features = torch.cat([in_order(own, order) for own, order in orders])
+        return features.view(torch.uint16) if geometry.kind == "bfloat16" else features
 
     def collect(self, batch: EncodedBatch) -> list[CodeSample | Rejection]:
         """Return what becomes of each sample of a batch; waits for the codes."""

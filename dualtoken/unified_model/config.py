@@ -161,7 +161,7 @@ class DualTokenConfig(PretrainedConfig):
                 "feature_fields fills them in"
             )
         if self.tiles:
-            Tiles(tuple(map(tuple, self.tiles)), self.image_size)  # names what is wrong with them
+            Tiles(self.tiles, self.image_size)  # names what is wrong with them
             if math.isqrt(self.features_per_image) ** 2 != self.features_per_image or not self.reads_features:
                 raise ValueError(
                     f"tiles={self.tiles} with visual_input={self.visual_input!r} and features_per_image="
@@ -194,7 +194,7 @@ class DualTokenConfig(PretrainedConfig):
     @property
     def image_layout(self) -> ImageLayout:
         """What stands in the sequence for an image."""
-        tiles = Tiles(tuple(map(tuple, self.tiles)), self.image_size) if self.tiles else None
+        tiles = Tiles(self.tiles, self.image_size) if self.tiles else None
         return ImageLayout(self.visual_input != "features", self.features_per_image, tiles)
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ features, or crops of images in tiles, F features of each, C their width, S pixe
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -563,21 +564,22 @@ class DualTokenForCausalLM(PreTrainedModel):
         special = self.config.special
         found = [(input_ids == token).sum() for token in (special.image_pad, special.image_feature)]
         found += [mask.sum() for mask in masks]
-        furthest = [] if feature_order is None else list(feature_order.amax(dim=0))
+        furthest = () if feature_order is None else feature_order.amax(dim=0).unbind()
         extremes = codes.aminmax() if len(codes) else ()
-        known = torch.stack([*found, *furthest, *extremes]).tolist()
-        places, feature_places, counts = known[0], known[1], known[2 : len(found)]
-        furthest, extremes = known[len(found) :][: len(furthest)], known[len(found) + len(furthest) :]
-        self._check_feature_positions(feature_places, features, feature_order, furthest)
+        known = iter(torch.stack([*found, *furthest, *extremes]).tolist())
+        places, feature_places, *counts = itertools.islice(known, len(found))
+        reached = list(itertools.islice(known, len(furthest)))
+        smallest, largest = known if len(codes) else (0, 0)
+        self._check_feature_positions(feature_places, features, feature_order, reached)
         if places != len(codes):
             raise ValueError(
                 f"{places} image-pad tokens but {len(codes)} visual positions in codes; "
                 f"an image takes {self.config.positions_per_image} of each"
             )
         size = self.config.codebook_size
-        if extremes and not (extremes[0] >= 0 and extremes[1] < size):
+        if not 0 <= smallest <= largest < size:
             raise ValueError(
-                f"codes go from {extremes[0]} to {extremes[1]}, expected 0 to {size - 1}: the codebooks have "
+                f"codes go from {smallest} to {largest}, expected 0 to {size - 1}: the codebooks have "
                 f"{size} codes; take the codes from the visual tokenizer the model was trained with"
             )
         if places and not self._codebooks_checked:
@@ -594,7 +596,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         return codes, counts
 
     def _check_feature_positions(
-        self, found: int, features: torch.Tensor | None, order: torch.Tensor | None, furthest: list[int]
+        self, found: int, features: torch.Tensor | None, order: torch.Tensor | None, reached: list[int]
     ) -> None:
         """Raise ValueError unless there are as many positions, and features at the places of an order."""
         if found != self._feature_positions(features, order):
@@ -607,9 +609,9 @@ class DualTokenForCausalLM(PreTrainedModel):
         if order is None or features is None:
             return
         room = (len(features), 1 if features.dim() == 2 else self.config.features_per_image)
-        if furthest[0] >= room[0] or furthest[1] >= room[1]:
+        if reached[0] >= room[0] or reached[1] >= room[1]:
             raise ValueError(
-                f"feature_order goes up to crop {furthest[0]} and place {furthest[1]}, but there are "
+                f"feature_order goes up to crop {reached[0]} and place {reached[1]}, but there are "
                 f"{room[0]} crops with {room[1]} places; take it from the documents that the features are of"
             )
 

@@ -29,12 +29,12 @@ Size = tuple[int, int]
 class Tiles:
     """The grids of tiles that a picture may be cut into, and the pixels a side of a tile, S."""
 
-    grids: tuple[Size, ...]
+    grids: Sequence[Sequence[int]]
     """Rows and columns of each; of grids that serve a picture equally well the earlier is taken."""
     size: int
 
     def __post_init__(self) -> None:
-        grids = tuple(tuple(grid) for grid in self.grids)  # lists in JSON
+        grids = tuple(tuple(grid) for grid in self.grids)  # lists in JSON, which are not equal to them
         object.__setattr__(self, "grids", grids)
         numbers = [number for grid in grids for number in grid]
         if not (
@@ -98,10 +98,10 @@ class Tiles:
 
         (rows, columns), side = self.grid(picture), math.isqrt(features)
         base = np.arange(features).reshape(side, side)
-        tiles = np.arange(features, (1 + rows * columns) * features)
-        tiles = tiles.reshape(rows, columns, side, side).transpose(0, 2, 1, 3)
-        tiles = unpad_image(tiles.reshape(1, rows * side, columns * side), picture)[0]
-        with_ends = [np.pad(grid, ((0, 0), (0, 1)), constant_values=-1).reshape(-1) for grid in (base, tiles)]
+        tiles = np.arange(features, (1 + rows * columns) * features).reshape(rows, columns, side, side)
+        whole = tiles.transpose(0, 2, 1, 3).reshape(1, rows * side, columns * side)
+        grids = base, unpad_image(whole, picture)[0]
+        with_ends = [np.pad(grid, ((0, 0), (0, 1)), constant_values=-1).reshape(-1) for grid in grids]
         return torch.from_numpy(np.stack(np.divmod(np.concatenate(with_ends), features), axis=1))
 
     def most_positions(self, features: int) -> int:
