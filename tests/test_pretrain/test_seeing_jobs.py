@@ -22,6 +22,7 @@ DECODER = (
     "{model_type: qwen2, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
     "num_attention_heads: 2, num_key_value_heads: 2, vocab_size: 64}"
 )
+GRIDS = "1x2,2x1"
 HEADS = "head_hidden_size: 24, head_num_layers: 1, head_num_attention_heads: 2"
 
 
@@ -59,15 +60,17 @@ def new_model(folder, visual_input, *words):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One trains its tower, the next goes on from it with the tower frozen, a third reads what was stored."""
+    """One trains its tower, the next goes on from it with it frozen; others read what was stored, and tiles."""
     folder = make_tiny_run(tmp_path_factory.mktemp("seeing"))
     source = [
         "--visual-tokenizer", str(folder / "tokenizer" / "export"), "--backend", "pil",
         "--inputs", str(folder / "sample_data" / "images" / "train" / "drawings"),
     ]  # fmt: skip
     tower = ["--vision-tower", str(folder / "siglip" / "export")]
-    for kind, more in (("pixels", []), ("bfloat16", tower)):
-        assert main([*source, "--output", str(folder / "features" / kind), "--features", kind, *more]) == 0
+    made = {"pixels": [], "bfloat16": tower, "tiles": ["--tiles", GRIDS]}
+    for kind, more in made.items():
+        more = ["--features", "pixels" if kind == "tiles" else kind, *more]
+        assert main([*source, "--output", str(folder / "features" / kind), *more]) == 0
     rates = ["optimizer.lr=1e-3", "optimizer.lr_scales={'vision_tower.*': 0.01}", "precision=fp32"]
     first = words_of(folder, "first", "pixels", *new_model(folder, "codes_and_features", *rates))
     run_module("pretrain.train", first, 2).check()
@@ -77,6 +80,8 @@ def runs(tmp_path_factory):
     run_module("pretrain.train", second, 2).check()
     stored = new_model(folder, "features", "model.precomputed_features=true", "precision=fp32")
     run_module("pretrain.train", words_of(folder, "stored", "bfloat16", *stored), 2).check()
+    tiled = new_model(folder, "features", f"model.tiles=[{GRIDS}]", "data.context_length=128")
+    run_module("pretrain.train", words_of(folder, "tiled", "tiles", *tiled, "precision=fp32"), 2).check()
     return folder
 
 
@@ -95,10 +100,11 @@ def test_the_tower_learns_at_its_rate_and_stays_where_it_is_frozen(runs):
     adapters = [weights(runs / run, "feature_adapter.") for run in ("first", "second")]
     assert not torch.equal(adapters[0]["up.weight"], adapters[1]["up.weight"])
     assert not weights(runs / "stored")
+    assert set(weights(runs / "tiled", "feature_adapter.")) == {*adapters[0], "end_of_row"}
 
 
 def test_figures_count_pictures_whatever_stands_for_them(runs):
-    for run in ("first", "stored"):
+    for run in ("first", "stored", "tiled"):
         lines = (runs / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         steps = [record for record in map(json.loads, lines) if record["split"] == "train"]
         assert len(steps) == 2
@@ -111,7 +117,7 @@ def test_figures_count_pictures_whatever_stands_for_them(runs):
 def test_an_export_reads_pictures_by_its_processor(runs):
     tokenizer = load_visual_tokenizer(runs / "tokenizer" / "export")
     whole = load_backbone(runs / "siglip" / "export").vision_model
-    for run, tower in (("second", None), ("stored", VisionTower.of_model(whole))):
+    for run, tower in (("second", None), ("stored", VisionTower.of_model(whole)), ("tiled", None)):
         model, text_tokenizer = load_unified_model(runs / run / "export")
         processor = AutoProcessor.from_pretrained(runs / run / "export")
         assert processor.layout == model.config.image_layout
@@ -119,10 +125,10 @@ def test_an_export_reads_pictures_by_its_processor(runs):
             text=["<image> red <image>", "blue"], images=[picture(0), picture(1)],
             visual_tokenizer=tokenizer, vision_tower=tower,
         )  # fmt: skip
-        assert len(inputs["features"]) == 2
+        assert len(inputs["features"]) == 2 * (3 if run == "tiled" else 1)
         assert model(**inputs).text_count == 0  # no targets without labels, but the layout fits
         documents = processor.documents(
-            "<image> English :", [picture(2)], None, tokenizer if tower is None else None, tower
+            "<image> English :", [picture(2)], None, tokenizer if run == "second" else None, tower
         )
         assert len(generate_text(model, text_tokenizer, documents, max_new_tokens=2)) == 1
 
@@ -132,6 +138,8 @@ def test_an_export_reads_pictures_by_its_processor(runs):
     [
         ("features", ["model.vision_tower=null"], "vision_tower=None with model.heads.visual_input=features"),
         ("both", [], "visual_input=both: expected a SigLIP for features and codes_and_features, and none"),
+        ("features", [f"model.tiles=[{GRIDS}]"], "an image in tiles takes up to "),
+        ("features", ["model.tiles=[2]"], "tiles '2'; expected rows x columns"),
     ],
 )
 def test_what_does_not_go_together_is_named(runs, tmp_path, visual_input, words, message):
