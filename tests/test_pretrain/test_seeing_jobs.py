@@ -60,7 +60,7 @@ def new_model(folder, visual_input, *words):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One trains its tower, the next goes on from it with it frozen; others read what was stored, and tiles."""
+    """One trains its tower, the next goes on with it frozen; others read stored features, and tiles."""
     folder = make_tiny_run(tmp_path_factory.mktemp("seeing"))
     source = [
         "--visual-tokenizer", str(folder / "tokenizer" / "export"), "--backend", "pil",
