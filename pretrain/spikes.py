@@ -1,4 +1,4 @@
-"""Warnings of a run that still goes: losses and gradients out of their range, codebooks or a tower that die."""
+"""Warnings of a run that still goes: losses and gradients out of their range, what died or collapsed."""
 
 from __future__ import annotations
 
