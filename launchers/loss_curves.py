@@ -106,11 +106,11 @@ class LossCurves:
 def plot_losses(runs: Mapping[str, tuple[str, LossCurves]], path: Path) -> None:
     """Draw the losses of trainings over their steps, a panel for each loss, and save the picture.
 
-    Where a vision tower was watched, its share of the first rank and its cosine have panels too. A colour stands for a
-    variant, its seeds are lines of the same one; training is drawn solid, held-out figures dashed with dots;
-    a triangle marks a log line with new spikes of that loss, a square a validation that found the tower
-    collapsed, a cross the end of a training that is not finished. What has positive values that span more
-    than a factor of 30 has a logarithmic axis.
+    Where a vision tower was watched, its share of the first rank and its cosine have panels too. A colour
+    stands for a variant, its seeds are lines of the same one; training is drawn solid, held-out figures
+    dashed with dots; a triangle marks a log line with new spikes of that loss, a square a validation that
+    found the tower collapsed, a cross the end of a training that is not finished. What has positive values
+    that span more than a factor of 30 has a logarithmic axis.
 
     Args:
         runs: name -> what the variant is called, and the losses.

@@ -18,7 +18,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     Frozen parameters are in no group and get no optimizer state.
 
     Raises:
-        ConfigError: nothing is trainable, or a pattern of `lr_scales` fits no parameter, frozen ones included.
+        ConfigError: nothing is trainable, or a pattern of `lr_scales` fits no parameter, not a frozen one.
     """
     groups: dict[tuple[bool, float, float], dict[str, Any]] = {}
     unused = set(config.lr_scales)

@@ -219,8 +219,8 @@ def test_a_tower_that_collapses_is_told_from_one_that_does_not(tmp_path, capsys)
     assert spoilt["val/tower/rank_share"]["mean"] < 0.5 or spoilt["val/tower/cosine"]["mean"] < 0.5
     table = (output / "sweep.md").read_text(encoding="utf-8")
     assert "tower collapsed |" in table and table in out
-    line = "optimizer.lr_scales[vision_tower.*]={}, seed 0: the vision tower has collapsed, by the validations of "
-    assert line.format(1000) + "steps 2, 4" in table and line.format(0.01) not in table
+    line = "- optimizer.lr_scales[vision_tower.*]={}, seed 0: the vision tower has collapsed, by the "
+    assert line.format(1000) + "validations of steps 2, 4" in table and line.format(0.01) not in table
     assert [run["tower_collapsed"] for run in read_json(output / "sweep.json")["runs"]] == [[], [2, 4]]
     curves = LossCurves.read(next(output.glob("*1000*")))
     assert [step for step, _ in curves.val["tower/cosine"]] == [2, 4] == list(curves.collapsed)

@@ -227,9 +227,9 @@ def test_spikes_are_told_once_each():
 
 def test_spikes_are_counted_by_loss():
     warnings = Warnings(HealthConfig())
-    for step in range(1, 101):
-        of_text = 8.0 if step in (50, 70) else falling(step)
-        warnings.of_step(step, {"loss/text": of_text, "loss/pixel": 9.0 if step == 70 else falling(step)})
+    for step in range(1, 301):
+        of_text = 8.0 if step in (150, 250) else falling(step)
+        warnings.of_step(step, {"loss/text": of_text, "loss/pixel": 9.0 if step == 250 else falling(step)})
     counts = {"": 3, "/text": 2, "/pixel": 1}
     assert warnings.figures() == {f"warnings/loss_spike{loss}": count for loss, count in counts.items()}
 
@@ -269,7 +269,8 @@ def test_a_collapsed_tower_is_told_once():
     )
     assert lines[1] == [
         "warning: step 1: the vision tower has collapsed: effective rank 3, 30.0% of the start's, mean "
-        "cosine to the start's features 0.9; expected 40% and 0.5 or more; lower its rate (optimizer.lr_scales)"
+        "cosine to the start's features 0.9; expected 40% and 0.5 or more; lower its rate "
+        "(optimizer.lr_scales)"
     ]
     assert warnings.figures() == {"warnings/tower_collapse": 2}
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +13,21 @@ from data_pipeline.pretokenize.command import main
 from data_pipeline.shards.code_shards import CodeGeometry
 from data_pipeline.streams import document_loader
 from dualtoken.generation.generators import generate_text
+from dualtoken.unified_model.sequence import ImageLayout
 from dualtoken.unified_model.vision_tower import VisionTower, name_in_siglip
 from dualtoken.visual_tokenizer.backbone import load_backbone
 from eval.inputs import load_unified_model, load_visual_tokenizer
 from pretrain.config import load_job_config
+from pretrain.job_budget import expected_pack
 from pretrain.mllm_task import MllmTask, expected_features
 from pretrain.optim import freeze_parameters
 from pretrain.runtime import Runtime
 from pretrain.tower_collapse import effective_rank, mean_cosine
 from tests.support.distributed import run_module
 from tests.support.tiny_run import make_tiny_run, picture
+from tests.test_pretrain.test_config import missing_words
 
+ROOT = Path(__file__).resolve().parents[2]
 DECODER = (
     "{model_type: qwen2, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
     "num_attention_heads: 2, num_key_value_heads: 2, vocab_size: 64}"
@@ -86,6 +91,27 @@ def new_model(folder, visual_input, *words):
 def stage_after(folder, before):
     exported = folder / before / "export"
     return [f"model.text_tokenizer={exported}", f"model.init_from={exported}"]
+
+
+def test_the_table_of_stages_is_true():
+    lines = (ROOT / "docs" / "unitoken.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    table = {row[0].strip("`"): row[1:] for row in rows if row[0].strip("`") in TRAINED}
+    assert table.keys() == TRAINED.keys()
+    for recipe, (parts, views, rate, of_tower, documents, packs) in table.items():
+        config = load_job_config([f"recipe={recipe}", *missing_words(recipe)], world_size=1)
+        assert set(parts.replace("`", "").split()) == TRAINED[recipe], recipe
+        assert set(views.split(", ")) == {entry.view for entry in config.data.blend}, recipe
+        optimizer = config.optimizer
+        assert float(rate) == optimizer.lr, recipe
+        assert float(of_tower) == pytest.approx(optimizer.lr * optimizer.lr_scales["vision_tower.*"]), recipe
+        assert packs == f"{config.global_batch_size} x {config.data.context_length}", recipe
+        shared = (optimizer.betas, optimizer.weight_decay, optimizer.warmup_ratio, optimizer.schedule)
+        assert shared == ([0.9, 0.95], 0.1, 0.01, "cosine"), recipe
+        assert (config.gradient_clipping, config.losses.z_loss, config.deepspeed) == (4, 1e-5, "zero3.json")
+        # As many documents as the table says, of 64 tokens of text beside a picture.
+        pack = expected_pack(config.data, ImageLayout(features=729), 729, 64, 512)
+        assert pack.documents * config.global_batch_size == pytest.approx(int(documents), rel=0.02), recipe
 
 
 @pytest.fixture(scope="module")
