@@ -77,7 +77,7 @@ class DualTokenProcessor(ProcessorMixin):
         )
         layout = config.image_layout
         sizes = config.positions_per_image, config.num_quantizers
-        return cls(image_processor, text_tokenizer, *sizes, layout.codes, layout.features, config.tiles or ())
+        return cls(image_processor, text_tokenizer, *sizes, layout.codes, layout.features, config.tiles or [])
 
     @property
     def layout(self) -> ImageLayout:

@@ -20,7 +20,6 @@ from dualtoken.processing import DualTokenProcessor
 from dualtoken.unified_model.config import WITH_FEATURES, DualTokenConfig, feature_fields, head_settings
 from dualtoken.unified_model.model import DualTokenForCausalLM, DualTokenOutput
 from dualtoken.unified_model.sequence import PackedBatch, SpecialTokens, add_special_tokens
-from dualtoken.unified_model.tiles import parse_grids
 from dualtoken.unified_model.vision_tower import VisionTower, name_in_siglip
 from dualtoken.visual_tokenizer.backbone import load_backbone, model_folder
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
@@ -33,7 +32,7 @@ from pretrain.engine import (
     sharded_construction,
 )
 from pretrain.export import full_state_dict, save_config, saved_weights
-from pretrain.flops import PackContents, unified_model_flops
+from pretrain.flops import PackContents, learns, unified_model_flops
 from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
 from pretrain.recomputation import checkpoint_activations
@@ -45,6 +44,7 @@ from pretrain.sequence_parallel import (
     share_attention,
 )
 from pretrain.stepping import backward, take_step
+from pretrain.tower_collapse import TowerWatch, packs_with_pictures
 
 BRANCHES = ("pixel", "semantic")
 
@@ -64,9 +64,6 @@ class MllmModelConfig:
     feature_layer: int | None = None
     # The tower stays outside: features come out of the shards, as pretokenize --features wrote them.
     precomputed_features: bool = False
-    # Rows x columns of the grids of tiles that a picture is read in besides as a whole, as pretokenize has
-    # them: [1x2,2x1,2x2,1x3,3x1], say. Empty to read it as a whole alone.
-    tiles: list[str] = field(default_factory=list)
     # An exported unified model to go on from (the previous phase), with its language model and its heads.
     init_from: str | None = None
 
@@ -159,7 +156,7 @@ class MllmTask:
             )
         self.text_tokenizer = AutoTokenizer.from_pretrained(config.model.text_tokenizer)
         if not config.model.init_from:
-            add_special_tokens(self.text_tokenizer, features=self.reads_features)
+            add_special_tokens(self.text_tokenizer, features=reads_features(config.model, config.model.heads))
         self.special = SpecialTokens.from_tokenizer(self.text_tokenizer)
         self.model = self.build_model()
         freeze_parameters(self.model, config.frozen)
@@ -171,11 +168,7 @@ class MllmTask:
         self.model.to(runtime.device)
         self.engines = {"model": build_engine(self.model, config, runtime)}
         self.train_loader = self.open_documents(config.data, "train")
-
-    @property
-    def reads_features(self) -> bool:
-        """Whether the recipe asks for continuous features of a vision tower."""
-        return self.config.model.heads.get("visual_input") in WITH_FEATURES
+        self.tower_watch = self.watch_tower()
 
     def build_model(self) -> DualTokenForCausalLM:
         """Build the unified model around the visual tokenizer's codebooks, sharded under ZeRO-3.
@@ -206,11 +199,6 @@ class MllmTask:
             expected = model.config.tokenizer_fingerprint
             require_same_codes(parts.visual_tokenizer, fingerprint, expected, parts.init_from)
             require_heads(model.config, head_settings(parts.heads), parts.init_from)
-            if parts.tiles and model.config.tiles != (tiles := parse_grids(parts.tiles)):
-                raise ConfigError(
-                    f"model.tiles={tiles}, but {parts.init_from} has tiles={model.config.tiles}: leave it "
-                    "out, a model keeps its tiles from phase to phase"
-                )
             if model.config.special != self.special:
                 raise ValueError(
                     f"{parts.init_from} has {model.config.special}, the text tokenizer "
@@ -220,20 +208,12 @@ class MllmTask:
             return model
         if bool(parts.llm) == bool(parts.llm_config):
             raise ConfigError("model.llm and model.llm_config: give one of the two, a base model or a config")
-        if self.reads_features != bool(parts.vision_tower):
-            raise ConfigError(
-                f"model.vision_tower={parts.vision_tower} with model.heads.visual_input="
-                f"{parts.heads.get('visual_input', 'both')}: expected a SigLIP for "
-                f"{' and '.join(WITH_FEATURES)}, and none without"
-            )
         text_config = AutoConfig.from_pretrained(parts.llm) if parts.llm else dict(parts.llm_config)
         heads, whole = dict(parts.heads), None
         if parts.vision_tower:
             whole = load_backbone(parts.vision_tower).vision_model
             tower = VisionTower.of_model(whole, parts.feature_layer)
             heads |= feature_fields(tower, inside=not parts.precomputed_features)
-        if parts.tiles:
-            heads["tiles"] = parse_grids(parts.tiles)
         config = DualTokenConfig.for_tokenizers(text_config, self.text_tokenizer, visual_tokenizer, **heads)
         with sharded_construction(self.config, self.runtime):
             if parts.llm:
@@ -251,16 +231,42 @@ class MllmTask:
                 model.set_vision_tower(whole)
         return model
 
-    def open_documents(self, config: DocumentStreamConfig, split: str) -> DocumentLoader:
-        """Open a stream of packed documents whose codes are those the model speaks."""
+    def watch_tower(self) -> TowerWatch | None:
+        """Begin to watch a vision tower that learns, on the first held-out pictures; None if there are none.
+
+        A checkpoint is not loaded yet, so what it is compared with is what the run began with, each time.
+        """
+        tower, data = self.model.vision_tower, self.config.validation_data
+        if tower is None or data is None or not learns(tower):
+            return None
+        device = self.runtime.device
+        packs = packs_with_pictures(self.open_documents(data, "val", shared=True))
+        if not packs:
+            return None
+        self.model.eval()
+        with torch.no_grad():
+            watch = TowerWatch(tower, packs, lambda pack: self.score(pack.to(device)), self.config.health)
+        self.engines["model"].train()
+        return watch
+
+    def open_documents(
+        self, config: DocumentStreamConfig, split: str, shared: bool = False
+    ) -> DocumentLoader:
+        """Open a stream of packed documents whose codes are those the model speaks.
+
+        Args:
+            config: of the stream.
+            split: `train` or `val`.
+            shared: whether every rank reads all of it, and not its part.
+        """
         model = self.model.config
         return document_loader(
             config,
             self.text_tokenizer,
             CodeGeometry(model.positions_per_image, model.num_quantizers, model.codebook_size),
             model.tokenizer_fingerprint,
-            self.runtime.data_rank,
-            self.runtime.data_ranks,
+            0 if shared else self.runtime.data_rank,
+            1 if shared else self.runtime.data_ranks,
             self.config.seed,
             split,
             model.image_layout,
@@ -276,6 +282,12 @@ class MllmTask:
         if (size := self.config.sequence_parallel_size) > 1:
             own = self.config.data.context_length // size
             lines.append(f"Ulysses: {size} ranks share each pack, {own:,} tokens of it a rank")
+        if self.tower_watch is not None:
+            lines.append(self.tower_watch.describe())
+        elif self.model.vision_tower is not None and learns(self.model.vision_tower):
+            lines.append(
+                "vision tower not watched: validation_data has no pictures to look for a collapse on"
+            )
         return [*lines, self.train_loader.describe()]
 
     def train_step(self, micro_batches: list[PackedBatch]) -> dict[str, Any]:
@@ -345,7 +357,10 @@ class MllmTask:
         return weights.text * text + weights.pixel * pixel + weights.semantic * semantic
 
     def validate(self) -> dict[str, float]:
-        """Return the negative log-likelihoods per token and depth (nats) on the validation documents."""
+        """Return the negative log-likelihoods per token and depth (nats) on the validation documents.
+
+        And how a vision tower that learns stands to where it began.
+        """
         if self.config.validation_data is None:
             return {}
         self.model.eval()
@@ -359,7 +374,8 @@ class MllmTask:
             if not self.runtime.any_rank(batch is not None):
                 break
             add_figures(averages, self.score((batch or loader.empty_batch()).to(self.runtime.device)))
-        return averages.reduce()
+        watched = {} if self.tower_watch is None else self.tower_watch.figures()
+        return {**averages.reduce(), **watched}
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state beyond the engine's, of which there is none."""
@@ -413,6 +429,22 @@ def expected_features(config: DualTokenConfig) -> FeatureGeometry | None:
         return FeatureGeometry("pixels", (3, config.image_size, config.image_size), tiles=tiles)
     shape = (config.features_per_image, config.feature_dim)
     return FeatureGeometry("bfloat16", shape, config.feature_fingerprint, tiles)
+
+
+def reads_features(parts: MllmModelConfig, heads: Mapping[str, Any]) -> bool:
+    """Whether a new model with these heads reads continuous features of a vision tower.
+
+    Raises:
+        ConfigError: a tower is missing, or not read.
+    """
+    reads = heads.get("visual_input") in WITH_FEATURES
+    if reads != bool(parts.vision_tower):
+        raise ConfigError(
+            f"model.vision_tower={parts.vision_tower} with model.heads.visual_input="
+            f"{heads.get('visual_input', 'both')}: expected a SigLIP for "
+            f"{' and '.join(WITH_FEATURES)}, and none without"
+        )
+    return reads
 
 
 def require_heads(config: DualTokenConfig, heads: Mapping[str, Any], folder: str) -> None:

@@ -111,7 +111,8 @@ class DualTokenConfig(PretrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Build the decoder's config and check the values."""
         super().__post_init__(**kwargs)
-        self.tiles = [list(grid) for grid in self.tiles or ()]
+        if self.tiles is None:
+            self.tiles = []
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self._check()
 

@@ -155,8 +155,8 @@ class ImageLayout:
 
     @property
     def most_positions(self) -> int:
-        """Positions that an image takes at most, besides its codes, marks and separator."""
-        return self.features if self.tiles is None else self.tiles.most_positions(self.features)
+        """Positions of features that an image takes at most, ends of rows among them."""
+        return len(self.tiles.order(self.tiles.largest, self.features)) if self.tiles else self.features
 
 
 @dataclass

@@ -104,11 +104,11 @@ class Tiles:
         with_ends = [np.pad(grid, ((0, 0), (0, 1)), constant_values=-1).reshape(-1) for grid in grids]
         return torch.from_numpy(np.stack(np.divmod(np.concatenate(with_ends), features), axis=1))
 
-    def most_positions(self, features: int) -> int:
-        """Return the largest M that a picture can have; `features` is N, of each crop."""
-        side = math.isqrt(features)
-        of_grids = [rows * side * (columns * side + 1) for rows, columns in self.grids]
-        return side * (side + 1) + max(of_grids)
+    @property
+    def largest(self) -> Size:
+        """Height and width of a picture with the largest M: it fills the grid of most tiles, then rows."""
+        rows, columns = max(self.grids, key=lambda grid: (math.prod(grid), grid[0]))
+        return rows * self.size, columns * self.size
 
 
 def parse_grids(grids: Sequence[str]) -> list[list[int]]:

@@ -88,7 +88,7 @@ def test_they_are_those_of_the_sample_and_codes_stay_the_same(folder: Path, kind
 
 def model_reading(visual_input: str, inside: bool, tiles: Tiles | None = None) -> DualTokenForCausalLM:
     fields = {"visual_input": visual_input, "special_tokens": vars(FEATURE_IDS), "image_size": SIZE}
-    fields |= {"tiles": tiles.grids if tiles else (), "codebook_size": 50}
+    fields |= {"tiles": [list(grid) for grid in tiles.grids] if tiles else [], "codebook_size": 50}
     fields |= feature_fields(VisionTower.of_model(whole_tower()), inside)
     torch.manual_seed(0)
     model = DualTokenForCausalLM._from_config(tiny_config(initializer_range=0.3, **fields))
