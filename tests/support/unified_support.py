@@ -120,7 +120,8 @@ def in_tiles(document: Document, layout: ImageLayout) -> Document:
     """The document for a layout: with tiles, each image is the base picture of one of `SIZES`."""
     parts = list(document.parts)
     for index, part in enumerate(parts):
-        if layout.tiles and isinstance(part, ImagePart) and part.features is not None:
+        whole = isinstance(part, ImagePart) and part.features is not None and part.size is None
+        if layout.tiles and whole:
             seed = int(part.features.sum())
             size = SIZES[seed % len(SIZES)]
             shape = (layout.tiles.crops(size) - 1, *part.features.shape)
