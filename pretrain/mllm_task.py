@@ -314,7 +314,8 @@ class MllmTask:
         totals: dict[str, float] = {"documents": sum(pack.documents for pack in contents)}
         totals["count/tokens"] = sum(pack.tokens for pack in contents)
         totals["count/images"] = sum(pack.pictures for pack in contents)
-        for name in ("pairs", "visual_positions", "text_targets", "visual_targets", "feature_pictures"):
+        work = ("pairs", "visual_positions", "text_targets", "visual_targets", "feature_pictures")
+        for name in (*work, "feature_positions"):
             totals[f"work/{name}"] = sum(getattr(pack, name) for pack in contents)
         for name, total in {**totals, **self.train_loader.statistics.figures()}.items():
             # A group counts its packs `size` times.
@@ -423,10 +424,11 @@ def expected_features(config: DualTokenConfig) -> FeatureGeometry | None:
     """What a model takes of images for continuous features; None without."""
     if not config.reads_features:
         return None
+    tiles = config.image_layout.tiles
     if config.vision_config is not None:
-        return FeatureGeometry("pixels", (3, config.image_size, config.image_size))
+        return FeatureGeometry("pixels", (3, config.image_size, config.image_size), tiles=tiles)
     shape = (config.features_per_image, config.feature_dim)
-    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint)
+    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint, tiles)
 
 
 def reads_features(parts: MllmModelConfig, heads: Mapping[str, Any]) -> bool:

@@ -344,15 +344,15 @@ def test_a_towers_activations_are_what_autograd_keeps():
     tower, patches = model.vision_tower, 3 * SEEN
     kept = kept_bytes(tower, lambda: tower(pixels))
     kept += kept_bytes(model.feature_adapter, lambda: model.feature_adapter(torch.randn(patches, 16)))
-    estimate = feature_activations(model, patches, 4, checkpoints=False, keeps_products=False)
+    estimate = feature_activations(model, patches, patches, 4, checkpoints=False, keeps_products=False)
     # On top: the pixels as the first layer takes them.
     pictures = pixels.numel() * 4
     assert kept - pictures == pytest.approx(estimate, rel=0.05)
     layers = tower.settings["num_hidden_layers"]
     of_layers = layers * patches * encoder_layer_activations(SiglipVisionConfig(**tower.settings), 4)
-    checkpointed = feature_activations(model, patches, 4, checkpoints=True, keeps_products=False)
-    products = feature_activations(model, patches, 4, checkpoints=True, keeps_products=True)
+    checkpointed = feature_activations(model, patches, patches, 4, checkpoints=True, keeps_products=False)
+    products = feature_activations(model, patches, patches, 4, checkpoints=True, keeps_products=True)
     assert estimate - of_layers < checkpointed < products < estimate + of_layers / layers
     tower.requires_grad_(False)
-    frozen = feature_activations(model, patches, 4, checkpoints=False, keeps_products=False)
+    frozen = feature_activations(model, patches, patches, 4, checkpoints=False, keeps_products=False)
     assert frozen == pytest.approx(estimate - of_layers * (layers - 1) / layers)
