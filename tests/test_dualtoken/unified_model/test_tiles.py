@@ -1,6 +1,8 @@
 """Tiles of large pictures: the grid, the cut and the order, each beside a naive one written out."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,6 +157,26 @@ def test_features_in_order_and_the_order_of_those():
         assert (before[0] < 0) == (after[0] < 0)
         if before[0] >= 0:
             assert torch.equal(crops[before[0], before[1]], read[after[0]]) and after[1] == 0
+
+
+def test_the_table_of_sizes_is_true():
+    """Positions and bytes at SO400M/14, 384 px, with the paper's grids."""
+    lines = (
+        (Path(__file__).resolve().parents[3] / "docs" / "unitoken.md")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
+    rows = [[cell.strip().replace(",", "") for cell in line.strip("|").split("|")] for line in lines]
+    rows = [row for row in rows if re.fullmatch(r"\d+ x \d+", row[0])]
+    assert len(rows) > 5
+    for picture, grid, *numbers in rows:
+        height, width = map(int, picture.split(" x "))
+        order = PAPER.order((height, width), 729)
+        positions, crops = len(order), PAPER.crops((height, width))
+        read = int((order[:, 0] >= 0).sum())
+        assert grid == "{} x {}".format(*PAPER.grid((height, width)))
+        expected = [positions, positions + 729 + 3, crops * 3 * 384 * 384, read * 1152 * 2]
+        assert list(map(int, numbers)) == expected, picture
 
 
 def test_mistakes_are_named():
