@@ -84,6 +84,7 @@ def test_any_size_and_grids(height, width, grids, side):
     tiles = Tiles(grids, 30)
     order = tiles.order((height, width), side * side)
     assert_is(order, naive_order((height, width), tiles, side))
+    assert len(order) <= len(tiles.order(tiles.largest, side * side))
     features = order[order[:, 0] >= 0]
     assert len(torch.unique(features, dim=0)) == len(features)  # each is read once, the base picture's all
     assert (features[:, 0] == 0).sum() == side * side
@@ -185,7 +186,7 @@ def test_mistakes_are_named():
     for wrong in ("2", "2x", "ax2", "1x2x3", "-1x2"):
         with pytest.raises(ValueError, match=f"tiles '{wrong}'; expected rows x columns, such as 1x2"):
             parse_grids([wrong])
-    for grids in ([], [[0, 1]], [[1, 2], [1, 2]], [[1, 2, 3]]):
+    for grids in ([], [[0, 1]], [[1, 2], [1, 2]], [[1, 2, 3]], [1, 2], ["1x2"]):
         with pytest.raises(ValueError, match=r"expected grids \[rows, columns\] of 1 or more, each once"):
             Tiles(grids, 4)
     with pytest.raises(ValueError, match="tiles of 0 pixels a side"):
