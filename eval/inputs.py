@@ -38,9 +38,10 @@ class EvaluationPaths:
     sample_data: Path
     benchmarks: Path
     output: Path
+    vision_tower: str | Path | None = None  # of a model that reads features made outside of it
 
     @classmethod
-    def from_run(cls, run: Path, **replaced: Path | None) -> "EvaluationPaths":
+    def from_run(cls, run: Path, **replaced: str | Path | None) -> "EvaluationPaths":
         """Paths below the folder of a quickstart; those given in `replaced` (and not None) lie elsewhere."""
         found = {
             "siglip": run / "siglip" / "export",
@@ -178,6 +179,19 @@ def load_codes(folder: Path, count: int | None = None, seed: int = 0) -> list[Co
     if not chosen:
         raise ValueError(f"{folder} holds no image with captions, which this measure needs")
     return chosen
+
+
+def pictures_of(samples: Sequence[CodeSample], codes: Path, images: Path, image_size: int) -> Tensor:
+    """The pictures [N, 3, S, S] in [-1, 1] that samples of the data set `codes` were made from.
+
+    Raises:
+        ValueError: one of them is not among the image-text shards `images`.
+    """
+    pictures = load_pictures(images, image_size)
+    place = {key: number for number, key in enumerate(pictures.keys)}
+    if missing := [sample.key for sample in samples if sample.key not in place]:
+        raise ValueError(f"{images} lacks the picture {missing[0]} that the codes in {codes} were made from")
+    return pictures.images[[place[sample.key] for sample in samples]]
 
 
 def stack_codes(samples: Sequence[CodeSample]) -> Tensor:

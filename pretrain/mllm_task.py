@@ -14,7 +14,7 @@ from omegaconf import MISSING
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.shards.code_shards import CodeGeometry, FeatureGeometry, require_same_codes
+from data_pipeline.shards.code_shards import CodeGeometry, expected_features, require_same_codes
 from data_pipeline.streams import DocumentLoader, DocumentStreamConfig, document_loader
 from dualtoken.processing import DualTokenProcessor
 from dualtoken.unified_model.config import WITH_FEATURES, DualTokenConfig, feature_fields, head_settings
@@ -390,16 +390,6 @@ class MllmTask:
         save_config(self.model, directory)
         processor = DualTokenProcessor.for_config(self.model.config, self.text_tokenizer)
         processor.save_pretrained(directory)
-
-
-def expected_features(config: DualTokenConfig) -> FeatureGeometry | None:
-    """What a model takes of images for continuous features; None without."""
-    if not config.reads_features:
-        return None
-    if config.vision_config is not None:
-        return FeatureGeometry("pixels", (3, config.image_size, config.image_size))
-    shape = (config.features_per_image, config.feature_dim)
-    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint)
 
 
 def require_heads(config: DualTokenConfig, heads: Mapping[str, Any], folder: str) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from data_pipeline.errors import DatasetError
 from data_pipeline.names import is_below
 from data_pipeline.shards.remote_files import is_remote, read_remote
 from data_pipeline.shards.tar_members import TarError, iterate_samples
+
+if TYPE_CHECKING:  # shards are read and checked without torch
+    from dualtoken.unified_model.config import DualTokenConfig
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
@@ -97,6 +100,16 @@ class FeatureGeometry:
         """Whether a model that expects `other` can read these; how exactly they are kept is left open."""
         pixels = (self.kind == "pixels", other.kind == "pixels")
         return pixels[0] == pixels[1] and (self.shape, self.fingerprint) == (other.shape, other.fingerprint)
+
+
+def expected_features(config: DualTokenConfig) -> FeatureGeometry | None:
+    """Return what a unified model takes of images for continuous features; None without."""
+    if not config.reads_features:
+        return None
+    if config.vision_config is not None:
+        return FeatureGeometry("pixels", (3, config.image_size, config.image_size))
+    shape = (config.features_per_image, config.feature_dim or 0)
+    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint)
 
 
 @dataclass

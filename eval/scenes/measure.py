@@ -17,6 +17,7 @@ from eval.scenes.captioned import measure_captions
 from eval.scenes.detector import SceneDetector
 from eval.scenes.drawn import measure_detector, measure_drawn
 from eval.scenes.samples import load_scenes, read_scenes
+from eval.seeing import load_sight
 
 SCENES = {"held_out": 144, "seen": 48}  # at most
 GUIDANCE_SCALE = 1.0
@@ -41,12 +42,13 @@ def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict
 
     Raises:
         FileNotFoundError: a model or the sample data are missing.
-        ValueError: model, codes and visual tokenizer do not belong together, or a sample says no scene.
+        ValueError: model, codes, visual tokenizer and vision tower do not belong together, or a sample says
+            no scene.
     """
     model, text_tokenizer, tokenizer = load_models(paths.model, paths.visual_tokenizer)
+    sight = load_sight(model.config, text_tokenizer, tokenizer, paths.vision_tower)
     held_out = held_out_combinations(paths.sample_data)
-    size = tokenizer.config.image_size
-    detector = SceneDetector(size)
+    detector = SceneDetector(sight.image_size)
     trained = [scene for _, scene in read_scenes(paths.scenes()["seen"])]
     result: dict = {"training_scenes": len(trained), "detector": {}, "splits": {}}
     for name, folder in paths.codes().items():
@@ -54,7 +56,7 @@ def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict
             folder, DatasetManifest.load(folder).fingerprint, model.config.tokenizer_fingerprint
         )
         most = min(count or SCENES[name], SCENES[name])
-        samples = load_scenes(folder, paths.scenes()[name], size, most, seed)
+        samples = load_scenes(folder, paths.scenes()[name], sight, most, seed)
         pictures = paths.output / "scenes" / name
         pictures.mkdir(parents=True, exist_ok=True)
 
