@@ -237,7 +237,7 @@ def load_models(
         FileNotFoundError: one of them is missing.
         DatasetError: the model was trained with another visual tokenizer.
     """
-    tokenizer = load_visual_tokenizer(visual_tokenizer)
     model, text_tokenizer = load_unified_model(unified, precision)
+    tokenizer = load_visual_tokenizer(visual_tokenizer)
     require_same_codes(visual_tokenizer, tokenizer.fingerprint(), model.config.tokenizer_fingerprint)
     return model, text_tokenizer, tokenizer

@@ -113,7 +113,13 @@ class MllmJobConfig(JobConfig):
         if size < 1:
             raise ConfigError(f"sequence_parallel_size={size}: expected 1, for none, or more")
         for name in ("data", "validation_data"):
-            length = getattr(getattr(self, name), "context_length", 0)
+            stream = getattr(self, name)
+            if size > 1 and getattr(stream, "documents_per_pack", 0):
+                raise ConfigError(
+                    f"sequence_parallel_size={size} with {name}.documents_per_pack="
+                    f"{stream.documents_per_pack}: packs of any length cannot be split; leave one of them out"
+                )
+            length = getattr(stream, "context_length", 0)
             if length % size:
                 raise ConfigError(
                     f"{name}.context_length={length} cannot be split: expected a multiple of "
@@ -215,7 +221,7 @@ class MllmTask:
             raise ConfigError(
                 f"model.vision_tower={parts.vision_tower} with model.heads.visual_input="
                 f"{parts.heads.get('visual_input', 'both')}: expected a SigLIP for "
-                f"{' and '.join(WITH_FEATURES)}, and none without"
+                f"{', '.join(WITH_FEATURES)}, and none without"
             )
         text_config = AutoConfig.from_pretrained(parts.llm) if parts.llm else dict(parts.llm_config)
         heads, whole = dict(parts.heads), None

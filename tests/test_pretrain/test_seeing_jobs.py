@@ -131,7 +131,7 @@ def test_an_export_reads_pictures_by_its_processor(runs):
     ("visual_input", "words", "message"),
     [
         ("features", ["model.vision_tower=null"], "vision_tower=None with model.heads.visual_input=features"),
-        ("both", [], "visual_input=both: expected a SigLIP for features and codes_and_features, and none"),
+        ("both", [], "visual_input=both: expected a SigLIP for features, codes_and_features, pixel_and_"),
     ],
 )
 def test_what_does_not_go_together_is_named(runs, tmp_path, visual_input, words, message):
