@@ -130,6 +130,6 @@ def require_same_documents(asked: Asked, kind: str, output: Path, seeds: int) ->
         if len(set(digests.values())) > 1:
             raise UserError(
                 f"the inputs of seed {seed} did not learn from the same documents: set "
-                "data.documents_per_pack, and data.context_length so high that no document is split or left out "
+                "data.documents_per_pack, and data.context_length so high that none is split or left out "
                 f"({', '.join(f'{name} {digest:.0f}' for name, digest in digests.items())})"
             )

@@ -140,8 +140,8 @@ def ablate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="What is measured, several times for several: scenes, or benchmarks of `dualtoken evaluate`; "
-            "by default scenes.",
+            help="What is measured, several times for several: benchmarks of `dualtoken evaluate`, or, by "
+            "default, scenes.",
             show_default=False,
             rich_help_panel=OF_INPUTS,
         ),
@@ -172,8 +172,8 @@ def ablate(
     answers, captions and drawn scenes of held-out combinations.
 
     Of inputs: a recipe with nothing changed but what a picture is to the language model: semantic codes, both
-    codebooks', those of one codebook on one layer, SigLIP's features, or codes and features behind each other;
-    with what each costs. Recipes, data and benchmarks of any size (docs/unitoken.md).
+    codebooks', those of one codebook on one layer, SigLIP's features, or codes and then features; with what
+    each costs. Recipes, data and benchmarks of any size (docs/unitoken.md).
 
     Started again, it goes on after the runs that are done.
 
