@@ -56,8 +56,8 @@ def measure_costs(folder: Path) -> dict[str, float]:
         for name, part in unified_model_flops(model, pack).items()
         if name != "vision_tower"
     )
-    parts = [part for name, part in model.parts().items() if name != "vision_tower"]
-    parameters = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    own = (one for name, one in model.named_parameters() if not name.startswith("vision_tower."))
+    parameters = sum(parameter.numel() for parameter in own)
     seeing = seeing_costs(Path(job.model.visual_tokenizer), config, model.vision_tower)
     return {
         "positions": float(positions_of_picture(config)),
