@@ -161,7 +161,7 @@ def _npy(array: np.ndarray, dtype: Any) -> bytes:
     return buffer.getvalue()
 
 
-_HEADERS: dict[bytes, tuple[np.dtype, tuple[int, ...]]] = {}
+_HEADERS: dict[bytes, tuple[np.dtype, str, tuple[int, ...]]] = {}
 
 
 def _read_npy(data: bytes, what: str, *types: str) -> np.ndarray:
@@ -172,10 +172,10 @@ def _read_npy(data: bytes, what: str, *types: str) -> np.ndarray:
         array = np.load(io.BytesIO(data), allow_pickle=False)
         if not array.flags.c_contiguous or header[6:8] != b"\x01\x00" or array.dtype.byteorder == ">":
             raise ValueError(f"{what} are {array.dtype} in npy {header[6]}.{header[7]}, expected npy 1.0")
-        _HEADERS[header] = array.dtype, array.shape
-    dtype, shape = _HEADERS[header]
-    if str(dtype) not in types:
-        raise ValueError(f"{what} are {dtype}, expected {' or '.join(types)} in npy 1.0")
+        _HEADERS[header] = array.dtype, str(array.dtype), array.shape
+    dtype, name, shape = _HEADERS[header]
+    if name not in types:
+        raise ValueError(f"{what} are {name}, expected {' or '.join(types)} in npy 1.0")
     return np.frombuffer(data, dtype=dtype, offset=length).reshape(shape).copy()  # writable, for torch
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -224,7 +225,7 @@ def tokenize_document(
             features likewise, or on an image that lacks what the layout asks for.
     """
     builder = _Builder(text_tokenizer, special, layout or ImageLayout())
-    builder.add([special.begin_of_text], loss=False)
+    builder.add(special.begin_of_text, loss=False)
     for index, part in enumerate(document.parts):
         if isinstance(part, TextPart):
             builder.add_text(part, document.key)
@@ -235,28 +236,32 @@ def tokenize_document(
                 f"document {document.key!r}: a part is a {type(part).__name__}, "
                 "expected TextPart or ImagePart"
             )
-    ended = len(builder.input_ids) > 1 and builder.input_ids[-1] == special.end_of_text
-    if end and not ended:
-        builder.add([special.end_of_text], loss=bool(document.parts) and document.parts[-1].loss)
+    if end and not (builder.length > 1 and builder.last == special.end_of_text):
+        builder.add(special.end_of_text, loss=bool(document.parts) and document.parts[-1].loss)
     return builder.build(document.key)
 
 
 class _Builder:
-    """Collects the tokens, labels, codes and features of one document."""
+    """Collects the tokens, labels, codes and features of one document, for `build` to make arrays of."""
 
     def __init__(self, text_tokenizer: Any, special: SpecialTokens, layout: ImageLayout) -> None:
         self.text_tokenizer = text_tokenizer
         self.special = special
         self.layout = layout
         self.features: list[torch.Tensor] = []
-        self.input_ids: list[int] = []
-        self.labels: list[int] = []
         self.codes: list[torch.Tensor] = []
-        self.visual_loss: list[bool] = []
+        self.length = 0
+        self._runs: list[tuple[int | list[int], int, bool]] = []  # tokens, or one so many times; loss
+        self._image_loss: list[bool] = []  # of the images with codes
 
-    def add(self, ids: list[int], loss: bool) -> None:
-        self.input_ids.extend(ids)
-        self.labels.extend(ids if loss else [IGNORE_INDEX] * len(ids))
+    @property
+    def last(self) -> int:
+        tokens = self._runs[-1][0]
+        return tokens if isinstance(tokens, int) else tokens[-1]
+
+    def add(self, token: int, loss: bool, times: int = 1) -> None:
+        self._runs.append((token, times, loss))
+        self.length += times
 
     def add_text(self, part: TextPart, key: str) -> None:
         if not part.text:
@@ -264,7 +269,14 @@ class _Builder:
         ids = self.text_tokenizer(part.text, add_special_tokens=False, split_special_tokens=not part.markup)[
             "input_ids"
         ]
-        found = sorted(self.special.ids().intersection(ids)) if part.markup else []
+        if part.markup:
+            self._require_own_marks(ids, key)
+        if ids:
+            self._runs.append((ids, len(ids), part.loss))
+            self.length += len(ids)
+
+    def _require_own_marks(self, ids: list[int], key: str) -> None:
+        found = sorted(self.special.ids().intersection(ids))
         # A tokenizer's own end token may end the turns of a chat, as Vicuna's do.
         placed = {*SPECIAL.values(), *FEATURE_SPECIAL.values()}
         names = [n for n in self.text_tokenizer.convert_ids_to_tokens(found) if n in placed]
@@ -273,21 +285,20 @@ class _Builder:
                 f"document {key!r}: the text spells out {', '.join(names)}, which only the layout may place; "
                 "put images in as ImagePart"
             )
-        self.add(ids, part.loss)
 
     def add_image(self, part: ImagePart, key: str, followed: bool) -> None:
         special, layout = self.special, self.layout
         start, stop = special.vision_start, special.vision_end
         if part.loss:
             start, stop = special.image_gen_start, special.image_gen_end
-        self.add([start], loss=part.loss)
+        self.add(start, loss=part.loss)
         if part.loss or layout.codes:
             self.add_codes(part, key)
             if layout.features:
-                self.add([special.image_sep], loss=part.loss)
+                self.add(special.image_sep, loss=part.loss)
         if layout.features and (followed or not part.loss):
             self.add_features(part, key)
-        self.add([stop], loss=False)
+        self.add(stop, loss=False)
 
     def add_codes(self, part: ImagePart, key: str) -> None:
         if part.codes is None:
@@ -295,7 +306,9 @@ class _Builder:
                 f"document {key!r}: an image has no codes, expected [positions, 2 (pixel, semantic), "
                 "quantizers]; encode it with the visual tokenizer"
             )
-        codes = torch.as_tensor(part.codes)
+        # Several times as fast as `as_tensor`, which a stream of documents feels.
+        is_array = isinstance(part.codes, np.ndarray)
+        codes = torch.from_numpy(part.codes) if is_array else torch.as_tensor(part.codes)
         if codes.dim() != 3 or codes.shape[1] != 2 or 0 in codes.shape:
             raise ValueError(
                 f"document {key!r}: codes of an image have shape {tuple(codes.shape)}, expected "
@@ -309,10 +322,9 @@ class _Builder:
                 f"{tuple(self.codes[0].shape)} and {tuple(codes.shape)}; "
                 "tokenize all images with one visual tokenizer"
             )
-        positions = codes.shape[0]
-        self.add([self.special.image_pad] * positions, loss=False)
+        self.add(self.special.image_pad, loss=False, times=codes.shape[0])
         self.codes.append(codes)
-        self.visual_loss.extend([part.loss] * positions)
+        self._image_loss.append(part.loss)
 
     def add_features(self, part: ImagePart, key: str) -> None:
         features, expected = part.features, self.layout.features
@@ -335,15 +347,25 @@ class _Builder:
                 f"{tuple(self.features[0].shape)} and {tuple(features.shape)}, types "
                 f"{self.features[0].dtype} and {features.dtype}; make those of all with one vision tower"
             )
-        self.add([self.special.image_feature] * expected, loss=False)
+        self.add(self.special.image_feature, loss=False, times=expected)
         self.features.append(features)
 
     def build(self, key: str) -> TokenizedDocument:
+        input_ids = np.empty(self.length, np.int64)
+        labels = np.full(self.length, IGNORE_INDEX, np.int64)
+        start = 0
+        for tokens, count, loss in self._runs:
+            stop = start + count
+            input_ids[start:stop] = tokens
+            if loss:
+                labels[start:stop] = input_ids[start:stop]
+            start = stop
+        positions = self.codes[0].shape[0] if self.codes else 0
         return TokenizedDocument(
-            input_ids=torch.tensor(self.input_ids, dtype=torch.int64),
+            input_ids=torch.from_numpy(input_ids),
             codes=torch.cat(self.codes) if self.codes else torch.zeros(0, 2, 0, dtype=torch.int64),
-            labels=torch.tensor(self.labels, dtype=torch.int64),
-            visual_loss_mask=torch.tensor(self.visual_loss, dtype=torch.bool),
+            labels=torch.from_numpy(labels),
+            visual_loss_mask=torch.from_numpy(np.repeat(np.array(self._image_loss, bool), positions)),
             key=key,
             features=torch.stack(self.features) if self.features else None,
         )
@@ -404,13 +426,15 @@ def pack_documents(documents: Sequence[TokenizedDocument], context_length: int |
             f"{len(documents)} documents of together {total} tokens do not fit the context of "
             f"{context_length}; pack fewer, split the longest or raise context_length"
         )
-    depths = {tuple(d.codes.shape[1:]) for d in documents if len(d.codes)}
+    codes = [document.codes for document in documents if len(document.codes)]
+    depths = {given.shape[1:] for given in codes}
     if len(depths) > 1:
         raise ValueError(
-            f"codes of different shapes {sorted(depths)} in one pack; "
+            f"codes of different shapes {sorted(map(tuple, depths))} in one pack; "
             "tokenize all images with one visual tokenizer"
         )
-    codes = [document.codes.to(torch.int64) for document in documents if len(document.codes)]
+    if len({given.dtype for given in codes}) > 1:
+        codes = [given.to(torch.int64) for given in codes]
     features = [document.features for document in documents if document.features is not None]
     kinds = {(tuple(given.shape[1:]), str(given.dtype)) for given in features}
     if len(kinds) > 1:
@@ -424,13 +448,16 @@ def pack_documents(documents: Sequence[TokenizedDocument], context_length: int |
         lengths.append(padding)
         input_ids.append(torch.full((padding,), int(documents[0].input_ids[0])))
         labels.append(torch.full((padding,), IGNORE_INDEX))
+    longest = max(lengths)
+    counting = np.arange(longest)
+    positions = np.concatenate([counting[:length] for length in lengths])
     return PackedBatch(
         input_ids=torch.cat(input_ids)[None],
-        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        max_seqlen=max(lengths),
+        position_ids=torch.from_numpy(positions)[None],
+        cu_seqlens=torch.from_numpy(np.array([0, *accumulate(lengths)], np.int32)),
+        max_seqlen=longest,
         labels=torch.cat(labels)[None],
-        codes=torch.cat(codes) if codes else torch.zeros(0, 2, 0, dtype=torch.int64),
+        codes=torch.cat(codes).to(torch.int64) if codes else torch.zeros(0, 2, 0, dtype=torch.int64),
         visual_loss_mask=torch.cat([document.visual_loss_mask for document in documents]),
         keys=[document.key for document in documents],
         padding=padding,
