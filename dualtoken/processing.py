@@ -148,7 +148,7 @@ class DualTokenProcessor(ProcessorMixin):
         if images is None:
             parts = iter([ImagePart(self._checked(c, i)) for i, c in enumerate(given)])
         else:
-            parts = iter(self._seen(given, visual_tokenizer, vision_tower))
+            parts = iter(self.image_parts(given, visual_tokenizer, vision_tower))
         documents = []
         for one in texts:
             document = Document([])
@@ -176,13 +176,17 @@ class DualTokenProcessor(ProcessorMixin):
             names.append("features")
         return [*names, "feature_order"] if self.tiles else names
 
-    def _seen(
+    def image_parts(
         self,
-        images: list[Any],
-        visual_tokenizer: DualTokenVisualTokenizer | None,
-        vision_tower: VisionTower | None,
+        images: Sequence[Any],
+        visual_tokenizer: DualTokenVisualTokenizer | None = None,
+        vision_tower: VisionTower | None = None,
     ) -> list[ImagePart]:
-        """Return images as parts with what the model reads of them."""
+        """Return images as parts of documents, with what the model reads of them; arguments as `documents`.
+
+        Raises:
+            ValueError: as `documents`.
+        """
         if not images:
             return []
         if visual_tokenizer is None and self.reads_codes:

@@ -38,9 +38,10 @@ class EvaluationPaths:
     sample_data: Path
     benchmarks: Path
     output: Path
+    vision_tower: str | Path | None = None  # of a model that reads features made outside of it
 
     @classmethod
-    def from_run(cls, run: Path, **replaced: Path | None) -> "EvaluationPaths":
+    def from_run(cls, run: Path, **replaced: str | Path | None) -> "EvaluationPaths":
         """Paths below the folder of a quickstart; those given in `replaced` (and not None) lie elsewhere."""
         found = {
             "siglip": run / "siglip" / "export",
@@ -180,6 +181,19 @@ def load_codes(folder: Path, count: int | None = None, seed: int = 0) -> list[Co
     return chosen
 
 
+def pictures_of(samples: Sequence[CodeSample], codes: Path, images: Path, image_size: int) -> Tensor:
+    """The pictures [N, 3, S, S] in [-1, 1] that samples of the data set `codes` were made from.
+
+    Raises:
+        ValueError: one of them is not among the image-text shards `images`.
+    """
+    pictures = load_pictures(images, image_size)
+    place = {key: number for number, key in enumerate(pictures.keys)}
+    if missing := [sample.key for sample in samples if sample.key not in place]:
+        raise ValueError(f"{images} lacks the picture {missing[0]} that the codes in {codes} were made from")
+    return pictures.images[[place[sample.key] for sample in samples]]
+
+
 def stack_codes(samples: Sequence[CodeSample]) -> Tensor:
     """The codes of each sample's one image as int64: [N, P, Q, D]."""
     return torch.stack([torch.from_numpy(sample.codes[0].astype("int64")) for sample in samples])
@@ -223,7 +237,7 @@ def load_models(
         FileNotFoundError: one of them is missing.
         DatasetError: the model was trained with another visual tokenizer.
     """
-    tokenizer = load_visual_tokenizer(visual_tokenizer)
     model, text_tokenizer = load_unified_model(unified, precision)
+    tokenizer = load_visual_tokenizer(visual_tokenizer)
     require_same_codes(visual_tokenizer, tokenizer.fingerprint(), model.config.tokenizer_fingerprint)
     return model, text_tokenizer, tokenizer

@@ -8,6 +8,7 @@ import torch
 
 from data_pipeline.images.decoding import build_image_decoder
 from eval.inputs import load_models, load_visual_tokenizer, to_picture
+from eval.seeing import load_sight
 from launchers.errors import UserError
 
 
@@ -62,21 +63,18 @@ def generate_files(
     guidance_scale: float,
     sampling: dict,
     images: Sequence[Path] = (),
+    vision_tower: str | None = None,
 ) -> Iterator[str]:
     """Write a picture for each prompt; yields a line for each.
 
     `images` take the places of the prompts' image tags, in their order.
     """
     from dualtoken.generation.generators import generate_images
-    from dualtoken.processing import DualTokenProcessor
 
     unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
-    shown = []
-    if images:
-        given = read_pictures(images, tokenizer.config.image_size)
-        shown = list(tokenizer.encode(given.to(tokenizer.device)).cpu())
-    processor = DualTokenProcessor.for_config(unified.config, text_tokenizer)
-    documents = processor.documents(list(prompts), codes=shown)
+    sight = load_sight(unified.config, text_tokenizer, tokenizer, vision_tower)
+    given = read_pictures(images, sight.image_size) if images else None
+    documents = sight.documents(prompts, given)
     codes = generate_images(
         unified,
         text_tokenizer,
@@ -92,15 +90,20 @@ def generate_files(
 
 
 def caption_files(
-    images: Sequence[Path], model: Path, visual_tokenizer: Path, language: str, max_new_tokens: int
+    images: Sequence[Path],
+    model: Path,
+    visual_tokenizer: Path,
+    language: str,
+    max_new_tokens: int,
+    vision_tower: str | None = None,
 ) -> Iterator[str]:
     """Yield a line with a caption for each picture."""
     from eval.generation.writing import write_captions
 
     unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
-    pictures = read_pictures(images, tokenizer.config.image_size)
-    codes = tokenizer.encode(pictures.to(tokenizer.device)).cpu()
-    captions = write_captions(unified, text_tokenizer, list(codes), language, max_new_tokens)
+    sight = load_sight(unified.config, text_tokenizer, tokenizer, vision_tower)
+    seen = sight.look(read_pictures(images, sight.image_size))
+    captions = write_captions(unified, text_tokenizer, seen, language, max_new_tokens)
     for path, text in zip(images, captions):
         yield f"{path}: {text}"
 

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.shards.code_shards import CodeGeometry, FeatureGeometry, require_same_codes
+from data_pipeline.shards.code_shards import CodeGeometry, expected_features, require_same_codes
 from data_pipeline.streams import DocumentLoader, DocumentStreamConfig, document_loader
 from dualtoken.processing import DualTokenProcessor
 from dualtoken.unified_model.config import WITH_FEATURES, DualTokenConfig, feature_fields, head_settings
@@ -114,7 +114,13 @@ class MllmJobConfig(JobConfig):
         if size < 1:
             raise ConfigError(f"sequence_parallel_size={size}: expected 1, for none, or more")
         for name in ("data", "validation_data"):
-            length = getattr(getattr(self, name), "context_length", 0)
+            stream = getattr(self, name)
+            if size > 1 and getattr(stream, "documents_per_pack", 0):
+                raise ConfigError(
+                    f"sequence_parallel_size={size} with {name}.documents_per_pack="
+                    f"{stream.documents_per_pack}: packs of any length cannot be split; leave one of them out"
+                )
+            length = getattr(stream, "context_length", 0)
             if length % size:
                 raise ConfigError(
                     f"{name}.context_length={length} cannot be split: expected a multiple of "
@@ -420,17 +426,6 @@ class MllmTask:
         processor.save_pretrained(directory)
 
 
-def expected_features(config: DualTokenConfig) -> FeatureGeometry | None:
-    """What a model takes of images for continuous features; None without."""
-    if not config.reads_features:
-        return None
-    tiles = config.image_layout.tiles
-    if config.vision_config is not None:
-        return FeatureGeometry("pixels", (3, config.image_size, config.image_size), tiles=tiles)
-    shape = (config.features_per_image, config.feature_dim)
-    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint, tiles)
-
-
 def reads_features(parts: MllmModelConfig, heads: Mapping[str, Any]) -> bool:
     """Whether a new model with these heads reads continuous features of a vision tower.
 
@@ -442,7 +437,7 @@ def reads_features(parts: MllmModelConfig, heads: Mapping[str, Any]) -> bool:
         raise ConfigError(
             f"model.vision_tower={parts.vision_tower} with model.heads.visual_input="
             f"{heads.get('visual_input', 'both')}: expected a SigLIP for "
-            f"{' and '.join(WITH_FEATURES)}, and none without"
+            f"{', '.join(WITH_FEATURES)}, and none without"
         )
     return reads
 

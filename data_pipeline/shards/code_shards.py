@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from data_pipeline.names import is_below
 from data_pipeline.shards.remote_files import is_remote, read_remote
 from data_pipeline.shards.tar_members import TarError, iterate_samples
 from dualtoken.unified_model.tiles import Tiles
+
+if TYPE_CHECKING:  # shards are read and checked without torch
+    from dualtoken.unified_model.config import DualTokenConfig
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
@@ -129,6 +132,17 @@ class FeatureGeometry:
         return pixels[0] == pixels[1] and all(
             getattr(self, name) == getattr(other, name) for name in ("shape", "fingerprint", "tiles")
         )
+
+
+def expected_features(config: DualTokenConfig) -> FeatureGeometry | None:
+    """Return what a unified model takes of images for continuous features; None without."""
+    if not config.reads_features:
+        return None
+    tiles = config.image_layout.tiles
+    if config.vision_config is not None:
+        return FeatureGeometry("pixels", (3, config.image_size, config.image_size), tiles=tiles)
+    shape = (config.features_per_image, config.feature_dim or 0)
+    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint, tiles)
 
 
 @dataclass

@@ -29,7 +29,7 @@ HEAD_PRESETS: dict[str, dict[str, Any]] = {
 }
 """Sizes of the visual heads by name, for `preset` among a recipe's `model.heads`."""
 
-WITH_FEATURES = ("features", "codes_and_features")
+WITH_FEATURES = ("features", "codes_and_features", "pixel_and_features")
 """Values of `visual_input` by which continuous features are read."""
 
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -49,9 +49,10 @@ class DualTokenConfig(PretrainedConfig):
         image_size: pixels a side of the visual tokenizer's images.
         visual_input: what the decoder reads of an image, in training, in prompts and while it draws: the
             vectors of one codebook, "pixel" or "semantic", or of "both"; "features", the continuous features
-            of a vision tower; or "codes_and_features", first both codebooks' vectors, then the features, as
-            UniToken does. It writes both codebooks in any case, and reads what it writes as codes until it
-            is complete; there are no weights for vectors that are not read.
+            of a vision tower; "codes_and_features", first both codebooks' vectors, then the features, as
+            UniToken does; or "pixel_and_features", before them the pixel codebook's vectors alone, a dual
+            encoder. It writes both codebooks in any case, and reads what it writes as codes until it is
+            complete; there are no weights for vectors that are not read.
         vision_config: settings of the vision tower in the model (`vision_tower.tower_settings`); None
             without features, and where they come precomputed.
         feature_dim: C, width of a continuous feature; None without.
@@ -158,7 +159,7 @@ class DualTokenConfig(PretrainedConfig):
             raise ValueError(
                 f"visual_input={self.visual_input!r} with feature_dim={self.feature_dim}, features_per_image="
                 f"{self.features_per_image} and {'a' if self.vision_config else 'no'} vision_config; "
-                f"expected those of a vision tower for {' and '.join(map(repr, WITH_FEATURES))} alone; "
+                f"expected those of a vision tower for {', '.join(map(repr, WITH_FEATURES))} alone; "
                 "feature_fields fills them in"
             )
         if self.tiles:

@@ -31,7 +31,12 @@ from dualtoken.projection import AttentionProjection
 from dualtoken.strict_loading import load_strictly
 from dualtoken.unified_model.attention import DOCUMENT_ATTENTION
 from dualtoken.unified_model.chunked_loss import TextHead
-from dualtoken.unified_model.config import DualTokenConfig, padded_vocabulary, require_plain_logits
+from dualtoken.unified_model.config import (
+    WITH_FEATURES,
+    DualTokenConfig,
+    padded_vocabulary,
+    require_plain_logits,
+)
 from dualtoken.unified_model.depth_transformer import VisualHead
 from dualtoken.unified_model.sequence import IGNORE_INDEX
 from dualtoken.unified_model.vision_tower import VisionTower
@@ -269,8 +274,8 @@ class DualTokenForCausalLM(PreTrainedModel):
         """
         if self.vision_tower is None:
             raise ValueError(
-                "this model has no vision tower; build its config with visual_input='features' or "
-                "'codes_and_features' and feature_fields(tower)"
+                "this model has no vision tower; build its config with feature_fields(tower) and one of "
+                f"visual_input={', '.join(map(repr, WITH_FEATURES))}"
             )
         self.vision_tower.set(vision_model)
 

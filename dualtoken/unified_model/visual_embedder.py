@@ -18,7 +18,8 @@ CODEBOOKS = ("pixel", "semantic")
 
 def codebooks_read(visual_input: str) -> tuple[str, ...]:
     """Return whose code vectors a model with this `visual_input` embeds wherever it has an image's codes."""
-    return (visual_input,) if visual_input in CODEBOOKS else CODEBOOKS
+    one = visual_input.removesuffix("_and_features")
+    return (one,) if one in CODEBOOKS else CODEBOOKS
 
 
 class Codebooks(nn.Module):
