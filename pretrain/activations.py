@@ -55,19 +55,20 @@ def encoder_layer_products(config: Any, weight: int) -> float:
 
 
 def feature_activations(
-    model: Any, patches: float, weight: int, checkpoints: bool, keeps_products: bool
+    model: Any, patches: float, positions: float, weight: int, checkpoints: bool, keeps_products: bool
 ) -> float:
     """Bytes kept of continuous features: by the vision tower's layers, where they learn, and the adapter.
 
     Args:
         model: the unified model, with a feature adapter.
-        patches: features, of all pictures.
+        patches: features, of all pictures and tiles.
+        positions: of features in the sequence, ends of rows among them.
         weight: bytes of a weight.
         checkpoints: whether the layers are checkpointed.
         keeps_products: what checkpointed layers keep, as of `pretrain.recomputation`.
     """
     adapter, tower = model.feature_adapter.up, model.vision_tower
-    kept = patches * weight * (adapter.in_features + 2 * adapter.out_features)
+    kept = positions * weight * (adapter.in_features + 2 * adapter.out_features)
     if tower is None:
         return kept
     config = SiglipVisionConfig(**tower.settings)

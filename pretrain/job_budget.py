@@ -120,10 +120,13 @@ def job_budget(
 
 
 def picture_places(layout: ImageLayout, positions: int) -> tuple[int, int]:
-    """Places that a picture of so many codes takes between its marks: one that is read, one that is drawn."""
+    """Places that a picture of so many codes takes between its marks: one that is read, one that is drawn.
+
+    One in tiles is as large as any can be.
+    """
     separator = 1 if layout.features else 0
     drawn = positions + separator
-    return (drawn if layout.codes else 0) + layout.features, drawn
+    return (drawn if layout.codes else 0) + layout.most_positions, drawn
 
 
 def expected_pack(
@@ -162,6 +165,7 @@ def expected_pack(
             f"a document of a picture of {longest} positions and {text_tokens} tokens is longer than "
             f"data.context_length={data.context_length}; give another --visual-tokenizer or --text-tokens"
         )
+    crops = layout.tiles.crops(layout.tiles.largest) if layout.tiles else bool(layout.features)
     documents = data.context_length / sum(share * length for share, length in kinds.values())
     targets = of_drawn - positions + 2  # the marks before and, with features, behind the codes; END
     return PackContents(
@@ -172,7 +176,8 @@ def expected_pack(
         visual_targets=documents * drawn * positions,
         documents=documents,
         pictures=documents * (1 - plain),
-        feature_pictures=documents * read if layout.features else 0.0,
+        feature_pictures=documents * read * crops,
+        feature_positions=documents * read * layout.most_positions,
     )
 
 
@@ -208,7 +213,9 @@ def _mllm(
     if model.feature_adapter is not None:
         patches = pack.feature_pictures * unified.features_per_image
         features = {
-            checkpoints: feature_activations(model, patches, weight, checkpoints, keeps_products)
+            checkpoints: feature_activations(
+                model, patches, pack.feature_positions, weight, checkpoints, keeps_products
+            )
             for checkpoints in features
         }
     # Gradients are made in the forward pass and kept to the backward pass.
@@ -216,6 +223,8 @@ def _mllm(
     early += sum(p.numel() for p in output_layer.parameters() if p.requires_grad)
     checkpointed = ("llm", "vision_tower") if not keeps_products else ()
     places = f"{positions} positions"
+    if layout.tiles:
+        options.note("pictures in tiles: each as large as takes most positions")
     if layout.features:
         places = "{:,} positions if read, {:,} if drawn".format(*picture_places(layout, positions))
     return JobBudget(

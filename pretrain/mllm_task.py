@@ -320,7 +320,8 @@ class MllmTask:
         totals: dict[str, float] = {"documents": sum(pack.documents for pack in contents)}
         totals["count/tokens"] = sum(pack.tokens for pack in contents)
         totals["count/images"] = sum(pack.pictures for pack in contents)
-        for name in ("pairs", "visual_positions", "text_targets", "visual_targets", "feature_pictures"):
+        work = ("pairs", "visual_positions", "text_targets", "visual_targets", "feature_pictures")
+        for name in (*work, "feature_positions"):
             totals[f"work/{name}"] = sum(getattr(pack, name) for pack in contents)
         for name, total in {**totals, **self.train_loader.statistics.figures()}.items():
             # A group counts its packs `size` times.

@@ -43,7 +43,10 @@ def mean_cosine(features: Tensor, others: Tensor) -> float:
 
 
 def packs_with_pictures(packs: Iterable[PackedBatch], least: int = PICTURES) -> list[PackedBatch]:
-    """The first packs that together have `least` pictures with continuous features, or all that have any."""
+    """The first packs that together have `least` pictures with continuous features, or all that have any.
+
+    Tiles of pictures count as pictures.
+    """
     chosen, pictures = [], 0
     for pack in packs:
         if pack.features is not None:
@@ -100,9 +103,11 @@ class TowerWatch:
 
     def describe(self) -> str:
         """A line for the start of the log."""
+        in_tiles = any(pack.feature_order is not None for pack in self.packs)
         return (
             f"vision tower watched: effective rank {self.first_rank:.4g} at the start, of the features of "
             f"{sum(len(pack.features) for pack in self.packs)} held-out pictures"
+            f"{' and tiles of them' if in_tiles else ''}"
         )
 
     def _features(self) -> Tensor:

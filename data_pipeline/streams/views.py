@@ -46,9 +46,9 @@ def _tensor(features: np.ndarray | None) -> torch.Tensor | None:
 
 def image_parts(sample: CodeSample) -> list[ImagePart]:
     """Return what a shard keeps of a sample's images, as documents hold it."""
-    features = [None] * len(sample.codes) if sample.features is None else sample.features
     return [
-        ImagePart(codes, features=_tensor(kept)) for codes, kept in zip(sample.codes, features, strict=True)
+        ImagePart(codes, features=_tensor(sample.features_of(image)), size=sample.size_of(image))
+        for image, codes in enumerate(sample.codes)
     ]
 
 

@@ -1,5 +1,7 @@
 """A tiny unified model and documents for it, shared by the tests of the language model."""
 
+from dataclasses import replace
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig
@@ -17,10 +19,13 @@ from dualtoken.unified_model.sequence import (
     add_special_tokens,
     tokenize_document,
 )
+from dualtoken.unified_model.tiles import Tiles
 from dualtoken.unified_model.vision_tower import VisionTower
 
 POSITIONS, DEPTH, CODES, DIM = 4, 3, 11, 8
 IMAGE_SIZE, SEEN = 32, 9  # pixels a side, continuous features per image
+TILES = Tiles([[1, 2], [2, 1], [2, 2]], IMAGE_SIZE)
+SIZES = [(40, 60), (33, 90), (64, 64), (70, 31)]  # of pictures in tiles: each grid, with margins and without
 FEATURES = {"visual_features": "post_quantization", "post_quantization_dim": 16}
 
 
@@ -98,9 +103,10 @@ def vision_model(seed: int = 12, layers: int = 3) -> SiglipVisionModel:
     return SiglipVisionModel._from_config(config).eval()
 
 
-def seeing(visual_input: str = "codes_and_features", inside: bool = True) -> dict:
+def seeing(visual_input: str = "codes_and_features", inside: bool = True, tiles: Tiles | None = None) -> dict:
     """Fields of the config of a model that reads continuous features, of a tower inside or brought along."""
     fields = feature_fields(VisionTower.of_model(vision_model()), inside)
+    fields |= {"tiles": [list(grid) for grid in tiles.grids]} if tiles else {}
     return {"visual_input": visual_input, "special_tokens": vars(FEATURE_IDS), **fields}
 
 
@@ -108,6 +114,22 @@ def random_pixels(seed: int) -> torch.Tensor:
     """An image as uint8 [3, S, S]."""
     shape = (3, IMAGE_SIZE, IMAGE_SIZE)
     return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def in_tiles(document: Document, layout: ImageLayout) -> Document:
+    """The document for a layout: with tiles, each image is the base picture of one of `SIZES`."""
+    parts = list(document.parts)
+    for index, part in enumerate(parts):
+        whole = isinstance(part, ImagePart) and part.features is not None and part.size is None
+        if layout.tiles and whole:
+            seed = int(part.features.sum())
+            size = SIZES[seed % len(SIZES)]
+            shape = (layout.tiles.crops(size) - 1, *part.features.shape)
+            tiles = torch.randint(
+                256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+            )
+            parts[index] = replace(part, features=torch.cat([part.features[None], tiles]), size=size)
+    return replace(document, parts=parts)
 
 
 def random_codes(generator: torch.Generator | None = None, positions: int = POSITIONS) -> torch.Tensor:
@@ -132,4 +154,5 @@ def plain(text: str) -> Document:
 
 def tokenized(*documents: Document, layout: ImageLayout | None = None):
     ids = FEATURE_IDS if layout and layout.features else IDS
+    documents = tuple(in_tiles(document, layout or ImageLayout()) for document in documents)
     return [tokenize_document(document, TOKENIZER, ids, layout=layout) for document in documents]

@@ -32,6 +32,7 @@ DECODER = (
     "{model_type: qwen2, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
     "num_attention_heads: 2, num_key_value_heads: 2, vocab_size: 64}"
 )
+TILES, GRIDS = "[[1,2],[2,1]]", "1x2,2x1"
 HEADS = "head_hidden_size: 24, head_num_layers: 1, head_num_attention_heads: 2"
 
 
@@ -116,7 +117,7 @@ def test_the_table_of_stages_is_true():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """UniToken's stages, the last with its tower frozen, and a model that reads what was stored.
+    """UniToken's stages, the last with its tower frozen, and a model that reads what was stored, in tiles.
 
     Stage I is started on two ranks and goes on on one.
     """
@@ -126,7 +127,7 @@ def runs(tmp_path_factory):
         "--inputs", str(folder / "sample_data" / "images" / "train" / "drawings"),
     ]  # fmt: skip
     tower = ["--vision-tower", str(folder / "siglip" / "export")]
-    for kind, more in (("pixels", []), ("bfloat16", tower)):
+    for kind, more in (("pixels", []), ("bfloat16", [*tower, "--tiles", GRIDS])):
         assert main([*source, "--output", str(folder / "features" / kind), "--features", kind, *more]) == 0
     first = new_model(folder, "codes_and_features", "precision=fp32", "validate_every=1")
     words = words_of(folder, "unitoken_stage1", "pixels", *first)
@@ -139,7 +140,10 @@ def runs(tmp_path_factory):
     run_module("pretrain.train", words_of(folder, "unitoken_stage2", "pixels", *second), 1).check()
     third = [*stage_after(folder, "unitoken_stage2"), "frozen=['vision_tower.*']", "precision=bf16"]
     run_module("pretrain.train", words_of(folder, "unitoken_stage3", "pixels", *third), 2).check()
-    stored = new_model(folder, "features", "model.precomputed_features=true", "precision=fp32")
+    stored = new_model(
+        folder, "features", "model.precomputed_features=true", f"model.heads.tiles={TILES}", "precision=fp32",
+        "data.context_length=128",
+    )  # fmt: skip
     run_module("pretrain.train", words_of(folder, "stored", "bfloat16", *stored), 2).check()
     return folder
 
@@ -161,6 +165,7 @@ def test_the_tower_learns_at_its_rate_and_stays_where_it_is_frozen(runs):
         assert 0 < max(changes.values()) < 2.1 * rate
     assert all(torch.equal(second[name], value) for name, value in third.items())  # in bf16 too, to the bit
     assert not weights(runs / "stored")
+    assert "end_of_row" in weights(runs / "stored", "feature_adapter.")
 
 
 def test_each_stage_goes_on_from_the_one_before_and_trains_its_parts(runs):
@@ -240,7 +245,9 @@ def test_an_export_reads_pictures_by_its_processor(runs):
             text=["<image> red <image>", "blue"], images=[picture(0), picture(1)],
             visual_tokenizer=tokenizer, vision_tower=tower,
         )  # fmt: skip
-        assert len(inputs["features"]) == 2
+        order = inputs.get("feature_order")
+        assert (order is None) == (run == "unitoken_stage3")
+        assert len(inputs["features"]) == (2 if order is None else (order[:, 0] >= 0).sum())
         assert model(**inputs).text_count == 0  # no targets without labels, but the layout fits
         documents = processor.documents(
             "<image> English :", [picture(2)], None, tokenizer if tower is None else None, tower
@@ -253,6 +260,8 @@ def test_an_export_reads_pictures_by_its_processor(runs):
     [
         ("features", ["model.vision_tower=null"], "vision_tower=None with model.heads.visual_input=features"),
         ("both", [], "visual_input=both: expected a SigLIP for features, codes_and_features, pixel_and_"),
+        ("features", [f"model.heads.tiles={TILES}"], "an image in tiles takes up to "),
+        ("features", ["model.heads.tiles=[[2]]"], r"tiles are \[\[2\]\]; expected grids \[rows, columns\]"),
     ],
 )
 def test_what_does_not_go_together_is_named(runs, tmp_path, visual_input, words, message):

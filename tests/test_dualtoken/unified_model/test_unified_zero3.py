@@ -18,6 +18,7 @@ from dualtoken.unified_model.sequence import Document, ImageLayout, PackedBatch,
 from tests.support.distributed import run_module
 from tests.support.unified_support import (
     FEATURES,
+    TILES,
     caption,
     generation,
     plain,
@@ -38,6 +39,7 @@ SCENARIOS = {
     "features": (FEATURES, ("llm",), True),
     "vision_tower": (seeing("codes_and_features"), (), True),
     "frozen_tower": (seeing("features"), ("vision_tower",), False),
+    "tiles": (seeing("codes_and_features", tiles=TILES), (), True),
     "heads_only": ({}, ("llm", "visual_embedder", "pixel_projector", "semantic_projector"), False),
 }
 
