@@ -97,8 +97,8 @@ class Sight:
     ) -> list[ImagePart]:
         """What is read of the one picture of each sample of a dual-code data set.
 
-        Codes are those of the shards, and so are features where the shards hold such as the model reads. Tiles
-        they have to hold: `pictures` have one size.
+        Codes are those of the shards, and so are features where the shards hold such as the model reads. They
+        have to hold tiles: `pictures` have one size.
 
         Args:
             folder: the data set.
