@@ -160,7 +160,7 @@ def test_table_and_bars_of_real_trainings(run, compared):
     assert "| variant | POPE, % | positions a picture | tokens a document | parameters, M |" in table
     assert "- POPE: codes of both codebooks above codes and features, at half of the positions: " in table
     assert (output / "ablation.png").stat().st_size > 10_000
-    assert finished.output.count("codes of ") == 2  # once for each recipe's data, for both inputs
+    assert finished.output.count(" by the visual tokenizer dual: ") == 2  # of each recipe's data, for both
 
 
 def test_the_tower_stays_as_it_was_through_both_recipes(run, compared):
@@ -233,7 +233,7 @@ def test_what_is_missing_is_told_before_anything_is_made(run, asked, with_codes,
     with pytest.raises(UserError, match="no sample data in None, which scenes are measured on: give --run"):
         check(replace(asked, run=None))
     with pytest.raises(
-        UserError, match="one codebook on one layer, --in-layer-tokenizer: .*codebook=true; or"
+        UserError, match="one codebook on one layer, --in-layer-tokenizer: .*=true; or"
     ):
         check(replace(asked, tokenizers={"dual": run / "merged"}, siglip=run / "merged"))
     assert replace(asked, tokenizers={"dual": run / "merged"}).trains_in_layer and not asked.trains_in_layer
