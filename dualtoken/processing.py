@@ -26,7 +26,7 @@ from dualtoken.unified_model.sequence import (
     require_image_codes,
     tokenize_document,
 )
-from dualtoken.unified_model.tiles import Tiles, in_order
+from dualtoken.unified_model.tiles import Size, Tiles, in_order
 from dualtoken.unified_model.vision_tower import to_bytes
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ class DualTokenProcessor(ProcessorMixin):
         codes: Sequence[Any] | None = None,
         visual_tokenizer: DualTokenVisualTokenizer | None = None,
         vision_tower: VisionTower | None = None,
+        parts: Sequence[ImagePart] | None = None,
     ) -> list[Document]:
         """Put images in the places of the tags: one document per text, to prompt generation with.
 
@@ -135,26 +136,31 @@ class DualTokenProcessor(ProcessorMixin):
             visual_tokenizer: turns images into codes; not needed for a model that reads only features.
             vision_tower: makes continuous features of images, for a model that reads them and has no tower of
                 its own.
+            parts: instead of images, what `image_parts` made of them.
 
         Raises:
-            ValueError: on images and codes at once, numbers of images and tags that differ, tensors or
+            ValueError: on images, codes or parts at once, numbers of images and tags that differ, tensors or
                 codes of a wrong shape, or images without a visual tokenizer.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if images is not None and codes is not None:
             raise ValueError("got both images and codes; pass one of the two")
+        if parts is not None and (images is not None or codes is not None):
+            raise ValueError("got parts besides images or codes; pass one of them")
         tags = [t.count(IMAGE_TAG) for t in texts]
-        given = _in_order_of_tags(images if codes is None else codes, tags)
-        if images is None:
-            parts = iter([ImagePart(self._checked(c, i)) for i, c in enumerate(given)])
-        else:
-            parts = iter(self.image_parts(given, visual_tokenizer, vision_tower))
+        shown = next((one for one in (images, codes, parts) if one is not None), None)
+        given = _in_order_of_tags(shown, tags)
+        if images is not None:
+            given = self.image_parts(given, visual_tokenizer, vision_tower)
+        elif codes is not None:
+            given = [ImagePart(self._checked(c, i)) for i, c in enumerate(given)]
+        coming = iter(given)
         documents = []
         for one in texts:
             document = Document([])
             for index, piece in enumerate(one.split(IMAGE_TAG)):
                 if index:
-                    document.parts.append(next(parts))
+                    document.parts.append(next(coming))
                 if piece:
                     document.parts.append(TextPart(piece, loss=False))
             documents.append(document)
@@ -181,8 +187,16 @@ class DualTokenProcessor(ProcessorMixin):
         images: Sequence[Any],
         visual_tokenizer: DualTokenVisualTokenizer | None = None,
         vision_tower: VisionTower | None = None,
+        cut: Sequence[tuple[torch.Tensor, Size]] | None = None,
     ) -> list[ImagePart]:
-        """Return images as parts of documents, with what the model reads of them; arguments as `documents`.
+        """Return images as parts of documents, with what the model reads of them.
+
+        Args:
+            images: as of `documents`, as the next two.
+            visual_tokenizer: turns images into codes.
+            vision_tower: makes continuous features of images.
+            cut: tiles, as of `Tiles.cut`, and height and width of each image, where that was done when it was
+                decoded; by default tiles are cut of `images`.
 
         Raises:
             ValueError: as `documents`.
@@ -201,21 +215,27 @@ class DualTokenProcessor(ProcessorMixin):
             for part, own in zip(parts, codes, strict=True):
                 part.codes = self._checked(own, 0)
         if self.features_per_image:
-            self._see(parts, images, to_bytes(pixels), vision_tower)
+            self._see(parts, images if cut is None else cut, to_bytes(pixels), vision_tower)
         return parts
 
     @torch.no_grad()
     def _see(
         self,
         parts: list[ImagePart],
-        images: list[Any],
+        images: Sequence[Any],
         wholes: torch.Tensor,
         vision_tower: VisionTower | None,
     ) -> None:
-        """Give parts what stands for continuous features of images, which are `wholes` too, [I, 3, S, S]."""
+        """Give parts what stands for continuous features of images, which are `wholes` too, [I, 3, S, S].
+
+        `images` are as they were given, or the tiles and the size of each.
+        """
         tiles, crops = self.layout.tiles, [whole[None] for whole in wholes]
         for index, (part, image) in enumerate(zip(parts, images, strict=True)):
-            if tiles is not None:
+            if tiles is not None and isinstance(image, tuple):
+                in_tiles, part.size = image
+                crops[index] = torch.cat([crops[index], in_tiles])
+            elif tiles is not None:
                 is_tensor = isinstance(image, torch.Tensor)
                 pixels = wholes[index].permute(1, 2, 0) if is_tensor else np.array(_on_white(image))
                 part.size = int(pixels.shape[0]), int(pixels.shape[1])

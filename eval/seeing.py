@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from data_pipeline.images.decoding import DecodedImages, ImageDecoder, build_image_decoder
 from data_pipeline.shards.code_shards import CodeSample, DatasetManifest, expected_features
 from data_pipeline.streams.views import image_parts
 from dualtoken.processing import DualTokenProcessor
 from dualtoken.unified_model.config import DualTokenConfig
-from dualtoken.unified_model.sequence import Document, ImagePart
+from dualtoken.unified_model.sequence import ImagePart
+from dualtoken.unified_model.tiles import Size
 from dualtoken.unified_model.vision_tower import VisionTower
 from dualtoken.visual_tokenizer.backbone import load_backbone
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
@@ -47,35 +49,36 @@ class Sight:
         """Pixels a side of the pictures."""
         return self._processor.image_size
 
-    def look(self, images: Tensor) -> list[ImagePart]:
-        """What is read of pictures [N, 3, S, S] in [-1, 1].
+    def decoder(self, num_threads: int = 1) -> ImageDecoder:
+        """What decodes picture files for `look`: on the CPU, so the same pixels on every machine."""
+        tiles = None if self.features is None else self.features.tiles
+        return build_image_decoder(self.image_size, num_threads=num_threads, tiles=tiles)
+
+    def look(self, pictures: DecodedImages) -> list[ImagePart]:
+        """What is read of pictures that `decoder` decoded.
 
         Raises:
             ValueError: a vision tower is missing.
         """
-        models = self._models()
-        return [
-            part
-            for batch in images.split(READ_BATCH)
-            for part in self._processor.image_parts(list(batch), **models)
-        ]
+        cut = list(zip(pictures.tiles, pictures.sizes, strict=True)) or None
+        return self._look(pictures.images, cut)
 
-    def documents(self, texts: Sequence[str], images: Tensor | None = None) -> list[Document]:
-        """Prompts with pictures [N, 3, S, S] in the places of their image tags, in order.
-
-        Raises:
-            ValueError: tags and pictures differ in number, or a vision tower is missing.
-        """
-        if images is None:
-            return self._processor.documents(list(texts))
-        return self._processor.documents(list(texts), list(images), **self._models())
+    def _look(self, images: Tensor, cut: list[tuple[Tensor, Size]] | None = None) -> list[ImagePart]:
+        """What is read of pictures [N, 3, S, S] in [-1, 1]; `cut` as of `DualTokenProcessor.image_parts`."""
+        models, found = self._models(), []
+        for start in range(0, len(images), READ_BATCH):
+            batch = slice(start, start + READ_BATCH)
+            own = None if cut is None else cut[batch]
+            found += self._processor.image_parts(list(images[batch]), **models, cut=own)
+        return found
 
     def drawn(self, codes: Tensor) -> ImagePart:
         """A picture that was drawn, as codes [P, Q, D], as the model reads it once it goes on after it."""
         part = ImagePart(codes, loss=True)
         if self.features is not None:
             image = self.visual_tokenizer.decode(codes[None].to(self.visual_tokenizer.device))
-            part.features = self.look(image.float().clamp(-1, 1).cpu())[0].features
+            (seen,) = self._look(image.float().clamp(-1, 1).cpu())
+            part.features, part.size = seen.features, seen.size
         return part
 
     def _models(self) -> dict[str, Any]:
@@ -94,7 +97,8 @@ class Sight:
     ) -> list[ImagePart]:
         """What is read of the one picture of each sample of a dual-code data set.
 
-        Codes are those of the shards, and so are features where the shards hold such as the model reads.
+        Codes are those of the shards, and so are features where the shards hold such as the model reads. They
+        have to hold tiles: `pictures` have one size.
 
         Args:
             folder: the data set.
@@ -102,13 +106,18 @@ class Sight:
             pictures: gives their pictures [N, 3, S, S] in [-1, 1]; asked where features have to be made.
 
         Raises:
-            ValueError: a vision tower is missing.
+            ValueError: a vision tower is missing, or tiles are.
         """
         parts = [image_parts(sample)[0] for sample in samples]
         kept = DatasetManifest.load(folder).features
         if self.features is None or (kept is not None and kept.serves(self.features)):
             return parts
-        seen = self.look(pictures())
+        if self.features.tiles is not None:
+            raise ValueError(
+                f"the model reads pictures in tiles, and {folder} holds none of those; pretokenize it with "
+                "the --features and --tiles of the training"
+            )
+        seen = self._look(pictures())
         return [replace(part, features=one.features) for part, one in zip(parts, seen, strict=True)]
 
 

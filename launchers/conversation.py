@@ -15,7 +15,7 @@ from dualtoken.unified_model.sequence import Document, ImagePart, tokenize_docum
 from eval.seeing import Sight
 from eval.templates import with_images_first
 from launchers.errors import UserError
-from launchers.use import read_pictures
+from launchers.use import decode_files
 
 MOST_IMAGES = 4  # in one answer
 
@@ -61,7 +61,7 @@ class Chat:
 
     def attach(self, path: Path) -> None:
         """Read a picture file for the next message."""
-        self.attached += self.sight.look(read_pictures([path], self.sight.image_size))
+        self.attached += self.sight.look(decode_files([path], self.sight.decoder()))
 
     def ask(self, text: str) -> Document:
         """The conversation up to the place where the answer to `text` begins.
@@ -135,7 +135,7 @@ class Chat:
     def _tokens_of_drawn(self) -> int:
         """Tokens of a picture that was drawn, once the conversation goes on after it."""
         config = self.model.config
-        features = config.features_per_image
+        features = config.image_layout.most_positions
         return config.positions_per_image + 2 + (1 + features if features else 0)
 
     def _keep(self, text: str, answer: str, drawn: Sequence[ImagePart]) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from launchers import processes
 from launchers.errors import UserError
-from launchers.inputs import IN_LAYER, SCENES, Asked
+from launchers.inputs import IN_LAYER, IN_LAYER_WORDS, SCENES, Asked
 
 IN_LAYER_RECIPE = "quickstart_tokenizer"
-IN_LAYER_WORDS = ("model.overrides.merged_codebook=true",)  # one codebook, on the semantic layer
 
 
 def with_tokenizers(asked: Asked, output: Path, ranks: int, say: Callable[[str], None]) -> Asked:
@@ -20,16 +19,10 @@ def with_tokenizers(asked: Asked, output: Path, ranks: int, say: Callable[[str],
     """
     from launchers.quickstart import relocated_settings
 
-    needed = {one.tokenizer for one in asked.chosen()}
-    if IN_LAYER not in needed or IN_LAYER in asked.tokenizers:
+    if not asked.trains_in_layer or asked.run is None:
         return asked
     folder = output / "tokenizers" / IN_LAYER
     if not (folder / "done.json").is_file():
-        if asked.run is None:
-            raise UserError(
-                "name a visual tokenizer with one codebook on one layer, --in-layer-tokenizer: trained as "
-                f"--visual-tokenizer was, with {' '.join(IN_LAYER_WORDS)}"
-            )
         say(f"visual tokenizer with one codebook on one layer: {folder}")
         words = [
             f"recipe={IN_LAYER_RECIPE}",

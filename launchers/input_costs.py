@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_pipeline.shards.code_shards import CodeGeometry, expected_features
 from data_pipeline.streams import document_loader
 from dualtoken.unified_model.config import DualTokenConfig
-from dualtoken.unified_model.sequence import Document, ImagePart, PackedBatch, tokenize_document
+from dualtoken.unified_model.sequence import PackedBatch
 from dualtoken.unified_model.vision_tower import VisionTower
 from dualtoken.visual_tokenizer.config import DualTokenVisualTokenizerConfig
 from dualtoken.visual_tokenizer.fingerprint import changes_codes
@@ -94,12 +94,10 @@ def first_packs(job: MllmJobConfig, config: DualTokenConfig, text_tokenizer: Pat
 
 
 def positions_of_picture(config: DualTokenConfig) -> int:
-    """Positions that a picture to read takes in the sequence, marks included."""
-    codes = torch.zeros(config.positions_per_image, 2, config.num_quantizers, dtype=torch.long)
-    features = torch.zeros(config.features_per_image, config.feature_dim or 1)
-    document = Document([ImagePart(codes, features=features)])
-    laid_out = tokenize_document(document, None, config.special, end=False, layout=config.image_layout)
-    return len(laid_out) - 1  # less what opens a document
+    """Positions that a picture to read takes in the sequence at most, marks included."""
+    layout = config.image_layout
+    own = [config.positions_per_image] * layout.codes + [layout.most_positions] * bool(layout.features)
+    return 2 + sum(own) + (len(own) - 1)  # the marks, and what stands between codes and features
 
 
 def seeing_costs(

@@ -8,6 +8,7 @@ from typing import Any
 from launchers.errors import UserError
 
 RECIPES = ("quickstart_inputs",)
+IN_LAYER_WORDS = ("model.overrides.merged_codebook=true",)  # one codebook, on the semantic layer
 SCENES = "scenes"  # the task that is measured of the quickstart's sample data
 LATER = "<made later>"  # folders that a recipe has to be given
 DUAL, IN_LAYER, VQ = "dual", "in-layer", "vq"  # visual tokenizers
@@ -82,6 +83,11 @@ class Asked:
             raise UserError(f"unknown input {unknown[0]}; there are {', '.join(known)}")
         return [one for name, one in known.items() if name in self.inputs]
 
+    @property
+    def trains_in_layer(self) -> bool:
+        """Whether a tokenizer that reads a single layer is needed and has to be trained first."""
+        return IN_LAYER not in self.tokenizers and any(one.tokenizer == IN_LAYER for one in self.chosen())
+
 
 def of_quickstart(run: Path, **replaced: Any) -> Asked:
     """The comparison on a quickstart's scenes, with its SigLIP and its visual tokenizer.
@@ -121,6 +127,11 @@ def check(asked: Asked) -> None:
             raise UserError(
                 f"no {what} in {folder}: run `dualtoken quickstart` first, give --run, or name it"
             )
+    if asked.trains_in_layer and (asked.run is None or asked.siglip != asked.run / "siglip" / "export"):
+        raise UserError(
+            "name a visual tokenizer with one codebook on one layer, --in-layer-tokenizer: trained as "
+            f"--visual-tokenizer was, with {' '.join(IN_LAYER_WORDS)}; or choose inputs by --input"
+        )
     if SCENES in asked.tasks and (
         asked.run is None or not (asked.run / "sample_data/summary.json").is_file()
     ):

@@ -47,8 +47,8 @@ def _tensor(features: np.ndarray | None) -> torch.Tensor | None:
 def image_parts(sample: CodeSample) -> list[ImagePart]:
     """Return what a shard keeps of a sample's images, as documents hold it."""
     return [
-        ImagePart(codes, features=_tensor(sample.features_of(index)), size=sample.size_of(index))
-        for index, codes in enumerate(sample.codes)
+        ImagePart(codes, features=_tensor(sample.features_of(image)), size=sample.size_of(image))
+        for image, codes in enumerate(sample.codes)
     ]
 
 

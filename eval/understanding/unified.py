@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.images.decoding import build_image_decoder
 from data_pipeline.shards.conversations import IMAGE_TAG, conversation_parts
 from data_pipeline.streams.views import document_of
 from dualtoken.generation.generators import generate_text
@@ -53,8 +52,7 @@ class UnifiedAnswerer:
             model, visual_tokenizer, precision
         )
         self._sight = load_sight(self.model.config, self.text_tokenizer, self.visual_tokenizer, vision_tower)
-        # On the CPU wherever the model is: the same pixels on every machine.
-        self._decode = build_image_decoder(self._sight.image_size, num_threads=DECODING_THREADS)
+        self._decode = self._sight.decoder(DECODING_THREADS)
         self.fingerprint = fingerprint_of_files(model)
         self.settings: dict[str, Any] = {
             "precision": precision,
@@ -143,7 +141,7 @@ class UnifiedAnswerer:
         if decoded.rejected:
             bad = decoded.rejected[0]
             raise undecodable(questions[bad.index], bad.reason)
-        return self._sight.look(decoded.images)
+        return self._sight.look(decoded)
 
 
 def written_out(prompt: Document) -> str:

@@ -16,7 +16,7 @@ DECODER = {
 }  # fmt: skip
 
 
-def export_seeing(run, name, visual_input="features", inside=True, layer=None, factor=20.0):
+def export_seeing(run, name, visual_input="features", inside=True, layer=None, factor=20.0, **fields):
     """Export an untrained model that reads features of the run's SigLIP; returns its folder.
 
     With the tower inside or outside, and whatever it reads, models share what they have in common; `factor`
@@ -31,7 +31,7 @@ def export_seeing(run, name, visual_input="features", inside=True, layer=None, f
     model = DualTokenForCausalLM(
         DualTokenConfig.for_tokenizers(
             DECODER, words, tokenizer, head_hidden_size=32, head_num_layers=1, head_num_attention_heads=2,
-            visual_input=visual_input, **feature_fields(tower, inside),
+            visual_input=visual_input, **feature_fields(tower, inside), **fields,
         )
     )  # fmt: skip
     model.set_codebooks(tokenizer.codebooks())

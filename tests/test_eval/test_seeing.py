@@ -1,15 +1,20 @@
 """Models that read continuous features are evaluated with them: questions, scenes, chat, captions."""
 
+import io
+import math
 import shutil
 
 import pytest
 import torch
 from transformers import SiglipModel
 
+from data_pipeline.images.decoding import DecodedImages
 from data_pipeline.pretokenize.command import main as pretokenize
+from dualtoken.generation.generators import generate_text
 from dualtoken.generation.likelihood import option_log_likelihoods
 from dualtoken.processing import DualTokenProcessor
 from dualtoken.unified_model.sequence import Document, ImagePart, TextPart
+from dualtoken.unified_model.tiles import Tiles
 from dualtoken.unified_model.vision_tower import VisionTower
 from dualtoken.visual_tokenizer.backbone import load_backbone
 from dualtoken.visual_tokenizer.config import preset_config
@@ -148,13 +153,47 @@ def test_features_come_from_the_shards_if_they_are_there(run, siglip, kept, name
 
     found = sight.look_at_samples(kept / kind, samples, pictures)
     assert bool(asked) is not stored and len(found) == 5
-    made = sight.look(pictures()) if tower or name == "features" else None
+    made = None
+    if tower or name == "features":
+        made = sight.look(DecodedImages(pictures(), list(range(5))))
     for part, sample, place in zip(found, samples, range(5), strict=True):
         assert torch.equal(torch.as_tensor(part.codes).long(), torch.from_numpy(sample.codes[0]).long())
         if made is not None:
             torch.testing.assert_close(part.features, made[place].features)
         else:
             assert part.features.shape == (16, 32) and part.features.dtype == torch.float16
+
+
+def test_tiles_are_those_of_the_shards(run):
+    """Of files as of shards; a data set without them cannot be made up for."""
+    grids = [[1, 2], [2, 1], [2, 2]]
+    model, words, tokenizer = load_models(
+        export_seeing(run, "tiles", tiles=grids), run / "tokenizer" / "export"
+    )
+    sight = load_sight(model.config, words, tokenizer)
+    source = [
+        "--visual-tokenizer", str(run / "tokenizer" / "export"), "--backend", "torchvision",
+        "--inputs", str(run / "sample_data" / "images" / "val" / "drawings"),
+    ]  # fmt: skip
+    folder = run / "kept" / "tiles"
+    assert (
+        pretokenize([*source, "--output", str(folder), "--features", "pixels", "--tiles", "1x2,2x1,2x2"]) == 0
+    )
+    samples = load_codes(folder)
+    stored = sight.look_at_samples(folder, samples, lambda: pytest.fail("asked for pictures"))
+    files = [io.BytesIO() for _ in samples]
+    for file, sample in zip(files, samples, strict=True):
+        picture(int(sample.key.removeprefix("picture"))).save(file, "PNG")
+    seen = sight.look(sight.decoder()([file.getvalue() for file in files]))
+    for ours, theirs in zip(seen, stored, strict=True):
+        assert ours.size == theirs.size == (20, 24) and len(ours.features) > 2
+        assert torch.equal(ours.features, theirs.features)
+    prompts = [Document([part, TextPart("red")]) for part in seen]
+    assert len(generate_text(model, words, prompts, 3)) == 5
+    drawn = sight.drawn(torch.zeros(16, 2, 2, dtype=torch.long))
+    assert drawn.size == (16, 16) and len(drawn.features) == 1 + math.prod(Tiles(grids, 16).grid((16, 16)))
+    with pytest.raises(ValueError, match="in tiles, and .* holds none of those; pretokenize it with"):
+        sight.look_at_samples(run / "codes" / "val", samples, lambda: pytest.fail("asked for pictures"))
 
 
 def test_captions_are_less_likely_of_other_features(run, kept):

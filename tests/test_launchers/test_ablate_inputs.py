@@ -15,10 +15,10 @@ from launchers.ablate_inputs import COSTS, require_same_documents, stage
 from launchers.ablate_unified import UNDERSTANDING, figures_of
 from launchers.bars import plot_bars
 from launchers.errors import UserError
-from launchers.input_codes import IN_LAYER_WORDS, codes_folder, make_codes
+from launchers.input_codes import codes_folder, make_codes
 from launchers.input_costs import positions_of_picture
 from launchers.input_scores import claims, headlines, scores
-from launchers.inputs import INPUTS, WITH_VQ, check, of_quickstart
+from launchers.inputs import IN_LAYER_WORDS, INPUTS, WITH_VQ, check, of_quickstart
 from pretrain.config import load_job_config
 from pretrain.metrics import read_metrics
 from tests.support.command import call
@@ -160,7 +160,7 @@ def test_table_and_bars_of_real_trainings(run, compared):
     assert "| variant | POPE, % | positions a picture | tokens a document | parameters, M |" in table
     assert "- POPE: codes of both codebooks above codes and features, at half of the positions: " in table
     assert (output / "ablation.png").stat().st_size > 10_000
-    assert finished.output.count("codes of ") == 2  # once for each recipe's data, for both inputs
+    assert finished.output.count(" by the visual tokenizer dual: ") == 2  # of each recipe's data, for both
 
 
 def test_the_tower_stays_as_it_was_through_both_recipes(run, compared):
@@ -232,6 +232,11 @@ def test_what_is_missing_is_told_before_anything_is_made(run, asked, with_codes,
         check(replace(asked, tokenizers={"dual": tmp_path / "nothing"}))
     with pytest.raises(UserError, match="no sample data in None, which scenes are measured on: give --run"):
         check(replace(asked, run=None))
+    with pytest.raises(
+        UserError, match="one codebook on one layer, --in-layer-tokenizer: .*=true; or"
+    ):
+        check(replace(asked, tokenizers={"dual": run / "merged"}, siglip=run / "merged"))
+    assert replace(asked, tokenizers={"dual": run / "merged"}).trains_in_layer and not asked.trains_in_layer
     with pytest.raises(UserError, match="name the folder of the benchmarks' files: --benchmarks FOLDER"):
         check(replace(asked, tasks=["pope"], benchmarks=None))
     with pytest.raises(UserError, match="recipe quickstart_tokenizer is of the job tokenizer, expected mllm"):
