@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dualtoken.unified_model.vision_tower import VisionTower
-    from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+    from dualtoken.visual_tokenizer.loading import VisualTokenizer
 
 
 class DualTokenProcessor(ProcessorMixin):
@@ -44,6 +44,7 @@ class DualTokenProcessor(ProcessorMixin):
         num_quantizers: D.
         reads_codes: whether the model reads codes of the images it is given.
         features_per_image: how many continuous features of an image it reads.
+        num_codebooks: Q.
     """
 
     def __init__(
@@ -54,12 +55,14 @@ class DualTokenProcessor(ProcessorMixin):
         num_quantizers: int,
         reads_codes: bool = True,
         features_per_image: int = 0,
+        num_codebooks: int = 2,
     ) -> None:
         super().__init__(image_processor, tokenizer)
         self.positions_per_image = positions_per_image
         self.num_quantizers = num_quantizers
         self.reads_codes = reads_codes
         self.features_per_image = features_per_image
+        self.num_codebooks = num_codebooks
         self.special = SpecialTokens.from_tokenizer(tokenizer)
 
     @classmethod
@@ -71,8 +74,8 @@ class DualTokenProcessor(ProcessorMixin):
             image_std=[0.5] * 3,
         )
         layout = config.image_layout
-        positions, depth = config.positions_per_image, config.num_quantizers
-        return cls(image_processor, text_tokenizer, positions, depth, layout.codes, layout.features)
+        positions, books, depth = config.code_shape
+        return cls(image_processor, text_tokenizer, positions, depth, layout.codes, layout.features, books)
 
     @property
     def layout(self) -> ImageLayout:
@@ -94,7 +97,7 @@ class DualTokenProcessor(ProcessorMixin):
         images: Sequence[Any] | None = None,
         text: str | Sequence[str] | None = None,
         codes: Sequence[Any] | None = None,
-        visual_tokenizer: DualTokenVisualTokenizer | None = None,
+        visual_tokenizer: VisualTokenizer | None = None,
         vision_tower: VisionTower | None = None,
     ) -> BatchFeature:
         """Pack texts and their images into the keyword arguments of the model, without targets.
@@ -116,7 +119,7 @@ class DualTokenProcessor(ProcessorMixin):
         text: str | Sequence[str],
         images: Sequence[Any] | None = None,
         codes: Sequence[Any] | None = None,
-        visual_tokenizer: DualTokenVisualTokenizer | None = None,
+        visual_tokenizer: VisualTokenizer | None = None,
         vision_tower: VisionTower | None = None,
     ) -> list[Document]:
         """Put images in the places of the tags: one document per text, to prompt generation with.
@@ -154,7 +157,7 @@ class DualTokenProcessor(ProcessorMixin):
             documents.append(document)
         return documents
 
-    def pictures(self, codes: torch.Tensor, visual_tokenizer: DualTokenVisualTokenizer) -> list[Image]:
+    def pictures(self, codes: torch.Tensor, visual_tokenizer: VisualTokenizer) -> list[Image]:
         """Decode codes [N, P, Q, D] to PIL images."""
         from PIL import Image
 
@@ -171,7 +174,7 @@ class DualTokenProcessor(ProcessorMixin):
     def _seen(
         self,
         images: list[Any],
-        visual_tokenizer: DualTokenVisualTokenizer | None,
+        visual_tokenizer: VisualTokenizer | None,
         vision_tower: VisionTower | None,
     ) -> list[ImagePart]:
         """Return images as parts with what the model reads of them."""
@@ -180,7 +183,7 @@ class DualTokenProcessor(ProcessorMixin):
         if visual_tokenizer is None and self.reads_codes:
             raise ValueError(
                 "images need visual_tokenizer=... to become codes; load it with "
-                "DualTokenVisualTokenizer.from_pretrained, or pass codes instead of images"
+                "load_visual_tokenizer, or pass codes instead of images"
             )
         pixels = torch.stack([self._pixels(image, index) for index, image in enumerate(images)])
         parts = [ImagePart(None) for _ in images]
@@ -215,7 +218,8 @@ class DualTokenProcessor(ProcessorMixin):
 
     def _checked(self, codes: Any, index: int) -> torch.Tensor:
         codes = torch.as_tensor(codes)
-        require_image_codes(codes, self.positions_per_image, self.num_quantizers, index)
+        expected = (self.positions_per_image, self.num_codebooks, self.num_quantizers)
+        require_image_codes(codes, expected, index)
         return codes
 
 

@@ -140,6 +140,7 @@ def write_pairs(samples: Sequence[CodeSample], source: DatasetManifest, folder: 
         source.num_quantizers,
         source.positions,
         source.image_size,
+        source.num_codebooks,
     )
     with whole_folder(folder) as temporary:
         with ShardWriter(temporary / SHARD, manifest.geometry) as writer:

@@ -187,8 +187,7 @@ def unified_model_flops(model: DualTokenForCausalLM, pack: PackContents) -> dict
     text = decoder.fork()
     output_layer = model.get_output_embeddings()
     text.run_linears("text_head", nn.Sequential(output_layer), pack.text_targets)
-    names = ("pixel", "semantic")
-    for name, (projector, head) in zip(names, model.visual_heads(), strict=True):
+    for name, (projector, head) in zip(config.codebooks, model.visual_heads()):
         visual = decoder.fork()
         visual.run_linears(f"{name}_projector", projector, pack.visual_targets)
         run_visual_head(visual, f"{name}_head", head, pack.visual_targets)

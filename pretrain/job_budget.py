@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import nn
@@ -193,7 +194,7 @@ def _mllm(
         samples=pack.documents,
         tokens=pack.tokens,
         images=pack.pictures,
-        code_bytes=unified.positions_per_image * 2 * unified.num_quantizers * 2,
+        code_bytes=2 * prod(unified.code_shape),
         encode=encode_flops(tokenizer),
         notes=[
             f"a pack of {config.data.context_length:,} tokens holds {pack.documents:.1f} documents, "

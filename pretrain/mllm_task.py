@@ -21,8 +21,9 @@ from dualtoken.unified_model.config import WITH_FEATURES, DualTokenConfig, featu
 from dualtoken.unified_model.model import DualTokenForCausalLM, DualTokenOutput
 from dualtoken.unified_model.sequence import PackedBatch, SpecialTokens, add_special_tokens
 from dualtoken.unified_model.vision_tower import VisionTower, name_in_siglip
+from dualtoken.unified_model.visual_embedder import CODEBOOKS
 from dualtoken.visual_tokenizer.backbone import load_backbone, model_folder
-from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer.loading import load_visual_tokenizer
 from pretrain.compilation import EVERYTHING, compile_parts
 from pretrain.config import ConfigError, JobConfig
 from pretrain.engine import (
@@ -44,8 +45,6 @@ from pretrain.sequence_parallel import (
     share_attention,
 )
 from pretrain.stepping import backward, take_step
-
-BRANCHES = ("pixel", "semantic")
 
 
 @dataclass
@@ -142,7 +141,7 @@ def compiled_parts(model: DualTokenForCausalLM) -> dict[str, list[nn.Module]]:
 
 
 class MllmTask:
-    """Trains :class:`DualTokenForCausalLM` by next-token prediction over text and both codebooks."""
+    """Trains :class:`DualTokenForCausalLM` by next-token prediction over text and codes."""
 
     exported = ("model", "")
 
@@ -182,7 +181,7 @@ class MllmTask:
             ValueError: `init_from` was trained with another visual or text tokenizer.
         """
         parts = self.config.model
-        visual_tokenizer = DualTokenVisualTokenizer.from_pretrained(parts.visual_tokenizer)
+        visual_tokenizer = load_visual_tokenizer(parts.visual_tokenizer)
         fingerprint = visual_tokenizer.fingerprint()
         if parts.init_from:
             for given in ("llm", "llm_config", "vision_tower"):
@@ -246,7 +245,9 @@ class MllmTask:
         return document_loader(
             config,
             self.text_tokenizer,
-            CodeGeometry(model.positions_per_image, model.num_quantizers, model.codebook_size),
+            CodeGeometry(
+                model.positions_per_image, model.num_quantizers, model.codebook_size, model.num_codebooks
+            ),
             model.tokenizer_fingerprint,
             self.runtime.data_rank,
             self.runtime.data_ranks,
@@ -329,8 +330,8 @@ class MllmTask:
         text, visual = output.text_nll, output.visual_nll
         if weights.z_loss:
             text, visual = text + output.text_z_loss, visual + output.visual_z_loss
-        pixel, semantic = visual.sum(dim=1)  # [Q, D] -> [Q]
-        return weights.text * text + weights.pixel * pixel + weights.semantic * semantic
+        branches = zip(self.model.config.codebooks, visual.sum(dim=1))  # [Q, D] -> [Q]
+        return weights.text * text + sum(getattr(weights, name) * nll for name, nll in branches)
 
     def validate(self) -> dict[str, float]:
         """Return the negative log-likelihoods per token and depth (nats) on the validation documents."""
@@ -418,9 +419,9 @@ def add_figures(averages: Averages, output: DualTokenOutput) -> None:
     averages.add("accuracy/text", output.text_correct, output.text_count)
     if output.text_z_loss is not None:
         averages.add("z_loss/text", output.text_z_loss, output.text_count)
-        for branch, z_loss in zip(BRANCHES, output.visual_z_loss):
+        for branch, z_loss in zip(CODEBOOKS, output.visual_z_loss):
             averages.add(f"z_loss/{branch}", z_loss.sum(), output.visual_count)
-    for branch, nll, correct in zip(BRANCHES, output.visual_nll, output.visual_correct):
+    for branch, nll, correct in zip(CODEBOOKS, output.visual_nll, output.visual_correct):
         averages.add(f"loss/{branch}", nll.sum(), output.visual_count)
         for depth in range(len(nll)):
             averages.add(f"nll_{branch}/depth_{depth + 1}", nll[depth], output.visual_count)

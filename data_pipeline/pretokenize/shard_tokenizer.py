@@ -133,7 +133,7 @@ class ShardTokenizer:
         self.features = feature_geometry(settings.features, visual_tokenizer.config.image_size, vision_tower)
         config = visual_tokenizer.config
         self.visual_tokenizer, self.decoder, self.settings = visual_tokenizer, decoder, settings
-        self.geometry = CodeGeometry(config.positions, config.num_quantizers, config.codebook_size)
+        self.geometry = CodeGeometry.of(config)
         self.images = 0
         """Images whose codes have been collected so far, bad ones too."""
         from data_pipeline.images.decoding import SideDecoder

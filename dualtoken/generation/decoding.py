@@ -3,7 +3,7 @@
 Documents are written side by side in rows (`rows.py`); what comes out of one does not depend on its
 neighbours.
 
-Shapes: N documents, R rows (2 N with guidance), P positions per image, Q = 2 codebooks, D depths, H width.
+Shapes: N documents, R rows (2 N with guidance), P positions per image, Q codebooks, D depths, H width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from dualtoken.generation.rows import Rows
 from dualtoken.generation.sampling import Sampling, row_noise
-from dualtoken.unified_model.model import CODEBOOKS, DualTokenForCausalLM
+from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.unified_model.sequence import IGNORE_INDEX, Document, TokenizedDocument, tokenize_document
 
 Seed = int | Sequence[int] | None
@@ -44,11 +44,11 @@ def write_images(
     with evaluating(model):
         rows = Rows(model, opened)
         device = rows.hidden.device
-        noise = row_noise(seed, count, (positions, len(CODEBOOKS), config.num_quantizers), device)
+        noise = row_noise(seed, count, config.code_shape, device)
         codes = torch.empty(noise.shape, dtype=torch.int64, device=device)
         features = model.new_feature_cache()
         for position in range(positions):
-            for q in range(len(CODEBOOKS)):
+            for q in range(config.num_codebooks):
                 codes[:, position, q] = _write_codes(
                     model, q, rows.hidden, guidance_scale, sampling, noise[:, position, q]
                 )

@@ -10,9 +10,10 @@ from transformers.configuration_utils import PretrainedConfig, SubConfigSpec
 
 from dualtoken.unified_model.sequence import FEATURE_SPECIAL, SPECIAL, ImageLayout, SpecialTokens
 from dualtoken.unified_model.vision_tower import VisionTower, features_per_image
+from dualtoken.unified_model.visual_embedder import CODEBOOKS
 
 if TYPE_CHECKING:
-    from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+    from dualtoken.visual_tokenizer.loading import VisualTokenizer
 
 
 HEAD_PRESETS: dict[str, dict[str, Any]] = {
@@ -41,6 +42,7 @@ class DualTokenConfig(PretrainedConfig):
         text_config: config of the decoder, of a kind that `AutoModelForCausalLM` builds.
         codebook_size: K.
         codebook_dim: E, width of a code vector.
+        num_codebooks: Q, 2 of the dual tokenizer, 1 of a VQ model of others, whose codes are of pixels.
         num_quantizers: D.
         codebook_depths: 1 if all depths share a codebook, else D.
         positions_per_image: P.
@@ -48,8 +50,9 @@ class DualTokenConfig(PretrainedConfig):
         visual_input: what the decoder reads of an image, in training, in prompts and while it draws: the
             vectors of one codebook, "pixel" or "semantic", or of "both"; "features", the continuous features
             of a vision tower; or "codes_and_features", first both codebooks' vectors, then the features, as
-            UniToken does. It writes both codebooks in any case, and reads what it writes as codes until it
-            is complete; there are no weights for vectors that are not read.
+            UniToken does. Of a single codebook, "both" is that one. It writes all codebooks in any case, and
+            reads what it writes as codes until it is complete; there are no weights for vectors that are not
+            read.
         vision_config: settings of the vision tower in the model (`vision_tower.tower_settings`); None
             without features, and where they come precomputed.
         feature_dim: C, width of a continuous feature; None without.
@@ -81,6 +84,7 @@ class DualTokenConfig(PretrainedConfig):
     text_config: dict | PretrainedConfig | None = None
     codebook_size: int = 16384
     codebook_dim: int = 32
+    num_codebooks: int = 2
     num_quantizers: int = 8
     codebook_depths: int = 1
     positions_per_image: int = 729
@@ -114,12 +118,18 @@ class DualTokenConfig(PretrainedConfig):
             ("visual_input", ("both", "pixel", "semantic", *WITH_FEATURES)),
             ("embedder", ("concat_mlp", "mlp_concat")),
             ("visual_features", ("code_vectors", "post_quantization")),
+            ("num_codebooks", (1, 2)),
             ("codebook_depths", (1, self.num_quantizers)),
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(
                     f"{field}={getattr(self, field)!r}; expected one of {', '.join(map(repr, choices))}"
                 )
+        if self.num_codebooks == 1 and self.visual_input == "semantic":
+            raise ValueError(
+                "visual_input='semantic', but the visual tokenizer has one codebook, of pixels; expected "
+                "'both', 'features' or 'codes_and_features'"
+            )
         self._check_features()
         if not isinstance(self.place_embedding, bool):
             raise ValueError(f"place_embedding={self.place_embedding!r}; expected true or false")
@@ -127,7 +137,8 @@ class DualTokenConfig(PretrainedConfig):
             raise ValueError(
                 f"visual_features={self.visual_features!r} with post_quantization_dim="
                 f"{self.post_quantization_dim}; expected the width of the visual tokenizer's tower for "
-                "'post_quantization' and None for 'code_vectors'; DualTokenConfig.for_tokenizers fills it in"
+                "'post_quantization', which a VQ model of others lacks, and None for 'code_vectors'; "
+                "DualTokenConfig.for_tokenizers fills it in"
             )
         require_plain_logits(self.text_config)
         if self.head_hidden_size % self.head_num_attention_heads:
@@ -173,6 +184,21 @@ class DualTokenConfig(PretrainedConfig):
             )
 
     @property
+    def code_shape(self) -> tuple[int, int, int]:
+        """Shape [P, Q, D] of the codes of an image."""
+        return (self.positions_per_image, self.num_codebooks, self.num_quantizers)
+
+    @property
+    def codebooks(self) -> tuple[str, ...]:
+        """Names of the codebooks, in the order of Q."""
+        return CODEBOOKS[: self.num_codebooks]
+
+    @property
+    def codebooks_read(self) -> tuple[str, ...]:
+        """Names of those whose code vectors are embedded wherever there are codes of an image."""
+        return (self.visual_input,) if self.visual_input in CODEBOOKS else self.codebooks
+
+    @property
     def reads_features(self) -> bool:
         """Whether the decoder reads continuous features of images."""
         return self.visual_input in WITH_FEATURES
@@ -201,7 +227,7 @@ class DualTokenConfig(PretrainedConfig):
         cls,
         text_config: dict[str, Any] | PretrainedConfig,
         text_tokenizer: Any,
-        visual_tokenizer: DualTokenVisualTokenizer,
+        visual_tokenizer: VisualTokenizer,
         **overrides: Any,
     ) -> DualTokenConfig:
         """Build the config of a model that speaks the codes and tokens of two tokenizers.
@@ -225,7 +251,7 @@ class DualTokenConfig(PretrainedConfig):
     def for_visual_tokenizer(
         cls,
         text_config: dict[str, Any] | PretrainedConfig,
-        visual_tokenizer: DualTokenVisualTokenizer,
+        visual_tokenizer: VisualTokenizer,
         **overrides: Any,
     ) -> DualTokenConfig:
         """Build the config of a model around a visual tokenizer, which may lie on the meta device.
@@ -248,15 +274,17 @@ class DualTokenConfig(PretrainedConfig):
                 )
         visual = visual_tokenizer.config
         reads_features = overrides.get("visual_features") == "post_quantization"
+        tower = getattr(visual, "vision", None) if reads_features else None
         fields = {
             "text_config": text_config,
             "codebook_size": visual.codebook_size,
             "codebook_dim": visual.codebook_dim,
+            "num_codebooks": visual.num_codebooks,
             "num_quantizers": visual.num_quantizers,
             "codebook_depths": visual_tokenizer.codebooks().shape[1],
             "positions_per_image": visual.positions,
             "image_size": visual.image_size,
-            "post_quantization_dim": visual.vision.hidden_size if reads_features else None,
+            "post_quantization_dim": tower and tower.hidden_size,
         }
         return cls(**{**fields, **overrides})
 

@@ -9,7 +9,7 @@ classifier.
 A model may also, or instead, read continuous features of complete images, through an adapter, made by a
 vision tower that is a part of it or brought along (UniToken, arXiv 2504.04423). They are never targets.
 
-Shapes: T tokens of a pack, V visual positions in it, Q = 2 codebooks (0 pixel, 1 semantic), D depths, K
+Shapes: T tokens of a pack, V visual positions in it, Q codebooks (0 pixel, 1 semantic, if any), D depths, K
 codes, E dimensions of a code vector, H width of the decoder, N selected positions; I images with continuous
 features, F features of each, C their width, S pixels a side.
 """
@@ -115,12 +115,14 @@ class DualTokenForCausalLM(PreTrainedModel):
             llm.set_output_embeddings(TextHead(llm.get_output_embeddings(), config.chunk_size))
         self.llm = llm
         width = self.decoder_config.hidden_size
-        self.codebooks = Codebooks(config.codebook_depths, config.codebook_size, config.codebook_dim)
+        self.codebooks = Codebooks(
+            config.codebook_depths, config.codebook_size, config.codebook_dim, config.num_codebooks
+        )
         self.post_quantization = None
         if config.post_quantization_dim is not None:
             self.post_quantization = PostQuantization(config.codebook_dim, config.post_quantization_dim)
         self.visual_embedder = VisualEmbedder(
-            config.visual_input,
+            config.codebooks_read,
             config.embedder,
             config.post_quantization_dim or config.codebook_dim,
             width,
@@ -131,10 +133,11 @@ class DualTokenForCausalLM(PreTrainedModel):
             self.feature_adapter = GeluMLP(config.feature_dim, width, width)
         if config.vision_config is not None:
             self.vision_tower = VisionTower(config.vision_config)
-        self.pixel_projector = GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
-        self.semantic_projector = GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
-        self.pixel_head = _visual_head(config)
-        self.semantic_head = _visual_head(config)
+        for name in CODEBOOKS:
+            has = name in config.codebooks
+            self.register_module(f"{name}_projector", _projector(config, width) if has else None)
+        for name in CODEBOOKS:
+            self.register_module(f"{name}_head", _visual_head(config) if name in config.codebooks else None)
         self._codebooks_checked = False
         self.post_init()
 
@@ -272,7 +275,8 @@ class DualTokenForCausalLM(PreTrainedModel):
 
     def visual_heads(self) -> list[tuple[GeluMLP, VisualHead]]:
         """Return projector and head of each codebook, in the order of Q."""
-        return [(self.pixel_projector, self.pixel_head), (self.semantic_projector, self.semantic_head)]
+        parts = [(getattr(self, f"{name}_projector"), getattr(self, f"{name}_head")) for name in CODEBOOKS]
+        return [(projector, head) for projector, head in parts if head is not None]
 
     def forward(
         self,
@@ -476,7 +480,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         vectors = self.codebooks(codes)  # [N, Q, D, E]
         if count == 0:
             chosen = positions.new_zeros(1)
-            codes = codes.new_zeros(1, len(CODEBOOKS), self.config.num_quantizers)
+            codes = codes.new_zeros(1, *self.config.code_shape[1:])
             vectors = self._no_vectors(1)
         prefix = vectors[:, :, :-1].cumsum(dim=2)  # [N, Q, D - 1, E]
         before = hidden[chosen]
@@ -497,7 +501,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         }
 
     def _no_vectors(self, positions: int) -> torch.Tensor:
-        shape = (positions, len(CODEBOOKS), self.config.num_quantizers, self.config.codebook_dim)
+        shape = (positions, *self.config.code_shape[1:], self.config.codebook_dim)
         return self.codebooks.vectors.new_zeros(shape)
 
     def visual_positions(self, input_ids: torch.Tensor, count: int) -> torch.Tensor:
@@ -519,7 +523,7 @@ class DualTokenForCausalLM(PreTrainedModel):
             ValueError: the codes or features do not fit the tokens, or there are no codebooks yet.
         """
         self._check_features(features)
-        expected = (len(CODEBOOKS), self.config.num_quantizers)
+        expected = self.config.code_shape[1:]
         if codes is None or len(codes) == 0:
             codes = torch.zeros(0, *expected, dtype=torch.int64, device=input_ids.device)
         if tuple(codes.shape[1:]) != expected:
@@ -598,6 +602,10 @@ def require_decoder(llm: PreTrainedModel) -> None:
             f"{type(llm).__name__} does not leave all mixing of tokens to transformers' attention interface, "
             "so packed documents would leak into each other; take a decoder that does, such as Qwen2.5"
         )
+
+
+def _projector(config: DualTokenConfig, width: int) -> GeluMLP:
+    return GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
 
 
 def _visual_head(config: DualTokenConfig) -> VisualHead:

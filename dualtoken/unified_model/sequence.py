@@ -13,8 +13,8 @@ UniToken does: codes, ``<|image_sep|>``, N times ``<|image_feature|>``, all betw
 image it writes always has its codes and the separator, and features only if something follows it: while it is
 written they do not exist. `ImageLayout` says which.
 
-Shapes: T tokens, V visual positions of a document or pack, P positions per image, Q = 2 codebooks (0 pixel,
-1 semantic), D quantizers, I images with features, N features per image, C their width, S pixels a side.
+Shapes: T tokens, V visual positions of a document or pack, P positions per image, Q codebooks (0 pixel, 1
+semantic, if any), D quantizers, I images with features, N features per image, C their width, S pixels a side.
 """
 
 from __future__ import annotations
@@ -161,9 +161,8 @@ class ImagePart:
     features: torch.Tensor | None = None
 
 
-def require_image_codes(codes: Any, positions: int, num_quantizers: int, index: int) -> None:
+def require_image_codes(codes: Any, expected: tuple[int, int, int], index: int) -> None:
     """Raise ValueError unless the codes of image `index` have the model's shape [P, Q, D]."""
-    expected = (positions, 2, num_quantizers)
     if tuple(codes.shape) != expected:
         raise ValueError(
             f"codes of image {index} have shape {tuple(codes.shape)}, expected {expected} "
@@ -220,7 +219,7 @@ def tokenize_document(
         layout: what stands for an image (`DualTokenConfig.image_layout`); its codes by default.
 
     Raises:
-        ValueError: on codes that are not [P, 2, D] or differ in shape between the images of the document, on
+        ValueError: on codes that are not [P, Q, D] or differ in shape between the images of the document, on
             features likewise, or on an image that lacks what the layout asks for.
     """
     builder = _Builder(text_tokenizer, special, layout or ImageLayout())
@@ -292,14 +291,14 @@ class _Builder:
     def add_codes(self, part: ImagePart, key: str) -> None:
         if part.codes is None:
             raise ValueError(
-                f"document {key!r}: an image has no codes, expected [positions, 2 (pixel, semantic), "
-                "quantizers]; encode it with the visual tokenizer"
+                f"document {key!r}: an image has no codes, expected [positions, codebooks, quantizers]; "
+                "encode it with the visual tokenizer"
             )
         codes = torch.as_tensor(part.codes)
-        if codes.dim() != 3 or codes.shape[1] != 2 or 0 in codes.shape:
+        if codes.dim() != 3 or 0 in codes.shape:
             raise ValueError(
                 f"document {key!r}: codes of an image have shape {tuple(codes.shape)}, expected "
-                "[positions, 2 (pixel, semantic), quantizers]"
+                "[positions, codebooks, quantizers]"
             )
         if codes.is_floating_point():
             raise ValueError(f"document {key!r}: codes are {codes.dtype}, expected integers")

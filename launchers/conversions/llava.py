@@ -17,7 +17,6 @@ from torch import Tensor
 from data_pipeline.shards.code_shards import require_same_codes
 from dualtoken.plain_tensors import read_tensors
 from dualtoken.unified_model.config import DualTokenConfig
-from dualtoken.unified_model.visual_embedder import codebooks_read
 from eval.inputs import load_visual_tokenizer
 from eval.progress import with_progress
 from launchers.conversions.decoders import unified_config
@@ -90,7 +89,7 @@ def _codebooks_read(model: Path, config: DualTokenConfig, files: WeightFiles) ->
             f"{model} has visual_input={config.visual_input!r}, of which LLaVA's layout has no tower here; "
             "expected a model that reads codes alone"
         )
-    read = list(codebooks_read(config.visual_input))
+    read = list(config.codebooks_read)
     if config.embedder != "concat_mlp" and len(read) > 1:
         raise UserError(
             f"{model} has embedder={config.embedder!r}, an MLP for each codebook; LLaVA's mlp2x_gelu is one "
