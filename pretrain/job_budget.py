@@ -173,7 +173,7 @@ def _mllm(
     passes = flops["llm"].backward > 0
     keeps_products = config.checkpointing_keeps == "products"
     kept = tokens * decoder_layer_products(text_config, weight) if keeps_products else 0.0
-    head = head_chunk_bytes(
+    head = 0.0 if unified.codes_in_vocabulary else head_chunk_bytes(
         min(unified.chunk_size, round(pack.visual_targets)), unified.num_quantizers, unified.head_hidden_size,
         unified.head_intermediate_size or 4 * unified.head_hidden_size, unified.head_num_layers,
         unified.codebook_size, weight,
@@ -182,7 +182,8 @@ def _mllm(
     text = logits_bytes(unified.chunk_size, output_layer.out_features, weight)
     # Gradients are made in the forward pass and kept to the backward pass.
     early = sum(c.trained for name, c in counts.items() if name.endswith("_head"))
-    early += sum(p.numel() for p in output_layer.parameters() if p.requires_grad)
+    runs = 2 if unified.codes_in_vocabulary else 1  # of the output layer, for text and for codes
+    early += runs * sum(p.numel() for p in output_layer.parameters() if p.requires_grad)
     return JobBudget(
         parameters=counts,
         flops=flops,

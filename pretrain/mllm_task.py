@@ -207,6 +207,13 @@ class MllmTask:
                     f"{parts.text_tokenizer} {self.special}; expected the one it was trained with, "
                     "which is in that folder too"
                 )
+            first_code = model.config.first_code
+            if first_code is not None and len(self.text_tokenizer) > first_code:
+                raise ValueError(
+                    f"the text tokenizer {parts.text_tokenizer} has {len(self.text_tokenizer)} tokens, but "
+                    f"codes begin at row {first_code} of the vocabulary of {parts.init_from}; expected the "
+                    "one it was trained with, which is in that folder too"
+                )
             return model
         if bool(parts.llm) == bool(parts.llm_config):
             raise ConfigError("model.llm and model.llm_config: give one of the two, a base model or a config")

@@ -69,23 +69,31 @@ def _write_codes(
     noise: torch.Tensor,  # [N, D]
 ) -> torch.Tensor:
     """Choose one position's codes of codebook q, depth by depth: [N, D]."""
-    projector, head = model.visual_heads()[q]
     guided = len(hidden) != len(noise)
+    if model.config.codes_in_vocabulary:
+        logits = _guided(model.code_logits(hidden), guided, guidance_scale)
+        return sampling.choose(logits, noise[:, 0])[:, None]
+    projector, head = model.visual_heads()[q]
     cache = head.new_cache(len(hidden))
     inputs = projector(hidden)
     codes: list[torch.Tensor] = []
     total = None
     for depth in range(noise.shape[1]):
-        logits = head.step(inputs, cache).float()
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + guidance_scale * (conditional - unconditional)
+        logits = _guided(head.step(inputs, cache), guided, guidance_scale)
         code = sampling.choose(logits, noise[:, depth])
         codes.append(code)
         vector = model.codebooks.look_up(q, depth, code)
         total = vector if total is None else total + vector
         inputs = total.repeat(2, 1) if guided else total
     return torch.stack(codes, dim=1)
+
+
+def _guided(logits: torch.Tensor, guided: bool, guidance_scale: float) -> torch.Tensor:
+    """Guide logits [2 N, K] of rows with prompts by those without, which lie behind them: [N, K]."""
+    if not guided:
+        return logits.float()
+    conditional, unconditional = logits.float().chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def text_steps(

@@ -53,6 +53,10 @@ class DualTokenConfig(PretrainedConfig):
             UniToken does. Of a single codebook, "both" is that one. It writes all codebooks in any case, and
             reads what it writes as codes until it is complete; there are no weights for vectors that are not
             read.
+        codes_as: what codes are to the language model: "vectors", which the embedder reads and the visual
+            heads write; or "vocabulary", rows of its vocabulary beside those of text, which its embedding
+            reads and its output layer writes, as in Chameleon and UniToken. Needs one codebook of one depth.
+        first_code: row of code 0 in the vocabulary; None for vectors. `make_room` sets it.
         vision_config: settings of the vision tower in the model (`vision_tower.tower_settings`); None
             without features, and where they come precomputed.
         feature_dim: C, width of a continuous feature; None without.
@@ -89,6 +93,8 @@ class DualTokenConfig(PretrainedConfig):
     codebook_depths: int = 1
     positions_per_image: int = 729
     image_size: int = 384
+    codes_as: str = "vectors"
+    first_code: int | None = None
     visual_input: str = "both"
     vision_config: dict[str, Any] | None = None
     feature_dim: int | None = None
@@ -118,6 +124,7 @@ class DualTokenConfig(PretrainedConfig):
             ("visual_input", ("both", "pixel", "semantic", *WITH_FEATURES)),
             ("embedder", ("concat_mlp", "mlp_concat")),
             ("visual_features", ("code_vectors", "post_quantization")),
+            ("codes_as", ("vectors", "vocabulary")),
             ("num_codebooks", (1, 2)),
             ("codebook_depths", (1, self.num_quantizers)),
         ):
@@ -130,6 +137,7 @@ class DualTokenConfig(PretrainedConfig):
                 "visual_input='semantic', but the visual tokenizer has one codebook, of pixels; expected "
                 "'both', 'features' or 'codes_and_features'"
             )
+        self._check_vocabulary()
         self._check_features()
         if not isinstance(self.place_embedding, bool):
             raise ValueError(f"place_embedding={self.place_embedding!r}; expected true or false")
@@ -155,6 +163,35 @@ class DualTokenConfig(PretrainedConfig):
                 f"special_tokens has the keys {sorted(self.special_tokens)}, expected {sorted(SPECIAL)}; "
                 "take them from SpecialTokens.from_tokenizer(text_tokenizer)"
             )
+
+    def _check_vocabulary(self) -> None:
+        if not self.codes_in_vocabulary:
+            return
+        if self.code_shape[1:] != (1, 1):
+            raise ValueError(
+                f"codes_as='vocabulary' with {self.num_codebooks} codebook(s) of {self.num_quantizers} "
+                "depth(s); expected one code at a position, as VQ models of others have it, or 'vectors'"
+            )
+        for field, plain in (("visual_features", "code_vectors"), ("place_embedding", False)):
+            if getattr(self, field) != plain:
+                raise ValueError(
+                    f"codes_as='vocabulary' with {field}={getattr(self, field)!r}; expected {plain!r}, for "
+                    "rows of the vocabulary are read by the language model's own embedding"
+                )
+
+    def make_room(self, tokens: int) -> None:
+        """Enlarge the decoder's vocabulary for so many tokens of text, and behind them for codes if need be.
+
+        A vocabulary with rows to spare keeps its size, and one that grows does so to a multiple of 64. What
+        has room for codes already stays as it is.
+        """
+        if self.first_code is not None:
+            return
+        decoder: Any = self.text_config
+        decoder.vocab_size = padded_vocabulary(decoder.vocab_size, tokens)
+        if self.codes_in_vocabulary:
+            self.first_code = decoder.vocab_size
+            decoder.vocab_size = padded_vocabulary(0, self.first_code + self.codebook_size)
 
     def _check_features(self) -> None:
         sizes = (bool(self.feature_dim), self.features_per_image > 0)
@@ -187,6 +224,11 @@ class DualTokenConfig(PretrainedConfig):
     def code_shape(self) -> tuple[int, int, int]:
         """Shape [P, Q, D] of the codes of an image."""
         return (self.positions_per_image, self.num_codebooks, self.num_quantizers)
+
+    @property
+    def codes_in_vocabulary(self) -> bool:
+        """Whether codes are rows of the decoder's vocabulary."""
+        return self.codes_as == "vocabulary"
 
     @property
     def codebooks(self) -> tuple[str, ...]:
@@ -232,8 +274,7 @@ class DualTokenConfig(PretrainedConfig):
     ) -> DualTokenConfig:
         """Build the config of a model that speaks the codes and tokens of two tokenizers.
 
-        If the decoder's vocabulary is smaller than the text tokenizer's, it is enlarged to the next
-        multiple of 64.
+        The decoder's vocabulary is enlarged where it lacks rows (`make_room`).
 
         Raises:
             ValueError: an override is no field of this class, or has a value that does not fit.
@@ -243,8 +284,7 @@ class DualTokenConfig(PretrainedConfig):
             "tokenizer_fingerprint": visual_tokenizer.fingerprint(),
         }
         config = cls.for_visual_tokenizer(text_config, visual_tokenizer, **{**fields, **overrides})
-        decoder: Any = config.text_config
-        decoder.vocab_size = padded_vocabulary(decoder.vocab_size, len(text_tokenizer))
+        config.make_room(len(text_tokenizer))
         return config
 
     @classmethod

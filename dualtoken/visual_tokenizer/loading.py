@@ -7,8 +7,10 @@ from pathlib import Path
 
 from dualtoken.visual_tokenizer.config import DualTokenVisualTokenizerConfig
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer.vq_config import VQTokenizerConfig
 from dualtoken.visual_tokenizer.vq_tokenizer import VQTokenizer
 
+VisualTokenizerConfig = DualTokenVisualTokenizerConfig | VQTokenizerConfig
 VisualTokenizer = DualTokenVisualTokenizer | VQTokenizer
 """What makes codes of pictures. They differ in their codebooks, `config.num_codebooks`: two, or one."""
 
@@ -23,6 +25,17 @@ def load_visual_tokenizer(folder: str | Path) -> VisualTokenizer:
         FileNotFoundError: there is none in the folder.
         ValueError: it is another kind of model, or its weights do not fit its config.
     """
+    return (DualTokenVisualTokenizer if _is_ours(folder) else VQTokenizer).from_pretrained(folder).eval()
+
+
+def load_visual_tokenizer_config(folder: str | Path) -> VisualTokenizerConfig:
+    """Load the config alone; as `load_visual_tokenizer`."""
+    if _is_ours(folder):
+        return DualTokenVisualTokenizerConfig.from_pretrained(folder)
+    return VQTokenizerConfig.of_folder(folder)
+
+
+def _is_ours(folder: str | Path) -> bool:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -30,5 +43,4 @@ def load_visual_tokenizer(folder: str | Path) -> VisualTokenizer:
             "the tokenizer job exports it"
         )
     kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    ours = kind == DualTokenVisualTokenizerConfig.model_type
-    return (DualTokenVisualTokenizer if ours else VQTokenizer).from_pretrained(folder).eval()
+    return kind == DualTokenVisualTokenizerConfig.model_type

@@ -65,10 +65,10 @@ class VQTokenizerConfig(PretrainedConfig):
 
     @classmethod
     def of_folder(cls, folder: str | Path, image_size: int | None = None) -> VQTokenizerConfig:
-        """Read what transformers saved of a VQ model, or of the whole model that it is a part of.
+        """Read the config of a saved tokenizer, of a VQ model of transformers, or of a whole one's VQ part.
 
         Args:
-            folder: with config.json, and the settings of the image processor beside it.
+            folder: with config.json, and for the latter two the settings of the image processor beside it.
             image_size: None for the size that the files name.
 
         Raises:
@@ -77,6 +77,14 @@ class VQTokenizerConfig(PretrainedConfig):
         """
         content = _read_json(Path(folder) / "config.json", f"the config of a VQ model: {_known()}")
         kind = content.get("model_type")
+        if kind == cls.model_type:
+            saved = cls.from_pretrained(folder)
+            if image_size not in (None, saved.image_size):
+                raise ValueError(
+                    f"{folder} was saved for pictures of {saved.image_size} pixels, got image_size="
+                    f"{image_size}; convert the VQ model that it was made of again"
+                )
+            return saved
         if kind in WHOLE_MODELS.values():
             content, kind = (
                 content["vq_config"],

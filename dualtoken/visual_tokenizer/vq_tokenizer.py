@@ -27,7 +27,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from dualtoken.digest import sha256_of
 from dualtoken.strict_loading import load_strictly
-from dualtoken.visual_tokenizer.nearest import NearestCodeSearch, NonFiniteError, full_precision_matmul
+from dualtoken.visual_tokenizer.nearest import NearestCodeSearch, NonFiniteError
 from dualtoken.visual_tokenizer.vq_config import SCALING, VQTokenizerConfig
 
 MODELS: dict[str, type[PreTrainedModel]] = {
@@ -85,10 +85,9 @@ class VQTokenizer(PreTrainedModel):
                 f"images have shape {tuple(images.shape)}, expected [B, 3, {size}, {size}]; "
                 f"resize to {size} pixels and scale to [-1, 1]"
             )
-        latents = self._latents(images)  # [B, E, h, w]
         search = NearestCodeSearch(self._code_vectors())
         try:
-            codes = search(latents.movedim(1, -1).flatten(0, 2).float())
+            codes = search(self.latents(images).flatten(0, 1).float())
         except NonFiniteError:
             if not torch.isfinite(images).all():
                 raise NonFiniteError("images contain NaN or infinity; check the image decoding") from None
@@ -138,16 +137,18 @@ class VQTokenizer(PreTrainedModel):
             "expected a DualToken visual tokenizer"
         )
 
-    def _latents(self, images: Tensor) -> Tensor:
+    def latents(self, images: Tensor) -> Tensor:
+        """Return what codes are looked up for, ``[B, P, E]``, of ``images [B, 3, S, S]`` in [-1, 1]."""
         config, vq = self.config, self.vq
-        values = (images.to(self.dtype) + 1) * (127.5 * config.rescale_factor)  # as out of 0 to 255
+        values = (images.to(self.dtype) + 1) * (127.5 * config.rescale_factor)  # of 0 to 255
         values = (values - self._per_colour(config.image_mean)) / self._per_colour(config.image_std)
-        with full_precision_matmul(images.device):
-            if config.vq.model_type != "emu3_vqgan":
-                return vq.quant_conv(vq.encoder(values))
+        if config.vq.model_type == "emu3_vqgan":
             # A VQ of films: a picture is one that stands still, and becomes one frame of codes.
             film = values[:, None].repeat(1, config.vq.temporal_downsample_factor, 1, 1, 1)
-            return vq.quant_conv(vq.encoder(film).transpose(1, 2))[:, :, 0]
+            found = vq.quant_conv(vq.encoder(film).transpose(1, 2))[:, :, 0]
+        else:
+            found = vq.quant_conv(vq.encoder(values))
+        return found.flatten(2).transpose(1, 2)  # [B, E, h, w] -> [B, P, E]
 
     def _per_colour(self, values: Any) -> Tensor:
         return torch.tensor(values, device=self.device, dtype=self.dtype).view(3, 1, 1)
@@ -204,15 +205,10 @@ class VQTokenizer(PreTrainedModel):
                 config (`load_strictly`).
         """
         folder = Path(pretrained_model_name_or_path)
-        found = json.loads((folder / "config.json").read_text("utf-8")) if folder.is_dir() else {}
-        if found.get("model_type") != cls.config_class.model_type:
-            config = VQTokenizerConfig.of_folder(folder, image_size)
+        config = VQTokenizerConfig.of_folder(folder, image_size)
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if found["model_type"] != cls.config_class.model_type:
             return load_strictly(lambda source, **_: _of_weights(cls(config), source), folder)[0]
-        if image_size not in (None, found["image_size"]):
-            raise ValueError(
-                f"{folder} was saved for pictures of {found['image_size']} pixels, got image_size="
-                f"{image_size}; convert the VQ model that it was made of again"
-            )
         kwargs.setdefault("dtype", torch.float32)
         return load_strictly(super().from_pretrained, folder, *args, **kwargs)[0]
 

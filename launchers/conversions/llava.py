@@ -17,7 +17,7 @@ from torch import Tensor
 from data_pipeline.shards.code_shards import require_same_codes
 from dualtoken.plain_tensors import read_tensors
 from dualtoken.unified_model.config import DualTokenConfig
-from eval.inputs import load_visual_tokenizer
+from eval.inputs import load_dual_tokenizer
 from eval.progress import with_progress
 from launchers.conversions.decoders import unified_config
 from launchers.conversions.report import FILE, Report, new_folder, require_new, written
@@ -62,7 +62,7 @@ def export_llava(model: Path, visual_tokenizer: Path, output: Path) -> Iterator[
     files = WeightFiles(model)
     read = _codebooks_read(model, config, files)
     settings = _llava_config(model, config, read, files["codebooks.scale"])
-    tokenizer = load_visual_tokenizer(visual_tokenizer).cpu()
+    tokenizer = load_dual_tokenizer(visual_tokenizer).cpu()
     require_same_codes(visual_tokenizer, tokenizer.fingerprint(), config.tokenizer_fingerprint, model)
     report = Report("llava", {"model": str(model), "visual_tokenizer": str(visual_tokenizer)})
     report.renamed = dict(NAMES)

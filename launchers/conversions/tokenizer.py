@@ -11,7 +11,7 @@ from dualtoken.visual_tokenizer.released import (
     state_to_released,
 )
 from dualtoken.visual_tokenizer.released_config import config_from_released
-from eval.inputs import load_visual_tokenizer
+from eval.inputs import load_dual_tokenizer
 from launchers.conversions.report import Report, new_folder, require_new, written
 
 
@@ -51,7 +51,7 @@ def tokenizer_to_released(model: Path, output: Path) -> Iterator[str]:
         ValueError: it has something that the released layout cannot express; nothing is written.
     """
     require_new(output)
-    tokenizer = load_visual_tokenizer(model).cpu()
+    tokenizer = load_dual_tokenizer(model).cpu()
     state = tokenizer.state_dict()
     names = names_from_released(state_to_released(state, tokenizer.config.num_quantizers))
     report = Report("tokenizer to released", {"model": str(model)})
