@@ -105,6 +105,7 @@ class DualTokenForCausalLM(PreTrainedModel):
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["codebooks"]
     _no_split_modules = ["VisualHead"]
+    part_names = PARTS
 
     config: DualTokenConfig
     codebooks: Codebooks  # None, as the embedder, where codes are rows of the vocabulary
