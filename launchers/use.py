@@ -69,8 +69,11 @@ def generate_files(
     """
     from dualtoken.generation.generators import generate_images
     from dualtoken.processing import DualTokenProcessor
+    from dualtoken.visual_tokenizer.vq_tokenizer import VQTokenizer
 
     unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
+    if isinstance(tokenizer, VQTokenizer):
+        tokenizer.require_decoder()  # told before anything is drawn
     shown = []
     if images:
         given = read_pictures(images, tokenizer.config.image_size)

@@ -45,7 +45,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 def freeze_parameters(model: nn.Module, patterns: list[str]) -> None:
     """Freeze every parameter whose name matches one of the patterns (`*` matches anything).
 
-    So that a recipe fits every kind of unified model, patterns of parts that this one lacks count for nothing.
+    So that a recipe fits every kind of unified model, patterns of parts that this one lacks count for
+    nothing.
 
     Raises:
         ConfigError: a pattern matches no parameter.

@@ -61,7 +61,8 @@ class VQTokenizer(PreTrainedModel):
 
     def __init__(self, config: VQTokenizerConfig) -> None:
         super().__init__(config)
-        self.vq: Any = MODELS[config.vq.model_type]._from_config(config.vq)
+        # In fp32, whatever type its files name: codes depend on it.
+        self.vq: Any = MODELS[config.vq.model_type]._from_config(config.vq, dtype=torch.float32)
         self.post_init()
         self.train(False)
 
@@ -101,11 +102,7 @@ class VQTokenizer(PreTrainedModel):
         Raises:
             ValueError: if the shape or the range of the codes is wrong, or the VQ model is Chameleon's.
         """
-        if not hasattr(self.vq, "decode"):
-            raise ValueError(
-                f"the {self.config.vq.model_type!r} of transformers has an encoder alone, so its codes "
-                "cannot be made pictures; read pictures with it, and to draw take the VQ of Emu3 or Janus"
-            )
+        self.require_decoder()
         config = self.config
         if codes.ndim != 4 or tuple(codes.shape[1:]) != (config.positions, 1, 1):
             raise ValueError(
@@ -125,6 +122,14 @@ class VQTokenizer(PreTrainedModel):
         return (painted * self._per_colour(config.image_std) + self._per_colour(config.image_mean)) / (
             127.5 * config.rescale_factor
         ) - 1
+
+    def require_decoder(self) -> None:
+        """Raise ValueError unless the VQ model has a decoder."""
+        if not hasattr(self.vq, "decode"):
+            raise ValueError(
+                f"the {self.config.vq.model_type!r} of transformers has an encoder alone, so its codes "
+                "cannot be made pictures; read pictures with it, and to draw take the VQ of Emu3 or Janus"
+            )
 
     def codebooks(self) -> Tensor:
         """Return the code vectors as ``[Q, Dc, K, E]`` = ``[1, 1, K, E]`` fp32."""

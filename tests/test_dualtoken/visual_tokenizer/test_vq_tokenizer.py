@@ -132,6 +132,15 @@ def test_the_fingerprint_is_of_what_changes_codes():
     assert tokenizer.fingerprint() != known
 
 
+def test_it_computes_in_fp32_whatever_its_files_name(tmp_path):
+    folder = save_alone("janus_vqgan", tmp_path)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}), encoding="utf-8")
+    tokenizer = load_visual_tokenizer(folder)
+    assert {parameter.dtype for parameter in tokenizer.parameters()} == {torch.float32}
+    assert torch.equal(tokenizer.encode(images()), vq_tokenizer("janus_vqgan").encode(images()))
+
+
 def test_norms_of_batches_stay_what_they_are():
     tokenizer = vq_tokenizer("emu3_vqgan")
     codes, known = tokenizer.encode(images()), tokenizer.fingerprint()
