@@ -144,6 +144,13 @@ def test_reconstructions_and_their_measures_take_it(runs, tmp_path, capsys):
     assert code == 0 and "16 positions x 1 codebooks x 1 depths, codes below 24" in out, err
 
 
+def test_a_plan_counts_it(runs, capsys):
+    words = ["--visual-tokenizer", runs / "emu3", "--llm", "qwen2.5-0.5b", "model.init_from=null"]
+    heads = "model.heads={codes_as: vocabulary}"
+    code, out, err = call(["plan", "mllm_joint", *words, heads], capsys)
+    assert code == 0 and "(16 positions)" in out and "head" not in out.split("llm")[0], err
+
+
 def test_what_does_not_go_together_is_named(runs, tmp_path, capsys):
     def refused(message, *words):
         config = load_job_config([*words, "deepspeed=zero1.json"], world_size=1)
