@@ -18,23 +18,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
-from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
-from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from dualtoken.digest import sha256_of
 from dualtoken.strict_loading import load_strictly
 from dualtoken.visual_tokenizer.nearest import NearestCodeSearch, NonFiniteError
 from dualtoken.visual_tokenizer.vq_config import SCALING, VQTokenizerConfig
 
-MODELS: dict[str, type[PreTrainedModel]] = {
-    "emu3_vqgan": Emu3VQVAE,
-    "janus_vqgan": JanusVQVAE,
-    "chameleon_vqgan": ChameleonVQVAE,
-}
+# Class in transformers, which loads it where it is used.
+_MODELS = {"emu3_vqgan": "Emu3VQVAE", "janus_vqgan": "JanusVQVAE", "chameleon_vqgan": "ChameleonVQVAE"}
 # What the shapes of the weights do not tell of a VQ model's encoder.
 _SETTINGS = (
     "model_type",
@@ -62,7 +57,8 @@ class VQTokenizer(PreTrainedModel):
     def __init__(self, config: VQTokenizerConfig) -> None:
         super().__init__(config)
         # In fp32, whatever type its files name: codes depend on it.
-        self.vq: Any = MODELS[config.vq.model_type]._from_config(config.vq, dtype=torch.float32)
+        kind = getattr(transformers, _MODELS[config.vq.model_type])
+        self.vq: Any = kind._from_config(config.vq, dtype=torch.float32)
         self.post_init()
         self.train(False)
 

@@ -89,6 +89,11 @@ def _codebooks_read(model: Path, config: DualTokenConfig, files: WeightFiles) ->
             f"{model} has visual_input={config.visual_input!r}, of which LLaVA's layout has no tower here; "
             "expected a model that reads codes alone"
         )
+    if config.codes_in_vocabulary:
+        raise UserError(
+            f"{model} has codes_as='vocabulary', so its codes are read by no embedder that could be LLaVA's "
+            "projector; train a model with codes_as='vectors'"
+        )
     read = list(config.codebooks_read)
     if config.embedder != "concat_mlp" and len(read) > 1:
         raise UserError(
