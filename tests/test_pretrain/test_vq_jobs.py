@@ -1,14 +1,16 @@
 """From pictures to pictures with the codes of others: pretokenize, train, export, draw, caption."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, SiglipModel
 
+from data_pipeline.errors import DatasetError
 from data_pipeline.pretokenize.command import main as pretokenize
-from data_pipeline.shards.code_shards import DatasetManifest, iterate_shard, verify_dataset
+from data_pipeline.shards.code_shards import CodeGeometry, DatasetManifest, iterate_shard, verify_dataset
 from dualtoken.generation.generators import generate_text
 from dualtoken.processing import DualTokenProcessor
 from dualtoken.visual_tokenizer.config import preset_config
@@ -152,24 +154,18 @@ def test_a_plan_counts_it(runs, capsys):
 
 
 def test_what_does_not_go_together_is_named(runs, tmp_path, capsys):
-    def refused(message, *words):
-        config = load_job_config([*words, "deepspeed=zero1.json"], world_size=1)
-        with pytest.raises(ValueError, match=message):
-            MllmTask(config, Runtime(0, 0, 1, torch.device("cpu"), torch.float32, 0, 4, tmp_path))
-
-    other = [f"data.blend=[{{path: {runs / 'codes' / 'janus'}, view: caption}}]"]
-    refused(
-        "codes were made by the visual tokenizer",
-        *words_of(runs, "emu3", "x", *new_model(runs, **JANUS), *other),
-    )
+    folder, config = runs / "codes" / "janus", load_visual_tokenizer(runs / "emu3").config
+    manifest, geometry = DatasetManifest.load(folder), CodeGeometry.of(config)
+    with pytest.raises(DatasetError, match="codes were made by the visual tokenizer"):
+        manifest.require(folder, geometry, load_visual_tokenizer(runs / "emu3").fingerprint())
+    with pytest.raises(DatasetError, match="codes have num_codebooks 1, the model expects 2"):
+        manifest.require(folder, replace(geometry, num_codebooks=2))
     longer = AutoTokenizer.from_pretrained(runs / "rows" / "export")
     longer.add_tokens([f"word{number}" for number in range(64)])
     longer.save_pretrained(tmp_path / "longer")
     start = [f"model.init_from={runs / 'rows' / 'export'}", f"model.text_tokenizer={tmp_path / 'longer'}"]
-    refused("has .* tokens, but codes begin at row 64", *words_of(runs, "emu3", "x", *start))
-    code, out, err = call(
-        ["convert", "vq", "--model", runs / "released", "--out", tmp_path / "sized"], capsys
-    )
+    job = load_job_config([*words_of(runs, "emu3", "x", *start), "deepspeed=zero1.json"], world_size=1)
+    with pytest.raises(ValueError, match="has .* tokens, but codes begin at row 64"):
+        MllmTask(job, Runtime(0, 0, 1, torch.device("cpu"), torch.float32, 0, 4, tmp_path))
+    code, _, err = call(["convert", "vq", "--model", runs / "released", "--out", tmp_path / "sized"], capsys)
     assert code == 2 and "names no size of pictures" in err and not (tmp_path / "sized").exists()
-    manifest = DatasetManifest.load(runs / "codes" / "janus")
-    assert manifest.geometry.shape == (POSITIONS, 1, 1)
