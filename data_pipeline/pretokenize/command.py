@@ -215,7 +215,8 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
     if torch.cuda.is_available():
         # Slurm may show each task no device but its own.
         device = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
-    visual_tokenizer = load_visual_tokenizer(options.visual_tokenizer).to(device)
+    visual_tokenizer: Any = load_visual_tokenizer(options.visual_tokenizer)
+    visual_tokenizer.to(device)
     decoder = build_image_decoder(
         visual_tokenizer.config.image_size,
         options.backend,

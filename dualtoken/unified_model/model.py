@@ -17,6 +17,7 @@ features, F features of each, C their width, S pixels a side.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -450,7 +451,7 @@ class DualTokenForCausalLM(PreTrainedModel):
     def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [N, K] of the rows of codes in the vocabulary, of hidden states [N, H] before them."""
         first = cast(int, self.config.first_code)
-        layer = self.get_output_embeddings()
+        layer: Any = self.get_output_embeddings()
         rows = slice(first, first + self.config.codebook_size)
         return F.linear(hidden, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
 
@@ -519,7 +520,7 @@ class DualTokenForCausalLM(PreTrainedModel):
             "visual_nll": _sum(scores.nll, count),
             "visual_count": torch.full((), count, device=hidden.device),
             "visual_correct": scores.correct[:count].sum(dim=0),
-            "visual_z_loss": _sum(scores.z_loss, count) if z_loss else None,
+            "visual_z_loss": None if scores.z_loss is None else _sum(scores.z_loss, count),
             "visual_positions": positions,
             "visual_position_nll": scores.nll.detach()[:count],
         }
@@ -528,14 +529,13 @@ class DualTokenForCausalLM(PreTrainedModel):
         """Score codes [N, Q, D] by the hidden states [N, H] before them: scores [N, Q, D]."""
         if self.config.codes_in_vocabulary:
             found = self.get_output_embeddings()(before, self._code_rows(codes), z_loss)
-            return Scores(*(score if score is None else score.view(codes.shape) for score in found))
+            return _each(lambda parts: parts[0].view(codes.shape), found)
         prefix = self.codebooks(codes)[:, :, :-1].cumsum(dim=2)  # [N, Q, D - 1, E]
         by_codebook = [
             head(projector(before), prefix[:, q], codes[:, q], z_loss)
             for q, (projector, head) in enumerate(self.visual_heads())
         ]
-        joined = (None if scores[0] is None else torch.stack(scores, dim=1) for scores in zip(*by_codebook))
-        return Scores(*joined)
+        return _each(lambda parts: torch.stack(parts, dim=1), *by_codebook)
 
     def _no_vectors(self, positions: int) -> torch.Tensor:
         shape = (positions, *self.config.code_shape[1:], self.config.codebook_dim)
@@ -690,6 +690,16 @@ def _sum(scores: torch.Tensor, count: int) -> torch.Tensor:
     """
     total = scores.sum(dim=0)
     return total if count else (0.0 * total.sum()).expand_as(total)
+
+
+def _each(function: Callable[[list[torch.Tensor]], torch.Tensor], *scores: Scores) -> Scores:
+    """Make one of several scores, each of its fields of theirs."""
+    z_losses = [one.z_loss for one in scores if one.z_loss is not None]
+    return Scores(
+        function([one.nll for one in scores]),
+        function([one.correct for one in scores]),
+        function(z_losses) if z_losses else None,
+    )
 
 
 def _put(embeddings: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
