@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import AutoProcessor, ProcessorMixin, SiglipImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
@@ -25,6 +26,7 @@ from dualtoken.unified_model.sequence import (
     require_image_codes,
     tokenize_document,
 )
+from dualtoken.unified_model.tiles import Tiles, in_order
 from dualtoken.unified_model.vision_tower import to_bytes
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ class DualTokenProcessor(ProcessorMixin):
         positions_per_image: P.
         num_quantizers: D.
         reads_codes: whether the model reads codes of the images it is given.
-        features_per_image: how many continuous features of an image it reads.
+        features_per_image: how many continuous features of an image, or of each of its crops, it reads.
+        tiles: grids of tiles that it reads images in besides, as of `DualTokenConfig`.
         num_codebooks: Q.
     """
 
@@ -55,6 +58,7 @@ class DualTokenProcessor(ProcessorMixin):
         num_quantizers: int,
         reads_codes: bool = True,
         features_per_image: int = 0,
+        tiles: Sequence[Sequence[int]] = (),
         num_codebooks: int = 2,
     ) -> None:
         super().__init__(image_processor, tokenizer)
@@ -62,6 +66,7 @@ class DualTokenProcessor(ProcessorMixin):
         self.num_quantizers = num_quantizers
         self.reads_codes = reads_codes
         self.features_per_image = features_per_image
+        self.tiles = [list(grid) for grid in tiles]
         self.num_codebooks = num_codebooks
         self.special = SpecialTokens.from_tokenizer(tokenizer)
 
@@ -75,12 +80,14 @@ class DualTokenProcessor(ProcessorMixin):
         )
         layout = config.image_layout
         positions, books, depth = config.code_shape
-        return cls(image_processor, text_tokenizer, positions, depth, layout.codes, layout.features, books)
+        shown = (layout.codes, layout.features, config.tiles or [])
+        return cls(image_processor, text_tokenizer, positions, depth, *shown, books)
 
     @property
     def layout(self) -> ImageLayout:
         """What stands in the sequence for an image."""
-        return ImageLayout(self.reads_codes, self.features_per_image)
+        tiles = Tiles(self.tiles, self.image_size) if self.tiles else None
+        return ImageLayout(self.reads_codes, self.features_per_image, tiles)
 
     @property
     def text_tokenizer(self) -> Any:
@@ -169,7 +176,9 @@ class DualTokenProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """Names of what the processor returns."""
         names = ["input_ids", "position_ids", "cu_seqlens", "max_seqlen", "codes", "visual_loss_mask"]
-        return [*names, "features"] if self.features_per_image else names
+        if self.features_per_image:
+            names.append("features")
+        return [*names, "feature_order"] if self.tiles else names
 
     def _seen(
         self,
@@ -192,13 +201,35 @@ class DualTokenProcessor(ProcessorMixin):
             for part, own in zip(parts, codes, strict=True):
                 part.codes = self._checked(own, 0)
         if self.features_per_image:
-            features = to_bytes(pixels)
-            if vision_tower is not None:
-                with torch.no_grad():
-                    features = vision_tower(features.to(next(vision_tower.parameters()).device)).cpu()
-            for part, seen in zip(parts, features, strict=True):
-                part.features = seen
+            self._see(parts, images, to_bytes(pixels), vision_tower)
         return parts
+
+    @torch.no_grad()
+    def _see(
+        self,
+        parts: list[ImagePart],
+        images: list[Any],
+        wholes: torch.Tensor,
+        vision_tower: VisionTower | None,
+    ) -> None:
+        """Give parts what stands for continuous features of images, which are `wholes` too, [I, 3, S, S]."""
+        tiles, crops = self.layout.tiles, [whole[None] for whole in wholes]
+        for index, (part, image) in enumerate(zip(parts, images, strict=True)):
+            if tiles is not None:
+                is_tensor = isinstance(image, torch.Tensor)
+                pixels = wholes[index].permute(1, 2, 0) if is_tensor else np.array(_on_white(image))
+                part.size = int(pixels.shape[0]), int(pixels.shape[1])
+                crops[index] = torch.cat([crops[index], tiles.cut(pixels, _resized)])
+        if vision_tower is not None:
+            made = vision_tower(torch.cat(crops).to(next(vision_tower.parameters()).device)).cpu()
+            crops = list(made.split([len(own) for own in crops]))
+        for part, own in zip(parts, crops, strict=True):
+            if tiles is None or part.size is None:
+                part.features = own[0]
+            elif vision_tower is None:
+                part.features = own
+            else:
+                part.features = in_order(own, tiles.order(part.size, self.features_per_image))
 
     def _pixels(self, image: Any, index: int) -> torch.Tensor:
         size = self.image_size
@@ -238,6 +269,14 @@ def _in_order_of_tags(given: Sequence[Any] | None, tags: list[int]) -> list[Any]
             f"the text has {sum(tags)} {IMAGE_TAG} tags but {len(given)} images; give one image for each tag"
         )
     return given
+
+
+def _resized(pixels: Any, height: int, width: int) -> torch.Tensor:
+    """Resize uint8 [H, W, 3], an array or a tensor."""
+    from PIL import Image
+
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BICUBIC)))
 
 
 def _on_white(image: Image) -> Image:

@@ -33,7 +33,7 @@ from pretrain.engine import (
     sharded_construction,
 )
 from pretrain.export import full_state_dict, save_config, saved_weights
-from pretrain.flops import PackContents, unified_model_flops
+from pretrain.flops import PackContents, learns, unified_model_flops
 from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
 from pretrain.recomputation import checkpoint_activations
@@ -45,6 +45,7 @@ from pretrain.sequence_parallel import (
     share_attention,
 )
 from pretrain.stepping import backward, take_step
+from pretrain.tower_collapse import TowerWatch, packs_with_pictures
 
 
 @dataclass
@@ -154,7 +155,7 @@ class MllmTask:
             )
         self.text_tokenizer = AutoTokenizer.from_pretrained(config.model.text_tokenizer)
         if not config.model.init_from:
-            add_special_tokens(self.text_tokenizer, features=self.reads_features)
+            add_special_tokens(self.text_tokenizer, features=reads_features(config.model, config.model.heads))
         self.special = SpecialTokens.from_tokenizer(self.text_tokenizer)
         self.model = self.build_model()
         freeze_parameters(self.model, config.frozen)
@@ -166,11 +167,7 @@ class MllmTask:
         self.model.to(runtime.device)
         self.engines = {"model": build_engine(self.model, config, runtime)}
         self.train_loader = self.open_documents(config.data, "train")
-
-    @property
-    def reads_features(self) -> bool:
-        """Whether the recipe asks for continuous features of a vision tower."""
-        return self.config.model.heads.get("visual_input") in WITH_FEATURES
+        self.tower_watch = self.watch_tower()
 
     def build_model(self) -> DualTokenForCausalLM:
         """Build the unified model around the visual tokenizer's codebooks, sharded under ZeRO-3.
@@ -217,12 +214,6 @@ class MllmTask:
             return model
         if bool(parts.llm) == bool(parts.llm_config):
             raise ConfigError("model.llm and model.llm_config: give one of the two, a base model or a config")
-        if self.reads_features != bool(parts.vision_tower):
-            raise ConfigError(
-                f"model.vision_tower={parts.vision_tower} with model.heads.visual_input="
-                f"{parts.heads.get('visual_input', 'both')}: expected a SigLIP for "
-                f"{' and '.join(WITH_FEATURES)}, and none without"
-            )
         text_config = AutoConfig.from_pretrained(parts.llm) if parts.llm else dict(parts.llm_config)
         heads, whole = dict(parts.heads), None
         if parts.vision_tower:
@@ -246,8 +237,34 @@ class MllmTask:
                 model.set_vision_tower(whole)
         return model
 
-    def open_documents(self, config: DocumentStreamConfig, split: str) -> DocumentLoader:
-        """Open a stream of packed documents whose codes are those the model speaks."""
+    def watch_tower(self) -> TowerWatch | None:
+        """Begin to watch a vision tower that learns, on the first held-out pictures; None if there are none.
+
+        A checkpoint is not loaded yet, so what it is compared with is what the run began with, each time.
+        """
+        tower, data = self.model.vision_tower, self.config.validation_data
+        if tower is None or data is None or not learns(tower):
+            return None
+        device = self.runtime.device
+        packs = packs_with_pictures(self.open_documents(data, "val", shared=True))
+        if not packs:
+            return None
+        self.model.eval()
+        with torch.no_grad():
+            watch = TowerWatch(tower, packs, lambda pack: self.score(pack.to(device)), self.config.health)
+        self.engines["model"].train()
+        return watch
+
+    def open_documents(
+        self, config: DocumentStreamConfig, split: str, shared: bool = False
+    ) -> DocumentLoader:
+        """Open a stream of packed documents whose codes are those the model speaks.
+
+        Args:
+            config: of the stream.
+            split: `train` or `val`.
+            shared: whether every rank reads all of it, and not its part.
+        """
         model = self.model.config
         return document_loader(
             config,
@@ -256,8 +273,8 @@ class MllmTask:
                 model.positions_per_image, model.num_quantizers, model.codebook_size, model.num_codebooks
             ),
             model.tokenizer_fingerprint,
-            self.runtime.data_rank,
-            self.runtime.data_ranks,
+            0 if shared else self.runtime.data_rank,
+            1 if shared else self.runtime.data_ranks,
             self.config.seed,
             split,
             model.image_layout,
@@ -273,6 +290,12 @@ class MllmTask:
         if (size := self.config.sequence_parallel_size) > 1:
             own = self.config.data.context_length // size
             lines.append(f"Ulysses: {size} ranks share each pack, {own:,} tokens of it a rank")
+        if self.tower_watch is not None:
+            lines.append(self.tower_watch.describe())
+        elif self.model.vision_tower is not None and learns(self.model.vision_tower):
+            lines.append(
+                "vision tower not watched: validation_data has no pictures to look for a collapse on"
+            )
         return [*lines, self.train_loader.describe()]
 
     def train_step(self, micro_batches: list[PackedBatch]) -> dict[str, Any]:
@@ -299,7 +322,8 @@ class MllmTask:
         totals: dict[str, float] = {"documents": sum(pack.documents for pack in contents)}
         totals["count/tokens"] = sum(pack.tokens for pack in contents)
         totals["count/images"] = sum(pack.pictures for pack in contents)
-        for name in ("pairs", "visual_positions", "text_targets", "visual_targets", "feature_pictures"):
+        work = ("pairs", "visual_positions", "text_targets", "visual_targets", "feature_pictures")
+        for name in (*work, "feature_positions"):
             totals[f"work/{name}"] = sum(getattr(pack, name) for pack in contents)
         for name, total in {**totals, **self.train_loader.statistics.figures()}.items():
             # A group counts its packs `size` times.
@@ -341,7 +365,10 @@ class MllmTask:
         return weights.text * text + sum(getattr(weights, name) * nll for name, nll in branches)
 
     def validate(self) -> dict[str, float]:
-        """Return the negative log-likelihoods per token and depth (nats) on the validation documents."""
+        """Return the negative log-likelihoods per token and depth (nats) on the validation documents.
+
+        And how a vision tower that learns stands to where it began.
+        """
         if self.config.validation_data is None:
             return {}
         self.model.eval()
@@ -355,7 +382,8 @@ class MllmTask:
             if not self.runtime.any_rank(batch is not None):
                 break
             add_figures(averages, self.score((batch or loader.empty_batch()).to(self.runtime.device)))
-        return averages.reduce()
+        watched = {} if self.tower_watch is None else self.tower_watch.figures()
+        return {**averages.reduce(), **watched}
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state beyond the engine's, of which there is none."""
@@ -404,10 +432,27 @@ def expected_features(config: DualTokenConfig) -> FeatureGeometry | None:
     """What a model takes of images for continuous features; None without."""
     if not config.reads_features:
         return None
+    tiles = config.image_layout.tiles
     if config.vision_config is not None:
-        return FeatureGeometry("pixels", (3, config.image_size, config.image_size))
+        return FeatureGeometry("pixels", (3, config.image_size, config.image_size), tiles=tiles)
     shape = (config.features_per_image, config.feature_dim)
-    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint)
+    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint, tiles)
+
+
+def reads_features(parts: MllmModelConfig, heads: Mapping[str, Any]) -> bool:
+    """Whether a new model with these heads reads continuous features of a vision tower.
+
+    Raises:
+        ConfigError: a tower is missing, or not read.
+    """
+    reads = heads.get("visual_input") in WITH_FEATURES
+    if reads != bool(parts.vision_tower):
+        raise ConfigError(
+            f"model.vision_tower={parts.vision_tower} with model.heads.visual_input="
+            f"{heads.get('visual_input', 'both')}: expected a SigLIP for "
+            f"{' and '.join(WITH_FEATURES)}, and none without"
+        )
+    return reads
 
 
 def require_heads(config: DualTokenConfig, heads: Mapping[str, Any], folder: str) -> None:

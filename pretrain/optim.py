@@ -18,15 +18,15 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     Frozen parameters are in no group and get no optimizer state.
 
     Raises:
-        ConfigError: nothing is trainable, or a pattern of `lr_scales` fits no trainable parameter.
+        ConfigError: nothing is trainable, or a pattern of `lr_scales` fits no parameter, not a frozen one.
     """
     groups: dict[tuple[bool, float, float], dict[str, Any]] = {}
     unused = {pattern for pattern in config.lr_scales if not _of_absent_part(pattern, model)}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         pattern = next((pattern for pattern in config.lr_scales if fnmatch.fnmatchcase(name, pattern)), None)
         unused.discard(pattern)
+        if not parameter.requires_grad:
+            continue
         scale = 1.0 if pattern is None else config.lr_scales[pattern]
         # Under ZeRO-3 construction a parameter is an empty placeholder; its true shape is in ds_shape.
         is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
@@ -38,7 +38,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     if not groups:
         raise ConfigError(f"{type(model).__name__} has no trainable parameter: every part of it is frozen")
     if unused:
-        raise ConfigError(f"lr_scales: no trainable parameter's name fits {', '.join(sorted(unused))}")
+        raise ConfigError(f"lr_scales: no parameter's name fits {', '.join(sorted(unused))}")
     return list(groups.values())
 
 

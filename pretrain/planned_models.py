@@ -12,14 +12,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, SiglipModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+)
 
 from dualtoken.unified_model.config import (
-    WITH_FEATURES,
     DualTokenConfig,
+    feature_fields,
     head_settings,
 )
 from dualtoken.unified_model.model import DualTokenForCausalLM
+from dualtoken.unified_model.vision_tower import VisionTower, tower_settings
 from dualtoken.visual_tokenizer.config import PRESETS, DualTokenVisualTokenizerConfig, preset_config
 from dualtoken.visual_tokenizer.loading import (
     VisualTokenizer,
@@ -40,7 +48,7 @@ from pretrain.config import (
     load_recipe,
 )
 from pretrain.contrastive_task import ContrastiveJobConfig, build_siglip
-from pretrain.mllm_task import MllmJobConfig, require_heads
+from pretrain.mllm_task import MllmJobConfig, MllmModelConfig, reads_features, require_heads
 from pretrain.optim import freeze_parameters, parameter_groups
 from pretrain.tokenizer_model import TokenizerModelConfig, expand_frozen
 from pretrain.tokenizer_task import TokenizerJobConfig
@@ -199,11 +207,6 @@ def _unified_config(
     """Config of the model that a recipe trains, some of whose heads phases `behind` it may ask for."""
     parts = config.model
     heads = {**head_settings(parts.heads), **later}
-    if heads.get("visual_input") in WITH_FEATURES:
-        raise ConfigError(
-            f"model.heads.visual_input={heads['visual_input']}: expected both, pixel or semantic, plans are "
-            "made for models that read codes alone"
-        )
     if parts.init_from and parts.init_from != NOT_GIVEN:
         if (Path(parts.init_from) / "config.json").is_file():
             return _config_there(parts.init_from, heads, options)
@@ -218,7 +221,26 @@ def _unified_config(
     if behind:
         options.note(f"what goes before: recipe {' on that of '.join(behind)}")
     text_config = _text_config(parts.llm, dict(parts.llm_config), options)
+    if reads_features(parts, heads):
+        heads |= _feature_fields(parts, tokenizer.config.vision, options)
     return DualTokenConfig.for_visual_tokenizer(text_config, tokenizer, **heads)
+
+
+def _feature_fields(
+    parts: MllmModelConfig, of_tokenizer: SiglipVisionConfig, options: ModelOptions
+) -> dict[str, Any]:
+    """Fields of the config for the tower that a recipe names, or one of the tokenizer's size."""
+    vision, name = of_tokenizer, str(parts.vision_tower)
+    if (Path(name) / "config.json").is_file():
+        vision = SiglipConfig.from_pretrained(name).vision_config
+    else:
+        options.note("vision tower: one of the visual tokenizer's size")
+    with torch.device("meta"):
+        tower = VisionTower(tower_settings(vision, parts.feature_layer))
+    fields = feature_fields(tower)
+    if parts.precomputed_features:
+        del fields["vision_config"]
+    return fields
 
 
 def _config_there(folder: str, heads: dict[str, Any], options: ModelOptions) -> DualTokenConfig:

@@ -152,6 +152,12 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--feature-layer", type=int, help="of the tower, after which features are taken; the last but one"
     )
+    parser.add_argument(
+        "--tiles",
+        default=Settings.tiles,
+        help="rows x columns of the grids of tiles that pictures are cut into for --features besides: "
+        "1x2,2x1,2x2,1x3,3x1, say; none by default",
+    )
     parser.add_argument("--backend", default="auto", help="image decoding: auto, dali, torchvision or pil")
     parser.add_argument(
         "--fit", default="resize", help="resize (the whole image) or crop (its central square)"
@@ -215,14 +221,17 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
     if torch.cuda.is_available():
         # Slurm may show each task no device but its own.
         device = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     visual_tokenizer: Any = load_visual_tokenizer(options.visual_tokenizer)
     visual_tokenizer.to(device)
+    image_size = visual_tokenizer.config.image_size
     decoder = build_image_decoder(
-        visual_tokenizer.config.image_size,
+        image_size,
         options.backend,
         device,
         options.fit,
         num_threads=options.decoding_threads,
+        tiles=settings.tiles_of(image_size),
     )
     report(f"worker {rank} of {world_size}: {decoder.describe()}")
     vision_tower = None
@@ -232,7 +241,6 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
 
         whole = load_backbone(options.vision_tower).vision_model
         vision_tower = VisionTower.of_model(whole, options.feature_layer).to(device)
-    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     what = (options.inputs, visual_tokenizer, decoder, options.output, settings)
     if options.dry_run:
         if rank == 0:

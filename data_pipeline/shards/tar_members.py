@@ -92,7 +92,12 @@ def iterate_members(stream: IO[bytes], fragment: bool = False) -> Iterator[Membe
 
 
 def _checksum(header: bytes) -> int:
-    return sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    """Sum of the bytes, those of the checksum itself taken for spaces.
+
+    The lower half of Adler-32 is one more than the sum of so few bytes: several times as fast as `sum`.
+    """
+    halves = zlib.adler32(header[:256]) % 65536 + zlib.adler32(header[256:]) % 65536 - 2
+    return halves - sum(header[148:156]) + 8 * ord(" ")
 
 
 def _read(stream: IO[bytes], size: int) -> bytes:

@@ -290,13 +290,22 @@ def document_loader(
         features: What the model takes for continuous features, where the layout has them.
 
     Raises:
-        DatasetError: A folder cannot be streamed, or its codes are not those of the model.
+        DatasetError: A folder cannot be streamed, or its codes or features are not those of the model.
         ValueError: The settings cannot be used.
     """
     training, layout = is_training(split), layout or ImageLayout()
     if bool(layout.features) != (features is not None):
         raise ValueError(f"layout is {layout} but features are {features}; give both or none")
     entries = _checked_entries(config, geometry)
+    reads = any(entry.view in ("caption", "document") for entry in entries)
+    if layout.tiles is not None and geometry is not None and reads:  # else many an image would be left out
+        needed = layout.most_positions + layout.codes * (geometry.positions + 1) + 3
+        if needed > config.context_length:
+            raise ValueError(
+                f"context_length is {config.context_length}, but an image in tiles takes up to {needed} "
+                "tokens with its marks; set data.context_length to that and what its text takes, or take "
+                "smaller grids"
+            )
     samples = {}
     for entry in entries:
         samples[entry.path] = check_index(entry.path)
@@ -323,7 +332,9 @@ def document_loader(
         "seed": seed,
     }
     if features is not None:
-        identity["layout"] = asdict(layout)
+        identity["layout"] = {"codes": layout.codes, "features": layout.features}
+        if layout.tiles is not None:
+            identity["layout"]["tiles"] = [list(grid) for grid in layout.tiles.grids]
     padding = tokenize_document(Document([]), text_tokenizer, special)
     return DocumentLoader(
         lambda reader, _: encoder.stream(reader),

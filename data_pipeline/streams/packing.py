@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dualtoken.unified_model.sequence import SpecialTokens, TokenizedDocument
+from dualtoken.unified_model.sequence import SpecialTokens, TokenizedDocument, features_in_order
 
 
 def fullest_pack(lengths: Sequence[int], capacity: int) -> list[int]:
@@ -163,11 +163,12 @@ def _slice(
 ) -> TokenizedDocument:
     """Return the opening token and those from `start` to `end`, with their images' codes and features."""
     visual = _within(document.input_ids == special.image_pad, start, end)
-    features = document.features
-    if features is not None:
-        places = document.input_ids == special.image_feature
-        per_image = int(places.sum()) // len(features)
-        images = _within(places, start, end, per_image)
+    features, order = document.features, document.feature_order
+    places = document.input_ids == special.image_feature
+    if features is not None and order is not None:
+        features, order = features_in_order(features, order[_within(places, start, end)])
+    elif features is not None:
+        images = _within(places, start, end, int(places.sum()) // len(features))
         features = features[images] if images.start < images.stop else None
     return TokenizedDocument(
         input_ids=torch.cat([document.input_ids[:1], document.input_ids[start:end]]),
@@ -176,6 +177,7 @@ def _slice(
         visual_loss_mask=document.visual_loss_mask[visual],
         key=key,
         features=features,
+        feature_order=order,
     )
 
 

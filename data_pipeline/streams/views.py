@@ -21,14 +21,19 @@ class LeftOut(Exception):
 
 
 def caption_document(
-    codes: np.ndarray, language: str, caption: str, key: str = "", features: np.ndarray | None = None
+    codes: np.ndarray,
+    language: str,
+    caption: str,
+    key: str = "",
+    features: np.ndarray | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Document:
     """Make the document that teaches to caption an image [P, Q, D]: the image, `English:`, the caption.
 
-    `features` are those of the image, as of `FeatureGeometry`.
+    `features` and `size` are those of the image, as `CodeSample.features_of` and `size_of` return them.
     """
     prompt = TextPart(caption_prompt(language), loss=False)
-    image = ImagePart(codes, loss=False, features=_tensor(features))
+    image = ImagePart(codes, loss=False, features=_tensor(features), size=size)
     return Document([image, prompt, TextPart(f" {caption}")], key)
 
 
@@ -54,8 +59,8 @@ def parts_document(sample: CodeSample) -> Document:
     for part in sample.parts:
         if "image" in part:
             index = part["image"]
-            features = None if sample.features is None else sample.features[index]
-            parts.append(ImagePart(sample.codes[index], part.get("loss", False), _tensor(features)))
+            seen = _tensor(sample.features_of(index)), sample.size_of(index)
+            parts.append(ImagePart(sample.codes[index], part.get("loss", False), *seen))
         else:
             parts.append(TextPart(part["text"], part.get("loss", True), part.get("markup", False)))
     return Document(parts, sample.key)
@@ -96,7 +101,7 @@ def build_document(
         raise LeftOut("no caption" if not captions else "no caption in the languages asked for")
     language = draw.choice(usable)
     if view == "caption":
-        features = None if sample.features is None else sample.features[0]
-        return caption_document(sample.codes[0], language, captions[language], sample.key, features)
+        seen = sample.features_of(0), sample.size_of(0)
+        return caption_document(sample.codes[0], language, captions[language], sample.key, *seen)
     dropped = draw.random() < prompt_dropout
     return generation_document(sample.codes[0], "" if dropped else captions[language], sample.key)

@@ -19,7 +19,13 @@ import torch
 from dualtoken.generation.rows import Rows
 from dualtoken.generation.sampling import Sampling, row_noise
 from dualtoken.unified_model.model import DualTokenForCausalLM
-from dualtoken.unified_model.sequence import IGNORE_INDEX, Document, TokenizedDocument, tokenize_document
+from dualtoken.unified_model.sequence import (
+    IGNORE_INDEX,
+    Document,
+    TokenizedDocument,
+    join_features,
+    tokenize_document,
+)
 
 Seed = int | Sequence[int] | None
 
@@ -177,21 +183,25 @@ def append(
     ids: list[int],
     codes: torch.Tensor | None = None,
     features: torch.Tensor | None = None,
+    feature_order: torch.Tensor | None = None,
 ) -> TokenizedDocument:
     """Return the document with tokens at its end.
 
-    `codes` [V, Q, D] and `features` (as of `TokenizedDocument`) are those of the image positions among them.
+    `codes` [V, Q, D], `features` and `feature_order` (as of `TokenizedDocument`) are those of the image
+    positions among them.
     """
     tokens = torch.tensor(ids, dtype=torch.int64)
     added = document.codes[:0] if codes is None else codes
-    given = [one for one in (document.features, features) if one is not None]
+    seen = ((document.features, document.feature_order), (features, feature_order))
+    joined, order = join_features([(given, own) for given, own in seen if given is not None])
     return replace(
         document,
         input_ids=torch.cat([document.input_ids, tokens]),
         labels=torch.cat([document.labels, torch.full_like(tokens, IGNORE_INDEX)]),
         codes=torch.cat([document.codes, added]) if len(document.codes) else added,
         visual_loss_mask=torch.cat([document.visual_loss_mask, torch.zeros(len(added), dtype=torch.bool)]),
-        features=torch.cat(given) if given else None,
+        features=joined,
+        feature_order=order,
     )
 
 

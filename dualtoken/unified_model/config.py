@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig, SubConfigSpec
 
 from dualtoken.unified_model.sequence import FEATURE_SPECIAL, SPECIAL, ImageLayout, SpecialTokens
+from dualtoken.unified_model.tiles import Tiles
 from dualtoken.unified_model.vision_tower import VisionTower, features_per_image
 from dualtoken.unified_model.visual_embedder import CODEBOOKS
 
@@ -60,7 +62,9 @@ class DualTokenConfig(PretrainedConfig):
         vision_config: settings of the vision tower in the model (`vision_tower.tower_settings`); None
             without features, and where they come precomputed.
         feature_dim: C, width of a continuous feature; None without.
-        features_per_image: N; 0 without.
+        features_per_image: N, of an image or, with tiles, of each of its crops; 0 without.
+        tiles: grids [rows, columns] of tiles, one of which an image is cut into besides being read whole,
+            each row of features followed by a learned vector (`Tiles`); empty to read it whole alone.
         feature_fingerprint: of the vision tower that precomputed features come from.
         embedder: "concat_mlp" joins the two vectors of a position and maps them to the decoder's width by
             one MLP; "mlp_concat" has an MLP each, for half the width.
@@ -99,6 +103,7 @@ class DualTokenConfig(PretrainedConfig):
     vision_config: dict[str, Any] | None = None
     feature_dim: int | None = None
     features_per_image: int = 0
+    tiles: list[list[int]] | None = None
     feature_fingerprint: str = ""
     embedder: str = "concat_mlp"
     place_embedding: bool = False
@@ -116,6 +121,8 @@ class DualTokenConfig(PretrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Build the decoder's config and check the values."""
         super().__post_init__(**kwargs)
+        if self.tiles is None:
+            self.tiles = []
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self._check()
 
@@ -202,6 +209,14 @@ class DualTokenConfig(PretrainedConfig):
                 f"expected those of a vision tower for {' and '.join(map(repr, WITH_FEATURES))} alone; "
                 "feature_fields fills them in"
             )
+        if self.tiles:
+            Tiles(self.tiles, self.image_size)  # names what is wrong with them
+            if math.isqrt(self.features_per_image) ** 2 != self.features_per_image or not self.reads_features:
+                raise ValueError(
+                    f"tiles={self.tiles} with visual_input={self.visual_input!r} and features_per_image="
+                    f"{self.features_per_image}; expected a model that reads continuous features, a square "
+                    "number of each crop"
+                )
         if self.vision_config:
             made = (self.vision_config["hidden_size"], features_per_image(self.vision_config))
             if made != (self.feature_dim, self.features_per_image):
@@ -248,7 +263,8 @@ class DualTokenConfig(PretrainedConfig):
     @property
     def image_layout(self) -> ImageLayout:
         """What stands in the sequence for an image."""
-        return ImageLayout(codes=self.visual_input != "features", features=self.features_per_image)
+        tiles = Tiles(self.tiles, self.image_size) if self.tiles else None
+        return ImageLayout(self.visual_input != "features", self.features_per_image, tiles)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what ``config.json`` holds: every field of this class, defaults included."""

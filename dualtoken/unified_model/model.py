@@ -12,11 +12,12 @@ vision tower that is a part of it or brought along (UniToken, arXiv 2504.04423).
 
 Shapes: T tokens of a pack, V visual positions in it, Q codebooks (0 pixel, 1 semantic, if any), D depths, K
 codes, E dimensions of a code vector, H width of the decoder, N selected positions; I images with continuous
-features, F features of each, C their width, S pixels a side.
+features, or crops of images in tiles, F features of each, C their width, S pixels a side.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -37,7 +38,13 @@ from dualtoken.unified_model.config import DualTokenConfig, padded_vocabulary, r
 from dualtoken.unified_model.depth_transformer import VisualHead
 from dualtoken.unified_model.sequence import IGNORE_INDEX
 from dualtoken.unified_model.vision_tower import VisionTower
-from dualtoken.unified_model.visual_embedder import CODEBOOKS, Codebooks, GeluMLP, VisualEmbedder
+from dualtoken.unified_model.visual_embedder import (
+    CODEBOOKS,
+    Codebooks,
+    FeatureAdapter,
+    GeluMLP,
+    VisualEmbedder,
+)
 from dualtoken.unified_model.visual_features import FeatureCache, PostQuantization, require_whole_images
 
 PARTS = (
@@ -131,7 +138,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         self.register_module("visual_embedder", _visual_embedder(config, width) if has_vectors else None)
         self.feature_adapter = self.vision_tower = None
         if config.feature_dim is not None:
-            self.feature_adapter = GeluMLP(config.feature_dim, width, width)
+            self.feature_adapter = FeatureAdapter(config.feature_dim, width, ends_rows=bool(config.tiles))
         if config.vision_config is not None:
             self.vision_tower = VisionTower(config.vision_config)
         heads = config.codebooks if has_vectors else ()
@@ -151,6 +158,8 @@ class DualTokenForCausalLM(PreTrainedModel):
                 module.init_weights()
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.2)  # what an MLP makes of codes is about as large
+        elif isinstance(module, FeatureAdapter) and module.end_of_row is not None:
+            nn.init.normal_(module.end_of_row, std=0.2)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
@@ -301,6 +310,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         visual_loss_mask: torch.Tensor | None = None,
         z_loss: float = 0.0,
         features: torch.Tensor | None = None,
+        feature_order: torch.Tensor | None = None,
         stretch: tuple[int, int] | None = None,
     ) -> DualTokenOutput:
         """Score a pack of documents: equations (5) to (8) of arXiv 2503.14324, as sums.
@@ -316,7 +326,10 @@ class DualTokenForCausalLM(PreTrainedModel):
             visual_loss_mask: [V] bool, which visual positions are targets; None for none.
             z_loss: weight of the squared log-partition at each target (see `chunked_loss`); 0 for none.
             features: of the images that have them, in order: images as uint8 or floats in [-1, 1],
-                [I, 3, S, S], for the vision tower; without one, features [I, F, C]. None for none.
+                [I, 3, S, S], for the vision tower; without one, features [I, F, C], or [n, C] of images in
+                tiles. None for none.
+            feature_order: of images in tiles, which crop (or feature) and which of its features stands at
+                each position of a feature, [M, 2], crop -1 for the end of a row. None for whole images.
             stretch: first place, and the one behind the last, whose hidden states are computed here, with
                 the targets that they predict; the others are other ranks', with which the decoder's attention
                 exchanges what it needs. All other arguments are of the whole row. None for the whole row,
@@ -365,8 +378,9 @@ class DualTokenForCausalLM(PreTrainedModel):
             visual_loss_mask = visual_loss_mask & _predicted_in(stretch, visual_positions)
             ends = [visual_positions < start, visual_positions < stop]
         codes, counts = self.checked_codes(
-            input_ids, codes, supervised, visual_loss_mask, *ends, features=features
-        )
+            input_ids, codes, supervised, visual_loss_mask, *ends,
+            features=features, feature_order=feature_order,
+        )  # fmt: skip
         # An image of which a part is another stretch's is embedded whole, for its places and features.
         first, last = counts[2:] or (0, len(codes))
         per_image = self.config.positions_per_image
@@ -378,6 +392,7 @@ class DualTokenForCausalLM(PreTrainedModel):
                 visual_positions[images] - start,
                 slice(first - images.start, last - images.start),
                 features,
+                feature_order,
             ),
             position_ids=position_ids[:, start:stop],
             use_cache=False,
@@ -399,14 +414,18 @@ class DualTokenForCausalLM(PreTrainedModel):
         return self.llm.base_model
 
     def embed(
-        self, input_ids: torch.Tensor, codes: torch.Tensor, features: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        codes: torch.Tensor,
+        features: torch.Tensor | None = None,
+        feature_order: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed tokens [B, T], codes [V, Q, D] and continuous features at their places: [B, T, H].
 
-        `features` as of `forward`.
+        `features` and `feature_order` as of `forward`.
         """
         positions = self.visual_positions(input_ids.flatten(), len(codes))
-        return self._embed(input_ids, codes, positions, features=features)
+        return self._embed(input_ids, codes, positions, features=features, feature_order=feature_order)
 
     def _embed(
         self,
@@ -415,6 +434,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         positions: torch.Tensor,
         here: slice = slice(None),  # noqa: B008
         features: torch.Tensor | None = None,
+        feature_order: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `embed`, of codes whose `positions` [V] are in `input_ids` for those `here` alone."""
         if self.config.codes_in_vocabulary:
@@ -426,9 +446,10 @@ class DualTokenForCausalLM(PreTrainedModel):
             embeddings = _put(embeddings, positions[here], self._embedded(codes, positions)[here])
         if self.feature_adapter is None:
             return embeddings
-        count = 0 if features is None else len(features) * self.config.features_per_image
+        count = self._feature_positions(features, feature_order)
         positions = _places(input_ids.flatten() == self.config.special.image_feature, count)
-        return _put(embeddings, positions, self._adapted(self.feature_adapter, features, embeddings.device))
+        adapted = self._adapted(self.feature_adapter, features, feature_order, embeddings.device)
+        return _put(embeddings, positions, adapted)
 
     def _embedded(self, codes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Embed codes [V, Q, D] at `positions` [V] by their vectors, [V, H]; one of zeros without codes."""
@@ -455,16 +476,32 @@ class DualTokenForCausalLM(PreTrainedModel):
         rows = slice(first, first + self.config.codebook_size)
         return F.linear(hidden, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
 
-    def _adapted(self, adapter: GeluMLP, features: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        """Bring continuous features to the width of the decoder, [I * F, H]; of a blank image for None."""
+    def _feature_positions(self, features: torch.Tensor | None, order: torch.Tensor | None) -> int:
+        if features is None:
+            return 0
+        return len(features) * self.config.features_per_image if order is None else len(order)
+
+    def _adapted(
+        self,
+        adapter: FeatureAdapter,
+        features: torch.Tensor | None,
+        order: torch.Tensor | None,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Bring features to the width of the decoder, [I * F or M, H]; those of a blank image for None."""
         if self.vision_tower is not None:
             if features is None:
                 size = self.vision_tower.settings["image_size"]
                 features = torch.zeros(1, 3, size, size, device=device)
             features = self.vision_tower(features)
         elif features is None:
-            features = torch.zeros(1, 1, cast(int, self.config.feature_dim), device=device)
-        return adapter(features.flatten(0, 1))
+            features = torch.zeros(1, cast(int, self.config.feature_dim), device=device)
+        if order is None:
+            return adapter(features.flatten(0, -2))
+        crops, places = order.unbind(1)
+        # Ends of rows have no feature; the one they are given, the last crop's, takes no part.
+        chosen = features[crops] if features.dim() == 2 else features[crops, places]
+        return adapter(chosen, crops < 0)
 
     def new_feature_cache(self) -> FeatureCache | None:
         """Return what `embed_next` needs from one position to the next; to be had anew for each image."""
@@ -551,6 +588,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         codes: torch.Tensor | None,
         *masks: torch.Tensor,
         features: torch.Tensor | None = None,
+        feature_order: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[int]]:
         """Return codes as int64 [V, Q, D], V being 0 for None, and how often each of `masks` is true.
 
@@ -559,7 +597,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         Raises:
             ValueError: the codes or features do not fit the tokens, or there are no codebooks yet.
         """
-        self._check_features(features)
+        self._check_features(features, feature_order)
         expected = self.config.code_shape[1:]
         if codes is None or len(codes) == 0:
             codes = torch.zeros(0, *expected, dtype=torch.int64, device=input_ids.device)
@@ -572,28 +610,22 @@ class DualTokenForCausalLM(PreTrainedModel):
         special = self.config.special
         found = [(input_ids == token).sum() for token in (special.image_pad, special.image_feature)]
         found += [mask.sum() for mask in masks]
-        known = torch.stack([*found, *(codes.aminmax() if len(codes) else ())]).tolist()
-        places, feature_places, counts, extremes = (
-            known[0],
-            known[1],
-            known[2 : len(found)],
-            known[len(found) :],
-        )
-        per_image = self.config.features_per_image
-        if feature_places != per_image * (0 if features is None else len(features)):
-            raise ValueError(
-                f"{feature_places} positions of continuous features but features of "
-                f"{0 if features is None else len(features)} images; an image takes {per_image} positions"
-            )
+        furthest = () if feature_order is None else feature_order.amax(dim=0).unbind()
+        extremes = codes.aminmax() if len(codes) else ()
+        known = iter(torch.stack([*found, *furthest, *extremes]).tolist())
+        places, feature_places, *counts = itertools.islice(known, len(found))
+        reached = list(itertools.islice(known, len(furthest)))
+        smallest, largest = known if len(codes) else (0, 0)
+        self._check_feature_positions(feature_places, features, feature_order, reached)
         if places != len(codes):
             raise ValueError(
                 f"{places} image-pad tokens but {len(codes)} visual positions in codes; "
                 f"an image takes {self.config.positions_per_image} of each"
             )
         size = self.config.codebook_size
-        if extremes and not (extremes[0] >= 0 and extremes[1] < size):
+        if not 0 <= smallest <= largest < size:
             raise ValueError(
-                f"codes go from {extremes[0]} to {extremes[1]}, expected 0 to {size - 1}: the codebooks have "
+                f"codes go from {smallest} to {largest}, expected 0 to {size - 1}: the codebooks have "
                 f"{size} codes; take the codes from the visual tokenizer the model was trained with"
             )
         if places and self.codebooks is not None and not self._codebooks_checked:
@@ -609,12 +641,34 @@ class DualTokenForCausalLM(PreTrainedModel):
             self._codebooks_checked = True
         return codes, counts
 
-    def _check_features(self, features: torch.Tensor | None) -> None:
+    def _check_feature_positions(
+        self, found: int, features: torch.Tensor | None, order: torch.Tensor | None, reached: list[int]
+    ) -> None:
+        """Raise ValueError unless there are as many positions, and features at the places of an order."""
+        if found != self._feature_positions(features, order):
+            per_image = self.config.features_per_image
+            images = 0 if features is None else len(features)
+            given = f"features of {images} images; an image takes {per_image} positions"
+            if order is not None:
+                given = f"an order of {len(order)}; take both from one tokenize_document or pack_documents"
+            raise ValueError(f"{found} positions of continuous features but {given}")
+        if order is None or features is None:
+            return
+        room = (len(features), 1 if features.dim() == 2 else self.config.features_per_image)
+        if reached[0] >= room[0] or reached[1] >= room[1]:
+            raise ValueError(
+                f"feature_order goes up to crop {reached[0]} and place {reached[1]}, but there are "
+                f"{room[0]} crops with {room[1]} places; take it from the documents that the features are of"
+            )
+
+    def _check_features(self, features: torch.Tensor | None, order: torch.Tensor | None) -> None:
         if features is None:
             return
         config = self.config
         shape: tuple[int, ...] = (config.features_per_image, config.feature_dim or 0)
         what = "precomputed features [images, {}, {}]".format(*shape)
+        if config.tiles:
+            shape, what = shape[1:], f"precomputed features [features, {config.feature_dim}]"
         if config.vision_config is not None:
             size = config.vision_config["image_size"]
             shape, what = (3, size, size), f"images [images, 3, {size}, {size}] for the vision tower"
@@ -624,6 +678,12 @@ class DualTokenForCausalLM(PreTrainedModel):
             raise ValueError(
                 f"features have shape {tuple(features.shape)}, the model expects {what}; pretokenize with "
                 "the --features that it was built for"
+            )
+        if (order is not None) != bool(config.tiles) or (order is not None and order.shape[1:] != (2,)):
+            found = "no feature_order" if order is None else f"a feature_order {tuple(order.shape)}"
+            raise ValueError(
+                f"features come with {found}, the model has tiles={config.tiles}; expected an order [M, 2] "
+                "for images in tiles, and none for whole ones"
             )
 
 

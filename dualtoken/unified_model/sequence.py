@@ -11,20 +11,25 @@ model reads stands between ``<|vision_start|>`` and ``<|vision_end|>``, one it h
 A model that reads continuous features has them in place of the codes of images it reads, or after them, as
 UniToken does: codes, ``<|image_sep|>``, N times ``<|image_feature|>``, all between the same two marks. An
 image it writes always has its codes and the separator, and features only if something follows it: while it is
-written they do not exist. `ImageLayout` says which.
+written they do not exist. `ImageLayout` says which. Of images in tiles (`Tiles`) ``<|image_feature|>`` also
+holds the places of the ends of rows, and as many as the image's size asks for.
 
 Shapes: T tokens, V visual positions of a document or pack, P positions per image, Q codebooks (0 pixel, 1
-semantic, if any), D quantizers, I images with features, N features per image, C their width, S pixels a side.
+semantic, if any), D quantizers, I images with features, N features per image, C their width, S pixels a side;
+of images in tiles, F crops with N features each, m features that are read of them at M positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
+
+from dualtoken.unified_model.tiles import Tiles, order_of_ordered
 
 IGNORE_INDEX = -100
 IMAGE_TAG = "<image>"
@@ -144,7 +149,14 @@ class ImageLayout:
     codes: bool = True
     """Whether an image that is read has its codes; one that is written always has."""
     features: int = 0
-    """Continuous features per image, N; 0 without."""
+    """Continuous features per image, N, or per crop of one; 0 without."""
+    tiles: Tiles | None = None
+    """How images are cut; None where the whole image is all that features are of."""
+
+    @property
+    def most_positions(self) -> int:
+        """Positions of features that an image takes at most, ends of rows among them."""
+        return len(self.tiles.order(self.tiles.largest, self.features)) if self.tiles else self.features
 
 
 @dataclass
@@ -153,12 +165,14 @@ class ImagePart:
 
     `codes` are integers [P, Q, D]; None where the model reads only features of it. `features` are floats
     [N, C], or the image itself as uint8 [3, S, S], of which a vision tower in the model makes them; a layout
-    without features leaves them alone.
+    without features leaves them alone. For a layout with tiles they are floats [m, C] (`tiles.in_order`), or
+    the crops as uint8 [F, 3, S, S], and `size` is the image's height and width before it was resized.
     """
 
     codes: np.ndarray | torch.Tensor | None
     loss: bool = False
     features: torch.Tensor | None = None
+    size: tuple[int, int] | None = None
 
 
 def require_image_codes(codes: Any, expected: tuple[int, int, int], index: int) -> None:
@@ -184,7 +198,9 @@ class TokenizedDocument:
 
     `input_ids` int64 [T]; `codes` [V, Q, D] in the order of the image-pad positions, in the integer type
     they came in ([0, 2, 0] without images); `labels` int64 [T]; `visual_loss_mask` bool [V]; `features`
-    [I, N, C] or uint8 [I, 3, S, S] in the order of the images that have them, None without.
+    [I, N, C] or uint8 [I, 3, S, S] in the order of the images that have them, None without. Of images in
+    tiles, `features` [m, C] or uint8 [F, 3, S, S] of all of them, and `feature_order` int64 [M, 2], at each
+    position the crop (or feature) and the place in it, crop -1 for the end of a row.
     """
 
     input_ids: torch.Tensor
@@ -193,6 +209,7 @@ class TokenizedDocument:
     visual_loss_mask: torch.Tensor
     key: str = ""
     features: torch.Tensor | None = None
+    feature_order: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -223,7 +240,7 @@ def tokenize_document(
             features likewise, or on an image that lacks what the layout asks for.
     """
     builder = _Builder(text_tokenizer, special, layout or ImageLayout())
-    builder.add([special.begin_of_text], loss=False)
+    builder.add(special.begin_of_text, loss=False)
     for index, part in enumerate(document.parts):
         if isinstance(part, TextPart):
             builder.add_text(part, document.key)
@@ -234,28 +251,32 @@ def tokenize_document(
                 f"document {document.key!r}: a part is a {type(part).__name__}, "
                 "expected TextPart or ImagePart"
             )
-    ended = len(builder.input_ids) > 1 and builder.input_ids[-1] == special.end_of_text
-    if end and not ended:
-        builder.add([special.end_of_text], loss=bool(document.parts) and document.parts[-1].loss)
+    if end and not (builder.length > 1 and builder.last == special.end_of_text):
+        builder.add(special.end_of_text, loss=bool(document.parts) and document.parts[-1].loss)
     return builder.build(document.key)
 
 
 class _Builder:
-    """Collects the tokens, labels, codes and features of one document."""
+    """Collects the tokens, labels, codes and features of one document, for `build` to make arrays of."""
 
     def __init__(self, text_tokenizer: Any, special: SpecialTokens, layout: ImageLayout) -> None:
         self.text_tokenizer = text_tokenizer
         self.special = special
         self.layout = layout
-        self.features: list[torch.Tensor] = []
-        self.input_ids: list[int] = []
-        self.labels: list[int] = []
+        self.features: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self.codes: list[torch.Tensor] = []
-        self.visual_loss: list[bool] = []
+        self.length = 0
+        self._runs: list[tuple[int | list[int], int, bool]] = []  # tokens, or one so many times; loss
+        self._image_loss: list[bool] = []  # of the images with codes
 
-    def add(self, ids: list[int], loss: bool) -> None:
-        self.input_ids.extend(ids)
-        self.labels.extend(ids if loss else [IGNORE_INDEX] * len(ids))
+    @property
+    def last(self) -> int:
+        tokens = self._runs[-1][0]
+        return tokens if isinstance(tokens, int) else tokens[-1]
+
+    def add(self, token: int, loss: bool, times: int = 1) -> None:
+        self._runs.append((token, times, loss))
+        self.length += times
 
     def add_text(self, part: TextPart, key: str) -> None:
         if not part.text:
@@ -263,7 +284,14 @@ class _Builder:
         ids = self.text_tokenizer(part.text, add_special_tokens=False, split_special_tokens=not part.markup)[
             "input_ids"
         ]
-        found = sorted(self.special.ids().intersection(ids)) if part.markup else []
+        if part.markup:
+            self._require_own_marks(ids, key)
+        if ids:
+            self._runs.append((ids, len(ids), part.loss))
+            self.length += len(ids)
+
+    def _require_own_marks(self, ids: list[int], key: str) -> None:
+        found = sorted(self.special.ids().intersection(ids))
         # A tokenizer's own end token may end the turns of a chat, as Vicuna's do.
         placed = {*SPECIAL.values(), *FEATURE_SPECIAL.values()}
         names = [n for n in self.text_tokenizer.convert_ids_to_tokens(found) if n in placed]
@@ -272,21 +300,20 @@ class _Builder:
                 f"document {key!r}: the text spells out {', '.join(names)}, which only the layout may place; "
                 "put images in as ImagePart"
             )
-        self.add(ids, part.loss)
 
     def add_image(self, part: ImagePart, key: str, followed: bool) -> None:
         special, layout = self.special, self.layout
         start, stop = special.vision_start, special.vision_end
         if part.loss:
             start, stop = special.image_gen_start, special.image_gen_end
-        self.add([start], loss=part.loss)
+        self.add(start, loss=part.loss)
         if part.loss or layout.codes:
             self.add_codes(part, key)
             if layout.features:
-                self.add([special.image_sep], loss=part.loss)
+                self.add(special.image_sep, loss=part.loss)
         if layout.features and (followed or not part.loss):
             self.add_features(part, key)
-        self.add([stop], loss=False)
+        self.add(stop, loss=False)
 
     def add_codes(self, part: ImagePart, key: str) -> None:
         if part.codes is None:
@@ -294,7 +321,9 @@ class _Builder:
                 f"document {key!r}: an image has no codes, expected [positions, codebooks, quantizers]; "
                 "encode it with the visual tokenizer"
             )
-        codes = torch.as_tensor(part.codes)
+        # Several times as fast as `as_tensor`, which a stream of documents feels.
+        is_array = isinstance(part.codes, np.ndarray)
+        codes = torch.from_numpy(part.codes) if is_array else torch.as_tensor(part.codes)
         if codes.dim() != 3 or 0 in codes.shape:
             raise ValueError(
                 f"document {key!r}: codes of an image have shape {tuple(codes.shape)}, expected "
@@ -308,44 +337,117 @@ class _Builder:
                 f"{tuple(self.codes[0].shape)} and {tuple(codes.shape)}; "
                 "tokenize all images with one visual tokenizer"
             )
-        positions = codes.shape[0]
-        self.add([self.special.image_pad] * positions, loss=False)
+        self.add(self.special.image_pad, loss=False, times=codes.shape[0])
         self.codes.append(codes)
-        self.visual_loss.extend([part.loss] * positions)
+        self._image_loss.append(part.loss)
 
     def add_features(self, part: ImagePart, key: str) -> None:
-        features, expected = part.features, self.layout.features
-        if features is None:
+        features, order = image_features(part, self.layout, key)
+        first = self.features[0][0] if self.features else features
+        if (features.shape[1:], features.dtype) != (first.shape[1:], first.dtype):
             raise ValueError(
-                f"document {key!r}: an image has no continuous features, which the model reads; pretokenize "
-                "with --features, or give the image itself to a model with a vision tower"
+                f"document {key!r}: images of one document have features of shapes {tuple(first.shape[1:])} "
+                f"and {tuple(features.shape[1:])}, types {first.dtype} and {features.dtype}; make those of "
+                "all with one vision tower"
             )
-        are_pixels = features.dtype == torch.uint8
-        if features.dim() != (3 if are_pixels else 2) or not (are_pixels or len(features) == expected):
-            raise ValueError(
-                f"document {key!r}: features of an image have shape {tuple(features.shape)} and type "
-                f"{features.dtype}, expected floats [{expected}, width] or pixels uint8 [3, size, size]"
-            )
-        if self.features and (features.shape, features.dtype) != (
-            self.features[0].shape, self.features[0].dtype,
-        ):  # fmt: skip
-            raise ValueError(
-                f"document {key!r}: images of one document have features of shapes "
-                f"{tuple(self.features[0].shape)} and {tuple(features.shape)}, types "
-                f"{self.features[0].dtype} and {features.dtype}; make those of all with one vision tower"
-            )
-        self.add([self.special.image_feature] * expected, loss=False)
-        self.features.append(features)
+        positions = self.layout.features if order is None else len(order)
+        self.add(self.special.image_feature, loss=False, times=positions)
+        self.features.append((features, order))
 
     def build(self, key: str) -> TokenizedDocument:
+        input_ids = np.empty(self.length, np.int64)
+        labels = np.full(self.length, IGNORE_INDEX, np.int64)
+        start = 0
+        for tokens, count, loss in self._runs:
+            stop = start + count
+            input_ids[start:stop] = tokens
+            if loss:
+                labels[start:stop] = input_ids[start:stop]
+            start = stop
+        positions = self.codes[0].shape[0] if self.codes else 0
+        features, order = join_features(self.features)
         return TokenizedDocument(
-            input_ids=torch.tensor(self.input_ids, dtype=torch.int64),
+            input_ids=torch.from_numpy(input_ids),
             codes=torch.cat(self.codes) if self.codes else torch.zeros(0, 2, 0, dtype=torch.int64),
-            labels=torch.tensor(self.labels, dtype=torch.int64),
-            visual_loss_mask=torch.tensor(self.visual_loss, dtype=torch.bool),
+            labels=torch.from_numpy(labels),
+            visual_loss_mask=torch.from_numpy(np.repeat(np.array(self._image_loss, bool), positions)),
             key=key,
-            features=torch.stack(self.features) if self.features else None,
+            features=features,
+            feature_order=order,
         )
+
+
+def image_features(
+    part: ImagePart, layout: ImageLayout, key: str = ""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what stands for an image's continuous features, and their order if it is in tiles.
+
+    Args:
+        part: the image.
+        layout: one with features.
+        key: of its document, for messages.
+
+    Returns:
+        `features` and `feature_order` as of `TokenizedDocument`, of this image alone.
+
+    Raises:
+        ValueError: the image lacks what the layout asks for, or has it in another shape.
+    """
+    features, tiles = part.features, layout.tiles
+    if features is None:
+        raise ValueError(
+            f"document {key!r}: an image has no continuous features, which the model reads; pretokenize "
+            "with --features, or give the image itself to a model with a vision tower"
+        )
+    are_pixels, order, shape = features.dtype == torch.uint8, None, tuple(features.shape)
+    if tiles is None:
+        fits = len(shape) == 3 if are_pixels else shape[:-1] == (layout.features,)
+        expected = f"floats [{layout.features}, width] or pixels uint8 [3, size, size]"
+    else:
+        if part.size is None:
+            raise ValueError(
+                f"document {key!r}: an image has no size, which tells a model of tiles how it was cut; give "
+                "ImagePart the height and width that it had before"
+            )
+        order = tiles.order(part.size, layout.features)
+        crops, read = tiles.crops(part.size), int((order[:, 0] >= 0).sum())
+        fits = len(shape) == 4 and shape[0] == crops if are_pixels else shape[:-1] == (read,)
+        expected = f"floats [{read}, width] or pixels uint8 [{crops}, 3, size, size] at size {part.size}"
+        order = order if are_pixels else order_of_ordered(order)
+    if not fits:
+        raise ValueError(
+            f"document {key!r}: features of an image have shape {shape} and type {features.dtype}, expected "
+            f"{expected}"
+        )
+    return (features[None] if tiles is None else features), order
+
+
+def join_features(
+    given: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Put `features` and `feature_order` (as of `TokenizedDocument`) of several after each other."""
+    if not given:
+        return None, None
+    starts = accumulate((len(features) for features, _ in given), initial=0)
+    orders = [_moved(order, start) for (_, order), start in zip(given, starts) if order is not None]
+    return torch.cat([features for features, _ in given]), torch.cat(orders) if orders else None
+
+
+def features_in_order(
+    features: torch.Tensor, order: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return those features that a part of their order needs, and the order of them alone."""
+    crops = order[order[:, 0] >= 0, 0]
+    if not len(crops):
+        return None, None
+    first, last = int(crops.min()), int(crops.max())
+    return features[first : last + 1], _moved(order, -first)
+
+
+def _moved(order: torch.Tensor, by: int) -> torch.Tensor:
+    """Count an order's crops from another one on."""
+    crops, places = order.unbind(1)
+    return torch.stack([torch.where(crops < 0, crops, crops + by), places], dim=1)
 
 
 @dataclass
@@ -355,7 +457,7 @@ class PackedBatch:
     `input_ids`, `position_ids` (restarting per document) and `labels` int64 [1, T]; `cu_seqlens` int32 [n +
     1], the borders of the n documents, the padding being the last of them; `max_seqlen` the longest;
     `codes` int64 [V, Q, D]; `visual_loss_mask` bool [V]; `keys` of the documents; `padding` the number of
-    padding tokens; `features` [I, N, C] or uint8 [I, 3, S, S] of the images that have them, None without.
+    padding tokens; `features` and `feature_order` as of `TokenizedDocument`, of all documents.
     """
 
     input_ids: torch.Tensor
@@ -368,6 +470,7 @@ class PackedBatch:
     keys: list[str]
     padding: int = 0
     features: torch.Tensor | None = None
+    feature_order: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on a device."""
@@ -403,35 +506,42 @@ def pack_documents(documents: Sequence[TokenizedDocument], context_length: int |
             f"{len(documents)} documents of together {total} tokens do not fit the context of "
             f"{context_length}; pack fewer, split the longest or raise context_length"
         )
-    depths = {tuple(d.codes.shape[1:]) for d in documents if len(d.codes)}
+    codes = [document.codes for document in documents if len(document.codes)]
+    depths = {given.shape[1:] for given in codes}
     if len(depths) > 1:
         raise ValueError(
-            f"codes of different shapes {sorted(depths)} in one pack; "
+            f"codes of different shapes {sorted(map(tuple, depths))} in one pack; "
             "tokenize all images with one visual tokenizer"
         )
-    codes = [document.codes.to(torch.int64) for document in documents if len(document.codes)]
-    features = [document.features for document in documents if document.features is not None]
-    kinds = {(tuple(given.shape[1:]), str(given.dtype)) for given in features}
+    if len({given.dtype for given in codes}) > 1:
+        codes = [given.to(torch.int64) for given in codes]
+    seen = [(one.features, one.feature_order) for one in documents if one.features is not None]
+    kinds = {(tuple(given.shape[1:]), str(given.dtype)) for given, _ in seen}
     if len(kinds) > 1:
         raise ValueError(
             f"features of different shapes and types {sorted(kinds)} in one pack; "
             "make those of all images with one vision tower"
         )
+    features, order = join_features(seen)
     input_ids = [document.input_ids for document in documents]
     labels = [document.labels for document in documents]
     if padding:
         lengths.append(padding)
         input_ids.append(torch.full((padding,), int(documents[0].input_ids[0])))
         labels.append(torch.full((padding,), IGNORE_INDEX))
+    longest = max(lengths)
+    counting = np.arange(longest)
+    positions = np.concatenate([counting[:length] for length in lengths])
     return PackedBatch(
         input_ids=torch.cat(input_ids)[None],
-        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        max_seqlen=max(lengths),
+        position_ids=torch.from_numpy(positions)[None],
+        cu_seqlens=torch.from_numpy(np.array([0, *accumulate(lengths)], np.int32)),
+        max_seqlen=longest,
         labels=torch.cat(labels)[None],
-        codes=torch.cat(codes) if codes else torch.zeros(0, 2, 0, dtype=torch.int64),
+        codes=torch.cat(codes).to(torch.int64) if codes else torch.zeros(0, 2, 0, dtype=torch.int64),
         visual_loss_mask=torch.cat([document.visual_loss_mask for document in documents]),
         keys=[document.key for document in documents],
         padding=padding,
-        features=torch.cat(features) if features else None,
+        features=features,
+        feature_order=order,
     )

@@ -81,6 +81,23 @@ class GeluMLP(nn.Module):
         return self.down(self.activation(self.up(x.to(self.up.weight.dtype))))
 
 
+class FeatureAdapter(GeluMLP):
+    """Continuous features [n, C] -> inputs of the decoder [n, H]; of images in tiles, ends of rows too."""
+
+    def __init__(self, feature_dim: int, hidden_size: int, ends_rows: bool) -> None:
+        super().__init__(feature_dim, hidden_size, hidden_size)
+        self.end_of_row = nn.Parameter(torch.empty(hidden_size)) if ends_rows else None
+
+    def forward(self, features: torch.Tensor, is_end: torch.Tensor | None = None) -> torch.Tensor:
+        """Map features; where a row ends ([n] bool), put the one learned vector, whatever is there."""
+        adapted = super().forward(features)
+        if self.end_of_row is None:
+            return adapted
+        if is_end is None:
+            is_end = torch.zeros(len(adapted), dtype=torch.bool, device=adapted.device)
+        return torch.where(is_end[:, None], self.end_of_row.to(adapted.dtype), adapted)
+
+
 class VisualEmbedder(nn.Module):
     """Summed code vectors [V, Q, E] -> inputs of the decoder [V, H]; of `places` P, also by place.
 

@@ -19,12 +19,15 @@ from dualtoken.unified_model.sequence import (
     add_special_tokens,
     tokenize_document,
 )
+from dualtoken.unified_model.tiles import Tiles
 from dualtoken.unified_model.vision_tower import VisionTower
 
 POSITIONS, DEPTH, CODES, DIM = 4, 3, 11, 8
 IMAGE_SIZE, SEEN = 32, 9  # pixels a side, continuous features per image
 ONE_CODE = {"num_codebooks": 1, "num_quantizers": 1}  # of a position, as VQ models of others have it
 VOCABULARY = {**ONE_CODE, "codes_as": "vocabulary"}
+TILES = Tiles([[1, 2], [2, 1], [2, 2]], IMAGE_SIZE)
+SIZES = [(40, 60), (33, 90), (64, 64), (70, 31)]  # of pictures in tiles: each grid, with margins and without
 FEATURES = {"visual_features": "post_quantization", "post_quantization_dim": 16}
 
 
@@ -104,9 +107,10 @@ def vision_model(seed: int = 12, layers: int = 3) -> SiglipVisionModel:
     return SiglipVisionModel._from_config(config).eval()
 
 
-def seeing(visual_input: str = "codes_and_features", inside: bool = True) -> dict:
+def seeing(visual_input: str = "codes_and_features", inside: bool = True, tiles: Tiles | None = None) -> dict:
     """Fields of the config of a model that reads continuous features, of a tower inside or brought along."""
     fields = feature_fields(VisionTower.of_model(vision_model()), inside)
+    fields |= {"tiles": [list(grid) for grid in tiles.grids]} if tiles else {}
     return {"visual_input": visual_input, "special_tokens": vars(FEATURE_IDS), **fields}
 
 
@@ -114,6 +118,22 @@ def random_pixels(seed: int) -> torch.Tensor:
     """An image as uint8 [3, S, S]."""
     shape = (3, IMAGE_SIZE, IMAGE_SIZE)
     return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def in_tiles(document: Document, layout: ImageLayout) -> Document:
+    """The document for a layout: with tiles, each image is the base picture of one of `SIZES`."""
+    parts = list(document.parts)
+    for index, part in enumerate(parts):
+        whole = isinstance(part, ImagePart) and part.features is not None and part.size is None
+        if layout.tiles and whole:
+            seed = int(part.features.sum())
+            size = SIZES[seed % len(SIZES)]
+            shape = (layout.tiles.crops(size) - 1, *part.features.shape)
+            tiles = torch.randint(
+                256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+            )
+            parts[index] = replace(part, features=torch.cat([part.features[None], tiles]), size=size)
+    return replace(document, parts=parts)
 
 
 def random_codes(generator: torch.Generator | None = None, positions: int = POSITIONS) -> torch.Tensor:
@@ -146,4 +166,5 @@ def plain(text: str) -> Document:
 
 def tokenized(*documents: Document, layout: ImageLayout | None = None):
     ids = FEATURE_IDS if layout and layout.features else IDS
+    documents = tuple(in_tiles(document, layout or ImageLayout()) for document in documents)
     return [tokenize_document(document, TOKENIZER, ids, layout=layout) for document in documents]

@@ -73,7 +73,9 @@ def naive_losses(model, document):
         return books[q, min(d, config.codebook_depths - 1), code] * scales[q]
 
     inputs, code_of, v = [], {}, 0
-    seen = [] if document.features is None else list(document.features.flatten(0, 1))
+    seen = [] if document.features is None else list(document.features.flatten(0, -2))
+    if document.feature_order is not None:  # of images in tiles: None for the ends of rows
+        seen = [None if crop < 0 else seen.pop(0) for crop, _ in document.feature_order.tolist()]
     for t, token in enumerate(document.input_ids.tolist()):
         if token == IDS.image_pad:
             codes = document.codes[v].long().tolist()
@@ -82,8 +84,9 @@ def naive_losses(model, document):
             code_of[t] = (codes, bool(document.visual_loss_mask[v]))
             v += 1
         elif token == FEATURE_IDS.image_feature:
-            up, down = model.feature_adapter.up, model.feature_adapter.down
-            inputs.append(down(torch.nn.functional.gelu(up(seen.pop(0)))))
+            up, down, feature = model.feature_adapter.up, model.feature_adapter.down, seen.pop(0)
+            end = model.feature_adapter.end_of_row
+            inputs.append(end if feature is None else down(torch.nn.functional.gelu(up(feature))))
         else:
             inputs.append(model.llm.get_input_embeddings().weight[token])
     hidden = model.llm.base_model(inputs_embeds=torch.stack(inputs)[None], use_cache=False).last_hidden_state[

@@ -20,6 +20,7 @@ from tests.support.distributed import run_module
 from tests.support.unified_support import (
     CODES,
     FEATURES,
+    TILES,
     VOCABULARY,
     caption,
     generation,
@@ -43,6 +44,7 @@ SCENARIOS = {
     "vision_tower": (seeing("codes_and_features"), (), True),
     "frozen_tower": (seeing("features"), ("vision_tower",), False),
     "vocabulary": (VOCABULARY, (), True),
+    "tiles": (seeing("codes_and_features", tiles=TILES), (), True),
     "heads_only": ({}, ("llm", "visual_embedder", "pixel_projector", "semantic_projector"), False),
 }
 
@@ -227,7 +229,8 @@ def test_sharded_loading(runs):
     assert state["llm.model.embed_tokens.weight"].shape == (320, 32)
     assert 0 < state["pixel_head.classifier"].std() < 0.1
     rows = torch.load(runs / "rows_0.pt")["llm.model.embed_tokens.weight"]
-    assert rows.shape == (384, 32) and torch.equal(rows[:258], value)
+    base = load_file(runs / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    assert rows.shape == (384, 32) and torch.equal(rows[:258], base)
     assert rows[320 : 320 + CODES].std() == pytest.approx(0.1, rel=0.3)
 
 
