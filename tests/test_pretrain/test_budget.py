@@ -323,7 +323,7 @@ def test_packs_hold_documents_by_their_shares():
 
 @pytest.mark.parametrize(("codes", "tiles"), [(True, None), (False, None), (True, TILES)])
 def test_packs_of_models_that_read_features_hold_what_such_documents_do(codes, tiles):
-    """One document of each view, laid out, in a context that holds just these; the largest picture in tiles."""
+    """One document of each view in a context that holds just these; the largest picture in tiles."""
     layout, words = ImageLayout(codes=codes, features=SEEN, tiles=tiles), "w" * 10  # a token a byte
     image = ImagePart(random_codes(), features=random_pixels(0))
     if tiles is not None:
