@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dualtoken.unified_model.vision_tower import VisionTower
-    from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+    from dualtoken.visual_tokenizer.loading import VisualTokenizer
 
 
 class DualTokenProcessor(ProcessorMixin):
@@ -47,6 +47,7 @@ class DualTokenProcessor(ProcessorMixin):
         reads_codes: whether the model reads codes of the images it is given.
         features_per_image: how many continuous features of an image, or of each of its crops, it reads.
         tiles: grids of tiles that it reads images in besides, as of `DualTokenConfig`.
+        num_codebooks: Q.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class DualTokenProcessor(ProcessorMixin):
         reads_codes: bool = True,
         features_per_image: int = 0,
         tiles: Sequence[Sequence[int]] = (),
+        num_codebooks: int = 2,
     ) -> None:
         super().__init__(image_processor, tokenizer)
         self.positions_per_image = positions_per_image
@@ -65,6 +67,7 @@ class DualTokenProcessor(ProcessorMixin):
         self.reads_codes = reads_codes
         self.features_per_image = features_per_image
         self.tiles = [list(grid) for grid in tiles]
+        self.num_codebooks = num_codebooks
         self.special = SpecialTokens.from_tokenizer(tokenizer)
 
     @classmethod
@@ -76,8 +79,9 @@ class DualTokenProcessor(ProcessorMixin):
             image_std=[0.5] * 3,
         )
         layout = config.image_layout
-        sizes = config.positions_per_image, config.num_quantizers
-        return cls(image_processor, text_tokenizer, *sizes, layout.codes, layout.features, config.tiles or [])
+        positions, books, depth = config.code_shape
+        shown = (layout.codes, layout.features, config.tiles or [])
+        return cls(image_processor, text_tokenizer, positions, depth, *shown, books)
 
     @property
     def layout(self) -> ImageLayout:
@@ -100,7 +104,7 @@ class DualTokenProcessor(ProcessorMixin):
         images: Sequence[Any] | None = None,
         text: str | Sequence[str] | None = None,
         codes: Sequence[Any] | None = None,
-        visual_tokenizer: DualTokenVisualTokenizer | None = None,
+        visual_tokenizer: VisualTokenizer | None = None,
         vision_tower: VisionTower | None = None,
     ) -> BatchFeature:
         """Pack texts and their images into the keyword arguments of the model, without targets.
@@ -122,7 +126,7 @@ class DualTokenProcessor(ProcessorMixin):
         text: str | Sequence[str],
         images: Sequence[Any] | None = None,
         codes: Sequence[Any] | None = None,
-        visual_tokenizer: DualTokenVisualTokenizer | None = None,
+        visual_tokenizer: VisualTokenizer | None = None,
         vision_tower: VisionTower | None = None,
         parts: Sequence[ImagePart] | None = None,
     ) -> list[Document]:
@@ -166,7 +170,7 @@ class DualTokenProcessor(ProcessorMixin):
             documents.append(document)
         return documents
 
-    def pictures(self, codes: torch.Tensor, visual_tokenizer: DualTokenVisualTokenizer) -> list[Image]:
+    def pictures(self, codes: torch.Tensor, visual_tokenizer: VisualTokenizer) -> list[Image]:
         """Decode codes [N, P, Q, D] to PIL images."""
         from PIL import Image
 
@@ -185,7 +189,7 @@ class DualTokenProcessor(ProcessorMixin):
     def image_parts(
         self,
         images: Sequence[Any],
-        visual_tokenizer: DualTokenVisualTokenizer | None = None,
+        visual_tokenizer: VisualTokenizer | None = None,
         vision_tower: VisionTower | None = None,
         cut: Sequence[tuple[torch.Tensor, Size]] | None = None,
     ) -> list[ImagePart]:
@@ -206,7 +210,7 @@ class DualTokenProcessor(ProcessorMixin):
         if visual_tokenizer is None and self.reads_codes:
             raise ValueError(
                 "images need visual_tokenizer=... to become codes; load it with "
-                "DualTokenVisualTokenizer.from_pretrained, or pass codes instead of images"
+                "load_visual_tokenizer, or pass codes instead of images"
             )
         pixels = torch.stack([self._pixels(image, index) for index, image in enumerate(images)])
         parts = [ImagePart(None) for _ in images]
@@ -269,7 +273,8 @@ class DualTokenProcessor(ProcessorMixin):
 
     def _checked(self, codes: Any, index: int) -> torch.Tensor:
         codes = torch.as_tensor(codes)
-        require_image_codes(codes, self.positions_per_image, self.num_quantizers, index)
+        expected = (self.positions_per_image, self.num_codebooks, self.num_quantizers)
+        require_image_codes(codes, expected, index)
         return codes
 
 

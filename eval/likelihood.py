@@ -13,7 +13,7 @@ from data_pipeline.languages import caption_prompt
 from data_pipeline.shards.code_shards import CodeSample, DatasetManifest, require_same_codes
 from data_pipeline.streams.views import caption_document, generation_document
 from dualtoken.generation.likelihood import document_nll
-from dualtoken.unified_model.model import CODEBOOKS, DualTokenForCausalLM
+from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.unified_model.sequence import Document, ImagePart, TextPart, tokenize_document
 from eval.inputs import (
     EvaluationPaths,
@@ -107,7 +107,7 @@ def measure_codes(
             "without_prompt": float(without[q, depth]),
             "unigram": float(frequencies[q, depth]),
         }
-        for q, name in enumerate(CODEBOOKS)
+        for q, name in enumerate(model.config.codebooks)
         for depth in range(with_prompt.shape[1])
     ]
 

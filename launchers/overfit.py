@@ -18,8 +18,8 @@ from dualtoken.unified_model.config import WITH_FEATURES
 from eval.inputs import (
     draw_prompts,
     load_codes,
+    load_dual_tokenizer,
     load_unified_model,
-    load_visual_tokenizer,
 )
 from eval.overfit import Reproduction, reproduce, write_results
 from eval.results import read_json
@@ -66,7 +66,7 @@ def overfit(
         UserError: something is missing, or the pairs did not come back: both texts and codes exactly for one
             pair; for several, better than by chance.
     """
-    tokenizer = load_visual_tokenizer(visual_tokenizer)
+    tokenizer = load_dual_tokenizer(visual_tokenizer)
     if not (text_tokenizer / "tokenizer_config.json").is_file():
         raise UserError(
             f"no text tokenizer in {text_tokenizer}: `dualtoken sample-data` makes a small one, or give "
@@ -141,6 +141,7 @@ def write_pairs(samples: Sequence[CodeSample], source: DatasetManifest, folder: 
         source.num_quantizers,
         source.positions,
         source.image_size,
+        num_codebooks=source.num_codebooks,
         features=source.features,
     )
     with whole_folder(folder) as temporary:

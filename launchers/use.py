@@ -75,8 +75,11 @@ def generate_files(
     """
     from dualtoken.generation.generators import generate_images
     from dualtoken.processing import DualTokenProcessor
+    from dualtoken.visual_tokenizer.vq_tokenizer import VQTokenizer
 
     unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
+    if isinstance(tokenizer, VQTokenizer):
+        tokenizer.require_decoder()  # told before anything is drawn
     sight = load_sight(unified.config, text_tokenizer, tokenizer, vision_tower)
     shown = sight.look(decode_files(images, sight.decoder())) if images else []
     processor = DualTokenProcessor.for_config(unified.config, text_tokenizer)

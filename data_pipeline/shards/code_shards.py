@@ -6,7 +6,7 @@ continuous features there is `KEY.features.npy` too: [I, N, C] in float16, or in
 bits; or, for a vision tower in the model, the images themselves, uint8 [I, 3, S, S]. Of images in tiles it is
 [m, C] or uint8 [F, 3, S, S], of all images after each other, and `KEY.json` has `sizes`, [height, width] of
 each image, and `features`, how many of the m or F are its own.
-Shapes: I images of the sample, P positions per image, Q = 2 codebooks (0 pixel, 1 semantic), D quantizers;
+Shapes: I images of the sample, P positions per image, Q codebooks (pixel, and semantic if any), D quantizers;
 codes are below K; N features per image, C their width, S pixels a side; of images in tiles m features that
 are read (`tiles.in_order`) of F crops. The same samples give the same bytes.
 """
@@ -39,17 +39,17 @@ if TYPE_CHECKING:  # shards are read and checked without torch
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
 CODES_PART, JSON_PART, FEATURES_PART = "codes.npy", "json", "features.npy"
-CODEBOOKS = 2
 _MAX_CODEBOOK_SIZE = 1 << 16
 
 
 @dataclass(frozen=True)
 class CodeGeometry:
-    """Shape and range of the codes of one image: [positions, 2, num_quantizers], each below codebook_size."""
+    """Shape and range of an image's codes: [positions, num_codebooks, num_quantizers] below codebook_size."""
 
     positions: int
     num_quantizers: int
     codebook_size: int
+    num_codebooks: int = 2
 
     def __post_init__(self) -> None:
         if not 0 < self.codebook_size <= _MAX_CODEBOOK_SIZE:
@@ -58,10 +58,15 @@ class CodeGeometry:
                 "codes are stored as uint16"
             )
 
+    @classmethod
+    def of(cls, visual_tokenizer_config: Any) -> CodeGeometry:
+        """Return that of the codes that a visual tokenizer makes."""
+        return cls(**{one.name: getattr(visual_tokenizer_config, one.name) for one in fields(cls)})
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape [P, Q, D] of the codes of one image."""
-        return (self.positions, CODEBOOKS, self.num_quantizers)
+        return (self.positions, self.num_codebooks, self.num_quantizers)
 
     def check(self, codes: np.ndarray) -> None:
         """Raise ValueError unless `codes` [I, P, Q, D] fit."""
@@ -374,6 +379,8 @@ class DatasetManifest:
     num_quantizers: int
     positions: int
     image_size: int
+    num_codebooks: int = 2
+    """Not in the file of older data sets."""
     samples_in: int = 0
     samples_out: int = 0
     rejected: int = 0
@@ -388,7 +395,7 @@ class DatasetManifest:
     @property
     def geometry(self) -> CodeGeometry:
         """Shape and range of the codes."""
-        return CodeGeometry(self.positions, self.num_quantizers, self.codebook_size)
+        return CodeGeometry(self.positions, self.num_quantizers, self.codebook_size, self.num_codebooks)
 
     def add(self, name: str, entry: ShardEntry) -> None:
         """Count a shard in."""

@@ -232,9 +232,7 @@ def test_what_is_missing_is_told_before_anything_is_made(run, asked, with_codes,
         check(replace(asked, tokenizers={"dual": tmp_path / "nothing"}))
     with pytest.raises(UserError, match="no sample data in None, which scenes are measured on: give --run"):
         check(replace(asked, run=None))
-    with pytest.raises(
-        UserError, match="one codebook on one layer, --in-layer-tokenizer: .*=true; or"
-    ):
+    with pytest.raises(UserError, match="one codebook on one layer, --in-layer-tokenizer: .*=true; or"):
         check(replace(asked, tokenizers={"dual": run / "merged"}, siglip=run / "merged"))
     assert replace(asked, tokenizers={"dual": run / "merged"}).trains_in_layer and not asked.trains_in_layer
     with pytest.raises(UserError, match="name the folder of the benchmarks' files: --benchmarks FOLDER"):

@@ -25,17 +25,21 @@ from pretrain.tokenizer_flops import (
     teacher_flops,
     tokenizer_flops,
 )
+from tests.support import tiny_vq
 from tests.support.unified_support import (
     FEATURES,
     IDS,
+    ONE_CODE,
     POSITIONS,
     SEEN,
+    VOCABULARY,
     caption,
     generation,
     plain,
     seeing,
     tiny_model,
     tokenized,
+    with_one_code,
 )
 
 TOLERANCE = 0.02
@@ -63,12 +67,16 @@ def counted(run) -> tuple[float, float]:
         (seeing("codes_and_features"), []),
         (seeing("features"), ["llm.*", "vision_tower.*"]),
         (seeing("features", inside=False), []),
+        (ONE_CODE, []),
+        (VOCABULARY, []),
     ],
 )
 def test_unified_model(overrides, frozen):
     model = tiny_model(chunk_size=64, **overrides)
     freeze_parameters(model, frozen)
     documents = [caption("a red cat"), generation("a blue dog, large and fierce"), plain("some words")]
+    if model.config.num_codebooks == 1:
+        documents = with_one_code(*documents)
     batch = pack_documents(tokenized(*documents, layout=model.config.image_layout), 110)
     if model.feature_adapter is not None and model.vision_tower is None:
         batch.features = torch.rand(len(batch.features), SEEN, 16)
@@ -126,6 +134,16 @@ def test_parts_of_the_unified_model():
     for part, flops in parts.items():
         assert flops.forward == pytest.approx(by_module[modules.get(part, part)], rel=TOLERANCE), part
     assert {"llm", "text_head", "visual_embedder", "pixel_head", "semantic_head"} <= parts.keys()
+
+
+@pytest.mark.parametrize("kind", tiny_vq.KINDS)
+def test_encoding_by_vq_models_of_others(kind):
+    tokenizer = tiny_vq.vq_tokenizer(kind)
+    size = tiny_vq.SIZE
+    with torch.no_grad():
+        _, latents = counted(lambda: tokenizer.latents(torch.zeros(1, 3, size, size)).sum())
+    search = 2 * tiny_vq.POSITIONS * tiny_vq.CODES * tiny_vq.DIM
+    assert encode_flops(tokenizer.to("meta")) == latents + search > search
 
 
 def test_sharded_parameters_count_by_their_whole_shapes():

@@ -260,7 +260,6 @@ def test_an_export_reads_pictures_by_its_processor(runs):
     [
         ("features", ["model.vision_tower=null"], "vision_tower=None with model.heads.visual_input=features"),
         ("both", [], "visual_input=both: expected a SigLIP for features, codes_and_features, pixel_and_"),
-        ("features", [f"model.heads.tiles={TILES}"], "an image in tiles takes up to "),
         ("features", ["model.heads.tiles=[[2]]"], r"tiles are \[\[2\]\]; expected grids \[rows, columns\]"),
     ],
 )

@@ -319,8 +319,9 @@ def test_written_text_is_that_of_the_whole_sequence(model):
     for row, tokens in zip(rows, written, strict=True):
         for place, token in enumerate(tokens):
             so_far = append(row, tokens[:place])
-            vectors = model.codebooks(so_far.codes) if len(so_far.codes) else model._no_vectors(0)
-            embedded = model.embed(so_far.input_ids[None], vectors, so_far.features, so_far.feature_order)
+            embedded = model.embed(
+                so_far.input_ids[None], so_far.codes, so_far.features, so_far.feature_order
+            )
             hidden = model.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, -1]
             logits = model.get_output_embeddings()(hidden)
             logits[never] = float("-inf")
