@@ -27,11 +27,13 @@ from pretrain.tokenizer_flops import (
 )
 from tests.support import tiny_vq
 from tests.support.unified_support import (
+    FEATURE_IDS,
     FEATURES,
     IDS,
     ONE_CODE,
     POSITIONS,
     SEEN,
+    TILES,
     VOCABULARY,
     caption,
     generation,
@@ -67,6 +69,7 @@ def counted(run) -> tuple[float, float]:
         (seeing("codes_and_features"), []),
         (seeing("features"), ["llm.*", "vision_tower.*"]),
         (seeing("features", inside=False), []),
+        (seeing("codes_and_features", tiles=TILES), []),
         (ONE_CODE, []),
         (VOCABULARY, []),
     ],
@@ -77,7 +80,7 @@ def test_unified_model(overrides, frozen):
     documents = [caption("a red cat"), generation("a blue dog, large and fierce"), plain("some words")]
     if model.config.num_codebooks == 1:
         documents = with_one_code(*documents)
-    batch = pack_documents(tokenized(*documents, layout=model.config.image_layout), 110)
+    batch = pack_documents(tokenized(*documents, layout=model.config.image_layout), 160)
     if model.feature_adapter is not None and model.vision_tower is None:
         batch.features = torch.rand(len(batch.features), SEEN, 16)
     lengths = batch.cu_seqlens.diff().tolist()
@@ -93,7 +96,8 @@ def test_unified_model(overrides, frozen):
         visual_positions=len(batch.codes),
         text_targets=int((batch.labels != -100).sum()),
         visual_targets=POSITIONS,
-        feature_pictures=0 if batch.features is None else 1,
+        feature_pictures=0 if batch.features is None else len(batch.features),
+        feature_positions=int((batch.input_ids == FEATURE_IDS.image_feature).sum()),
     )
     parts = unified_model_flops(model, pack)
     _, total = counted(run)
