@@ -49,6 +49,7 @@ class ChainRecord:
     """The whole of chain.json."""
 
     machine: dict = field(default_factory=dict)
+    seed: int = 0
     steps: dict[str, StepRecord] = field(default_factory=dict)
     # The session that the command under way runs in, to find what a killed chain left behind.
     session: int | None = None
@@ -113,14 +114,16 @@ def relocated_settings(recipe: str, root: Path) -> list[str]:
     return words
 
 
-def quickstart_steps(root: Path, ranks: int) -> list[Step]:
-    """The chain in order, everything below the folder `root`."""
+def quickstart_steps(root: Path, ranks: int, seed: int = 0) -> list[Step]:
+    """The chain in order, everything below the folder `root`; a seed that is not 0 stands in the commands."""
     data, codes, results = root / "sample_data", root / "codes", root / "evaluation"
     siglip, tokenizer, mllm = root / "siglip", root / "tokenizer", root / "mllm"
 
     def train(job: str, run_dir: Path) -> tuple[str, ...]:
         recipe = f"quickstart_{job}"
         arguments = [f"recipe={recipe}", f"run_dir={run_dir}", *relocated_settings(recipe, root)]
+        if seed:
+            arguments.append(f"seed={seed}")
         return tuple(processes.deepspeed_command("pretrain.train", arguments, ranks))
 
     def pretokenize(split: str, shards: Path) -> tuple[str, ...]:
@@ -131,7 +134,7 @@ def quickstart_steps(root: Path, ranks: int) -> list[Step]:
         Step(
             "sample-data",
             "drawings with names and scenes with captions and questions, as shards; a tenth held out",
-            ("dualtoken", "sample-data", str(data)),
+            ("dualtoken", "sample-data", str(data), *(("--seed", str(seed)) if seed else ())),
             data / "summary.json",
         ),
         Step(
@@ -203,25 +206,32 @@ def why_not_done(step: Step, steps: dict[str, Step]) -> str | None:
     return None
 
 
-def run_chain(root: Path, ranks: int, say: Callable[[str], None]) -> ChainRecord:
+def run_chain(root: Path, ranks: int, say: Callable[[str], None], seed: int = 0) -> ChainRecord:
     """Run every step that is not done yet; a broken-off training resumes from its checkpoint.
 
     Args:
         root: folder of the whole chain; `chain.json` in it keeps times and memory.
         ranks: how many ranks the jobs run on.
         say: called with each line for the user.
+        seed: of what is held out, of the data and of the trainings.
 
     Raises:
-        UserError: a step failed, or another chain is at work in `root`.
+        UserError: a step failed, another chain is at work in `root`, or one of another seed was.
         KeyboardInterrupt: a signal arrived; the step under way has ended in order.
     """
     root.mkdir(parents=True, exist_ok=True)
     with processes.only_one(root, "quickstart", "--run"):
         path = root / "chain.json"
         record = ChainRecord.load(path)
+        if record.steps and record.seed != seed:
+            raise UserError(
+                f"{root} is a quickstart with seed {record.seed}, not {seed}: "
+                f"go on with --seed {record.seed}, or give another folder with --run"
+            )
+        record.seed = seed
         _end_leftovers(record, say)
         record.machine = _machine(ranks)
-        steps = quickstart_steps(root, ranks)
+        steps = quickstart_steps(root, ranks, seed)
         by_name = {step.name: step for step in steps}
         ran = False
         for number, step in enumerate(steps, 1):

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from launchers.variants import Figure, Run, Trainings, Variant, rows_of, train_a
 KIND = "sweep"
 OWN = {"run_dir": "--output gives the folder", "seed": "--seeds gives how many", "recipe": "it comes first"}
 LONGEST_NAME = 80  # of a folder, in characters
-SPIKES = "loss_spikes"
+SPIKES, COLLAPSED = "loss_spikes", "tower_collapsed"
 HELD_OUT, TRAINING = "held out", "training"
 
 
@@ -228,12 +228,19 @@ def _write_results(
                 "words": list(run.variant.words),
                 "finished": run.figures is not None,
                 "last_step": found.last_step,
-                "loss_spikes": [{"step": step, "count": count} for step, count in found.spikes],
+                "loss_spikes": [asdict(spikes) for spikes in found.spikes],
+                "tower_collapsed": list(found.collapsed),
             }
         )
         if found.spikes:
-            steps = ", ".join(str(step) for step, _ in found.spikes)
+            steps = ", ".join(
+                " ".join([str(line.step), *([f"({', '.join(line.losses)})"] if line.losses else [])])
+                for line in found.spikes
+            )
             notes.append(f"{name}: {found.spike_count} loss spike(s), in the log lines of steps {steps}")
+        if found.collapsed:
+            steps = ", ".join(map(str, found.collapsed))
+            notes.append(f"{name}: the vision tower has collapsed, by the validations of steps {steps}")
         if run.figures is None:
             notes.append(f"{name}: failed, last logged at step {found.last_step}; not in the table")
     write_table(KIND, output, figures, content, notes, say)
@@ -249,7 +256,7 @@ def _write_results(
 
 
 def columns(runs: Sequence[Mapping[str, float]], seeds: int) -> list[Figure]:
-    """Columns of the table for what was measured: held-out figures, training losses, spikes, time.
+    """Columns of the table for what was measured: held-out figures, training losses, spikes, collapse, time.
 
     Of the training losses the total alone, where there is one.
     """
@@ -261,6 +268,8 @@ def columns(runs: Sequence[Mapping[str, float]], seeds: int) -> list[Figure]:
     shown = [Figure(key, f"{key.removeprefix('val/')}, {HELD_OUT}", 1.0, 4) for key in held_out]
     shown += [Figure(key, f"{key.removeprefix('train/')}, {TRAINING}", 1.0, 4) for key in trained]
     shown.append(Figure(SPIKES, "loss spikes", 1.0, 1 if seeds > 1 else 0))
+    if COLLAPSED in keys:
+        shown.append(Figure(COLLAPSED, "tower collapsed", 1.0, 1 if seeds > 1 else 0))
     return [*shown, Figure("minutes", "minutes", 1.0, 1)]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import SiglipVisionConfig
 
 from pretrain.budget import FP32
 from pretrain.flops import learns
@@ -46,6 +47,39 @@ def encoder_layer_activations(config: Any, weight: int) -> float:
     """Bytes that a layer of SigLIP keeps for each position from forward to backward pass."""
     vectors = 8 * config.hidden_size + 2 * config.intermediate_size
     return weight * vectors + FP32 * config.num_attention_heads
+
+
+def encoder_layer_products(config: Any, weight: int) -> float:
+    """Bytes that such a layer keeps for each position besides its input if it keeps its products alone."""
+    return weight * (6 * config.hidden_size + config.intermediate_size) + FP32 * config.num_attention_heads
+
+
+def feature_activations(
+    model: Any, patches: float, positions: float, weight: int, checkpoints: bool, keeps_products: bool
+) -> float:
+    """Bytes kept of continuous features: by the vision tower's layers, where they learn, and the adapter.
+
+    Args:
+        model: the unified model, with a feature adapter.
+        patches: features, of all pictures and tiles.
+        positions: of features in the sequence, ends of rows among them.
+        weight: bytes of a weight.
+        checkpoints: whether the layers are checkpointed.
+        keeps_products: what checkpointed layers keep, as of `pretrain.recomputation`.
+    """
+    adapter, tower = model.feature_adapter.up, model.vision_tower
+    kept = positions * weight * (adapter.in_features + 2 * adapter.out_features)
+    if tower is None:
+        return kept
+    config = SiglipVisionConfig(**tower.settings)
+    layer = patches * encoder_layer_activations(config, weight)
+    if not learns(tower):
+        return kept + layer  # of the one that runs
+    layers = config.num_hidden_layers
+    if not checkpoints:
+        return kept + layers * layer
+    products = encoder_layer_products(config, weight) if keeps_products else 0.0
+    return kept + layers * patches * (config.hidden_size * weight + products) + layer
 
 
 def projection_activations(wide: int, narrow: int, weight: int, widens: bool, attends: bool = True) -> float:

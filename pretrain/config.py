@@ -76,6 +76,13 @@ class OptimizerConfig:
                 f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps}: expected a share of "
                 "the steps between 0 and 1, and one of the two only; set the other to 0"
             )
+        for key, scale in self.lr_scales.items():
+            if not isinstance(scale, int | float):  # OmegaConf takes the dots of a pattern for levels
+                below = next(iter(scale), "*") if isinstance(scale, dict) else "*"
+                raise ConfigError(
+                    f"lr_scales.{key}={scale}: expected a number; a name with dots stands in brackets, such "
+                    f"as 'optimizer.lr_scales[{key}.{below}]=0.1'"
+                )
         if self.muon_lr < 0 or not 0 <= self.muon_momentum < 1:
             raise ConfigError(
                 f"muon_lr {self.muon_lr} and muon_momentum {self.muon_momentum}: expected muon_lr >= 0 and "
@@ -104,6 +111,10 @@ class HealthConfig:
     data_limit_seconds: float = 600.0  # of waiting for a micro-batch; then the job ends
     spike: float = 10.0  # robust deviations of a loss or a gradient norm above the median of the last 100
     dead_codebook_usage: float = 0.005  # share of the codes of a depth in use, in five logs
+    # Of a vision tower that trains, under which it counts as collapsed: effective rank, as a share of the
+    # start's, and mean cosine to the start's features.
+    tower_rank: float = 0.5
+    tower_cosine: float = 0.5
 
     def __post_init__(self) -> None:
         for item in fields(self):

@@ -114,7 +114,8 @@ class PackContents:
         visual_targets: N, visual positions with a loss.
         documents: number of documents.
         pictures: number of pictures.
-        feature_pictures: number of those of which continuous features are read.
+        feature_pictures: number of those of which continuous features are read, or of their crops.
+        feature_positions: positions of continuous features, ends of rows among them.
     """
 
     tokens: float
@@ -125,13 +126,15 @@ class PackContents:
     documents: float = 1.0
     pictures: float = 1.0
     feature_pictures: float = 0.0
+    feature_positions: float = 0.0
 
     @classmethod
     def of_batch(cls, batch: PackedBatch, special: SpecialTokens) -> PackContents:
         """Contents of a pack that is still on the CPU, without its padding."""
         starts = batch.input_ids.new_tensor([special.vision_start, special.image_gen_start])
         counted = [batch.labels != IGNORE_INDEX, torch.isin(batch.input_ids, starts)]
-        text_targets, pictures = torch.stack([mask.sum() for mask in counted]).tolist()
+        counted.append(batch.input_ids == special.image_feature)
+        text_targets, pictures, seen = torch.stack([mask.sum() for mask in counted]).tolist()
         lengths = batch.cu_seqlens.diff()[: len(batch.keys)].double()  # the padding is the last one
         return cls(
             tokens=float(lengths.sum()),
@@ -142,6 +145,7 @@ class PackContents:
             documents=len(batch.keys),
             pictures=pictures,
             feature_pictures=0 if batch.features is None else len(batch.features),
+            feature_positions=seen,
         )
 
     @classmethod
@@ -167,15 +171,15 @@ def unified_model_flops(model: DualTokenForCausalLM, pack: PackContents) -> dict
         for projection in (model.post_quantization.pixel, model.post_quantization.semantic):
             run_projection(features, "post_quantization", projection, pack.visual_positions, pairs, width)
     reads_embeddings = learns(model.get_input_embeddings())
-    for mlp in model.visual_embedder.mlps:
+    for mlp in model.visual_embedder.mlps if model.visual_embedder is not None else ():
         features = Chain(parts=parts)
         features.run_linears("visual_embedder", mlp, pack.visual_positions)
     learns_below = features.learns_below or reads_embeddings
     if model.feature_adapter is not None:
-        features, rows = Chain(parts=parts), pack.feature_pictures * config.features_per_image
+        features, patches = Chain(parts=parts), pack.feature_pictures * config.features_per_image
         if model.vision_tower is not None:
-            run_tower(features, "vision_tower", model.vision_tower, rows)
-        features.run_linears("feature_adapter", model.feature_adapter, rows)
+            run_tower(features, "vision_tower", model.vision_tower, patches)
+        features.run_linears("feature_adapter", model.feature_adapter, pack.feature_positions)
         learns_below = learns_below or features.learns_below
     decoder = Chain(learns_below, parts)
     text_config = model.decoder_config
@@ -186,9 +190,9 @@ def unified_model_flops(model: DualTokenForCausalLM, pack: PackContents) -> dict
         decoder.run("llm", attention(pack.pairs, heads * head_dim))
     text = decoder.fork()
     output_layer = model.get_output_embeddings()
-    text.run_linears("text_head", nn.Sequential(output_layer), pack.text_targets)
-    names = ("pixel", "semantic")
-    for name, (projector, head) in zip(names, model.visual_heads(), strict=True):
+    targets = pack.text_targets + (pack.visual_targets if config.codes_in_vocabulary else 0.0)
+    text.run_linears("text_head", nn.Sequential(output_layer), targets)
+    for name, (projector, head) in zip(config.codebooks, model.visual_heads()):
         visual = decoder.fork()
         visual.run_linears(f"{name}_projector", projector, pack.visual_targets)
         run_visual_head(visual, f"{name}_head", head, pack.visual_targets)

@@ -97,3 +97,8 @@ class Health:
         for line in self.warnings.of_log(self.runtime.step, figures):
             self.say(line)
         return self.warnings.figures()
+
+    def look_at_validation(self, figures: Mapping[str, float]) -> None:
+        """Look at the figures of a validation."""
+        for line in self.warnings.of_validation(self.runtime.step, figures):
+            self.say(line)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import nn
 
 from data_pipeline.streams import DocumentStreamConfig
+from dualtoken.unified_model.sequence import ImageLayout
 from pretrain.activations import (
     decoder_layer_activations,
     decoder_layer_products,
     encoder_layer_activations,
+    feature_activations,
     head_chunk_bytes,
     kept_bytes,
     logits_bytes,
@@ -117,10 +120,29 @@ def job_budget(
     raise ConfigError(f"job={config.job} cannot be planned; expected mllm, tokenizer or contrastive")
 
 
+def picture_places(layout: ImageLayout, positions: int) -> tuple[int, int]:
+    """Places that a picture of so many codes takes between its marks: one that is read, one that is drawn.
+
+    One in tiles is as large as any can be.
+    """
+    separator = 1 if layout.features else 0
+    drawn = positions + separator
+    return (drawn if layout.codes else 0) + layout.most_positions, drawn
+
+
 def expected_pack(
-    data: DocumentStreamConfig, positions: int, text_tokens: int, plain_tokens: int
+    data: DocumentStreamConfig, layout: ImageLayout, positions: int, text_tokens: int, plain_tokens: int
 ) -> PackContents:
     """Average contents of a full pack of a blend, a picture in each document but those of plain text.
+
+    It is drawn in documents of the view `generate` and read in the others.
+
+    Args:
+        data: the blend, and the length of a pack.
+        layout: what stands for a picture.
+        positions: P.
+        text_tokens: of a document besides its picture.
+        plain_tokens: of a document without one.
 
     Raises:
         ConfigError: a document with a picture does not fit into a context.
@@ -130,25 +152,33 @@ def expected_pack(
     shares: dict[str, float] = {}
     for entry in entries:
         shares[entry.view] = shares.get(entry.view, 0.0) + entry.weight / total
-    with_picture, without = positions + text_tokens + MARKS, plain_tokens + 2
-    if with_picture > data.context_length:
+    plain, drawn = shares.get("text", 0.0), shares.get("generate", 0.0)
+    read = 1 - plain - drawn
+    of_read, of_drawn = picture_places(layout, positions)
+    kinds = {  # share and length of a document
+        "read": (read, of_read + text_tokens + MARKS),
+        "drawn": (drawn, of_drawn + text_tokens + MARKS),
+        "plain": (plain, plain_tokens + 2),
+    }
+    longest = max(of_read, of_drawn)
+    if longest + text_tokens + MARKS > data.context_length:
         raise ConfigError(
-            f"a document of a picture of {positions} positions and {text_tokens} tokens is longer than "
+            f"a document of a picture of {longest} positions and {text_tokens} tokens is longer than "
             f"data.context_length={data.context_length}; give another --visual-tokenizer or --text-tokens"
         )
-    plain = shares.get("text", 0.0)
-    documents = data.context_length / ((1 - plain) * with_picture + plain * without)
-    pairs = [length * (length + 1) / 2 for length in (with_picture, without)]
-    drawn = shares.get("generate", 0.0)
-    text = (1 - plain - drawn) * (text_tokens + 1) + drawn * 2 + plain * (plain_tokens + 1)
+    crops = layout.tiles.crops(layout.tiles.largest) if layout.tiles else bool(layout.features)
+    documents = data.context_length / sum(share * length for share, length in kinds.values())
+    targets = of_drawn - positions + 2  # the marks before and, with features, behind the codes; END
     return PackContents(
         tokens=data.context_length,
-        pairs=documents * ((1 - plain) * pairs[0] + plain * pairs[1]),
-        visual_positions=documents * (1 - plain) * positions,
-        text_targets=documents * text,
+        pairs=documents * sum(share * length * (length + 1) / 2 for share, length in kinds.values()),
+        visual_positions=documents * (drawn + (read if layout.codes else 0)) * positions,
+        text_targets=documents * (read * (text_tokens + 1) + drawn * targets + plain * (plain_tokens + 1)),
         visual_targets=documents * drawn * positions,
         documents=documents,
         pictures=documents * (1 - plain),
+        feature_pictures=documents * read * crops,
+        feature_positions=documents * read * layout.most_positions,
     )
 
 
@@ -157,7 +187,8 @@ def _mllm(
 ) -> JobBudget:
     model, tokenizer = planned_unified_model(config, options)
     unified, text_config = model.config, model.decoder_config
-    pack = expected_pack(config.data, unified.positions_per_image, text_tokens, plain_tokens)
+    layout, positions = unified.image_layout, unified.positions_per_image
+    pack = expected_pack(config.data, layout, positions, text_tokens, plain_tokens)
     flops = unified_model_flops(model, pack)
     parts: dict[str, nn.Module] = dict(model.parts())
     if model.post_quantization is not None:
@@ -172,32 +203,50 @@ def _mllm(
     passes = flops["llm"].backward > 0
     keeps_products = config.checkpointing_keeps == "products"
     kept = tokens * decoder_layer_products(text_config, weight) if keeps_products else 0.0
-    head = head_chunk_bytes(
+    head = 0.0 if unified.codes_in_vocabulary else head_chunk_bytes(
         min(unified.chunk_size, round(pack.visual_targets)), unified.num_quantizers, unified.head_hidden_size,
         unified.head_intermediate_size or 4 * unified.head_hidden_size, unified.head_num_layers,
         unified.codebook_size, weight,
     )  # fmt: skip
     output_layer = model.get_output_embeddings()
     text = logits_bytes(unified.chunk_size, output_layer.out_features, weight)
+    features = {False: 0.0, True: 0.0}
+    if model.feature_adapter is not None:
+        patches = pack.feature_pictures * unified.features_per_image
+        features = {
+            checkpoints: feature_activations(
+                model, patches, pack.feature_positions, weight, checkpoints, keeps_products
+            )
+            for checkpoints in features
+        }
     # Gradients are made in the forward pass and kept to the backward pass.
     early = sum(c.trained for name, c in counts.items() if name.endswith("_head"))
-    early += sum(p.numel() for p in output_layer.parameters() if p.requires_grad)
+    runs = 2 if unified.codes_in_vocabulary else 1  # of the output layer, for text and for codes
+    early += runs * sum(p.numel() for p in output_layer.parameters() if p.requires_grad)
+    checkpointed = ("llm", "vision_tower") if not keeps_products else ()
+    places = f"{positions} positions"
+    if layout.tiles:
+        options.note("pictures in tiles: each as large as takes most positions")
+    if layout.features:
+        places = "{:,} positions if read, {:,} if drawn".format(*picture_places(layout, positions))
     return JobBudget(
         parameters=counts,
         flops=flops,
-        recomputed=flops["llm"].forward if passes and not keeps_products else 0.0,
-        activations=layers * layer + ends if passes else layer,
-        checkpointed=layers * (hidden * weight + kept) + layer + ends if passes else layer,
+        recomputed=sum(
+            flops[name].forward for name in checkpointed if name in flops and flops[name].backward
+        ),
+        activations=(layers * layer + ends if passes else layer) + features[False],
+        checkpointed=(layers * (hidden * weight + kept) + layer + ends if passes else layer) + features[True],
         logits=max(head, text) + weight * early,
         fixed=buffer_bytes(model),
         samples=pack.documents,
         tokens=pack.tokens,
         images=pack.pictures,
-        code_bytes=unified.positions_per_image * 2 * unified.num_quantizers * 2,
+        code_bytes=2 * prod(unified.code_shape),
         encode=encode_flops(tokenizer),
         notes=[
             f"a pack of {config.data.context_length:,} tokens holds {pack.documents:.1f} documents, "
-            f"{pack.pictures:.1f} of a picture ({unified.positions_per_image} positions) and {text_tokens} "
+            f"{pack.pictures:.1f} of a picture ({places}) and {text_tokens} "
             f"tokens, {pack.documents - pack.pictures:.1f} of {plain_tokens} tokens of text alone"
         ],
     )

@@ -253,7 +253,8 @@ def _start_wandb(config: JobConfig, run_dir: Path) -> Any:
 
 def is_detail(key: str) -> bool:
     """Whether a figure is one of many of its kind (by depth, codebook, part, ...): not printed."""
-    return key.startswith(("codebook_", "nll_", "accuracy_", "seconds/", "memory/", "tflops_"))
+    details = ("codebook_", "nll_", "accuracy_", "seconds/", "memory/", "tflops_", "warnings/loss_spike/")
+    return key.startswith(details)
 
 
 def _is_picture(value: Any) -> bool:

@@ -14,15 +14,16 @@ from omegaconf import MISSING
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.shards.code_shards import CodeGeometry, FeatureGeometry, require_same_codes
+from data_pipeline.shards.code_shards import CodeGeometry, expected_features, require_same_codes
 from data_pipeline.streams import DocumentLoader, DocumentStreamConfig, document_loader
 from dualtoken.processing import DualTokenProcessor
 from dualtoken.unified_model.config import WITH_FEATURES, DualTokenConfig, feature_fields, head_settings
 from dualtoken.unified_model.model import DualTokenForCausalLM, DualTokenOutput
 from dualtoken.unified_model.sequence import PackedBatch, SpecialTokens, add_special_tokens
 from dualtoken.unified_model.vision_tower import VisionTower, name_in_siglip
+from dualtoken.unified_model.visual_embedder import CODEBOOKS
 from dualtoken.visual_tokenizer.backbone import load_backbone, model_folder
-from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer.loading import load_visual_tokenizer
 from pretrain.compilation import EVERYTHING, compile_parts
 from pretrain.config import ConfigError, JobConfig
 from pretrain.engine import (
@@ -32,7 +33,7 @@ from pretrain.engine import (
     sharded_construction,
 )
 from pretrain.export import full_state_dict, save_config, saved_weights
-from pretrain.flops import PackContents, unified_model_flops
+from pretrain.flops import PackContents, learns, unified_model_flops
 from pretrain.metrics import Averages
 from pretrain.optim import freeze_parameters
 from pretrain.recomputation import checkpoint_activations
@@ -44,8 +45,7 @@ from pretrain.sequence_parallel import (
     share_attention,
 )
 from pretrain.stepping import backward, take_step
-
-BRANCHES = ("pixel", "semantic")
+from pretrain.tower_collapse import TowerWatch, packs_with_pictures
 
 
 @dataclass
@@ -113,7 +113,13 @@ class MllmJobConfig(JobConfig):
         if size < 1:
             raise ConfigError(f"sequence_parallel_size={size}: expected 1, for none, or more")
         for name in ("data", "validation_data"):
-            length = getattr(getattr(self, name), "context_length", 0)
+            stream = getattr(self, name)
+            if size > 1 and getattr(stream, "documents_per_pack", 0):
+                raise ConfigError(
+                    f"sequence_parallel_size={size} with {name}.documents_per_pack="
+                    f"{stream.documents_per_pack}: packs of any length cannot be split; leave one of them out"
+                )
+            length = getattr(stream, "context_length", 0)
             if length % size:
                 raise ConfigError(
                     f"{name}.context_length={length} cannot be split: expected a multiple of "
@@ -142,7 +148,7 @@ def compiled_parts(model: DualTokenForCausalLM) -> dict[str, list[nn.Module]]:
 
 
 class MllmTask:
-    """Trains :class:`DualTokenForCausalLM` by next-token prediction over text and both codebooks."""
+    """Trains :class:`DualTokenForCausalLM` by next-token prediction over text and codes."""
 
     exported = ("model", "")
 
@@ -155,7 +161,7 @@ class MllmTask:
             )
         self.text_tokenizer = AutoTokenizer.from_pretrained(config.model.text_tokenizer)
         if not config.model.init_from:
-            add_special_tokens(self.text_tokenizer, features=self.reads_features)
+            add_special_tokens(self.text_tokenizer, features=reads_features(config.model, config.model.heads))
         self.special = SpecialTokens.from_tokenizer(self.text_tokenizer)
         self.model = self.build_model()
         freeze_parameters(self.model, config.frozen)
@@ -167,11 +173,7 @@ class MllmTask:
         self.model.to(runtime.device)
         self.engines = {"model": build_engine(self.model, config, runtime)}
         self.train_loader = self.open_documents(config.data, "train")
-
-    @property
-    def reads_features(self) -> bool:
-        """Whether the recipe asks for continuous features of a vision tower."""
-        return self.config.model.heads.get("visual_input") in WITH_FEATURES
+        self.tower_watch = self.watch_tower()
 
     def build_model(self) -> DualTokenForCausalLM:
         """Build the unified model around the visual tokenizer's codebooks, sharded under ZeRO-3.
@@ -182,7 +184,7 @@ class MllmTask:
             ValueError: `init_from` was trained with another visual or text tokenizer.
         """
         parts = self.config.model
-        visual_tokenizer = DualTokenVisualTokenizer.from_pretrained(parts.visual_tokenizer)
+        visual_tokenizer = load_visual_tokenizer(parts.visual_tokenizer)
         fingerprint = visual_tokenizer.fingerprint()
         if parts.init_from:
             for given in ("llm", "llm_config", "vision_tower"):
@@ -208,15 +210,16 @@ class MllmTask:
                     f"{parts.text_tokenizer} {self.special}; expected the one it was trained with, "
                     "which is in that folder too"
                 )
+            first_code = model.config.first_code
+            if first_code is not None and len(self.text_tokenizer) > first_code:
+                raise ValueError(
+                    f"the text tokenizer {parts.text_tokenizer} has {len(self.text_tokenizer)} tokens, but "
+                    f"codes begin at row {first_code} of the vocabulary of {parts.init_from}; expected the "
+                    "one it was trained with, which is in that folder too"
+                )
             return model
         if bool(parts.llm) == bool(parts.llm_config):
             raise ConfigError("model.llm and model.llm_config: give one of the two, a base model or a config")
-        if self.reads_features != bool(parts.vision_tower):
-            raise ConfigError(
-                f"model.vision_tower={parts.vision_tower} with model.heads.visual_input="
-                f"{parts.heads.get('visual_input', 'both')}: expected a SigLIP for "
-                f"{' and '.join(WITH_FEATURES)}, and none without"
-            )
         text_config = AutoConfig.from_pretrained(parts.llm) if parts.llm else dict(parts.llm_config)
         heads, whole = dict(parts.heads), None
         if parts.vision_tower:
@@ -240,16 +243,44 @@ class MllmTask:
                 model.set_vision_tower(whole)
         return model
 
-    def open_documents(self, config: DocumentStreamConfig, split: str) -> DocumentLoader:
-        """Open a stream of packed documents whose codes are those the model speaks."""
+    def watch_tower(self) -> TowerWatch | None:
+        """Begin to watch a vision tower that learns, on the first held-out pictures; None if there are none.
+
+        A checkpoint is not loaded yet, so what it is compared with is what the run began with, each time.
+        """
+        tower, data = self.model.vision_tower, self.config.validation_data
+        if tower is None or data is None or not learns(tower):
+            return None
+        device = self.runtime.device
+        packs = packs_with_pictures(self.open_documents(data, "val", shared=True))
+        if not packs:
+            return None
+        self.model.eval()
+        with torch.no_grad():
+            watch = TowerWatch(tower, packs, lambda pack: self.score(pack.to(device)), self.config.health)
+        self.engines["model"].train()
+        return watch
+
+    def open_documents(
+        self, config: DocumentStreamConfig, split: str, shared: bool = False
+    ) -> DocumentLoader:
+        """Open a stream of packed documents whose codes are those the model speaks.
+
+        Args:
+            config: of the stream.
+            split: `train` or `val`.
+            shared: whether every rank reads all of it, and not its part.
+        """
         model = self.model.config
         return document_loader(
             config,
             self.text_tokenizer,
-            CodeGeometry(model.positions_per_image, model.num_quantizers, model.codebook_size),
+            CodeGeometry(
+                model.positions_per_image, model.num_quantizers, model.codebook_size, model.num_codebooks
+            ),
             model.tokenizer_fingerprint,
-            self.runtime.data_rank,
-            self.runtime.data_ranks,
+            0 if shared else self.runtime.data_rank,
+            1 if shared else self.runtime.data_ranks,
             self.config.seed,
             split,
             model.image_layout,
@@ -265,6 +296,12 @@ class MllmTask:
         if (size := self.config.sequence_parallel_size) > 1:
             own = self.config.data.context_length // size
             lines.append(f"Ulysses: {size} ranks share each pack, {own:,} tokens of it a rank")
+        if self.tower_watch is not None:
+            lines.append(self.tower_watch.describe())
+        elif self.model.vision_tower is not None and learns(self.model.vision_tower):
+            lines.append(
+                "vision tower not watched: validation_data has no pictures to look for a collapse on"
+            )
         return [*lines, self.train_loader.describe()]
 
     def train_step(self, micro_batches: list[PackedBatch]) -> dict[str, Any]:
@@ -291,7 +328,8 @@ class MllmTask:
         totals: dict[str, float] = {"documents": sum(pack.documents for pack in contents)}
         totals["count/tokens"] = sum(pack.tokens for pack in contents)
         totals["count/images"] = sum(pack.pictures for pack in contents)
-        for name in ("pairs", "visual_positions", "text_targets", "visual_targets", "feature_pictures"):
+        work = ("pairs", "visual_positions", "text_targets", "visual_targets", "feature_pictures")
+        for name in (*work, "feature_positions"):
             totals[f"work/{name}"] = sum(getattr(pack, name) for pack in contents)
         for name, total in {**totals, **self.train_loader.statistics.figures()}.items():
             # A group counts its packs `size` times.
@@ -329,11 +367,14 @@ class MllmTask:
         text, visual = output.text_nll, output.visual_nll
         if weights.z_loss:
             text, visual = text + output.text_z_loss, visual + output.visual_z_loss
-        pixel, semantic = visual.sum(dim=1)  # [Q, D] -> [Q]
-        return weights.text * text + weights.pixel * pixel + weights.semantic * semantic
+        branches = zip(self.model.config.codebooks, visual.sum(dim=1))  # [Q, D] -> [Q]
+        return weights.text * text + sum(getattr(weights, name) * nll for name, nll in branches)
 
     def validate(self) -> dict[str, float]:
-        """Return the negative log-likelihoods per token and depth (nats) on the validation documents."""
+        """Return the negative log-likelihoods per token and depth (nats) on the validation documents.
+
+        And how a vision tower that learns stands to where it began.
+        """
         if self.config.validation_data is None:
             return {}
         self.model.eval()
@@ -347,7 +388,8 @@ class MllmTask:
             if not self.runtime.any_rank(batch is not None):
                 break
             add_figures(averages, self.score((batch or loader.empty_batch()).to(self.runtime.device)))
-        return averages.reduce()
+        watched = {} if self.tower_watch is None else self.tower_watch.figures()
+        return {**averages.reduce(), **watched}
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state beyond the engine's, of which there is none."""
@@ -392,14 +434,20 @@ class MllmTask:
         processor.save_pretrained(directory)
 
 
-def expected_features(config: DualTokenConfig) -> FeatureGeometry | None:
-    """What a model takes of images for continuous features; None without."""
-    if not config.reads_features:
-        return None
-    if config.vision_config is not None:
-        return FeatureGeometry("pixels", (3, config.image_size, config.image_size))
-    shape = (config.features_per_image, config.feature_dim)
-    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint)
+def reads_features(parts: MllmModelConfig, heads: Mapping[str, Any]) -> bool:
+    """Whether a new model with these heads reads continuous features of a vision tower.
+
+    Raises:
+        ConfigError: a tower is missing, or not read.
+    """
+    reads = heads.get("visual_input") in WITH_FEATURES
+    if reads != bool(parts.vision_tower):
+        raise ConfigError(
+            f"model.vision_tower={parts.vision_tower} with model.heads.visual_input="
+            f"{heads.get('visual_input', 'both')}: expected a SigLIP for "
+            f"{', '.join(WITH_FEATURES)}, and none without"
+        )
+    return reads
 
 
 def require_heads(config: DualTokenConfig, heads: Mapping[str, Any], folder: str) -> None:
@@ -418,9 +466,9 @@ def add_figures(averages: Averages, output: DualTokenOutput) -> None:
     averages.add("accuracy/text", output.text_correct, output.text_count)
     if output.text_z_loss is not None:
         averages.add("z_loss/text", output.text_z_loss, output.text_count)
-        for branch, z_loss in zip(BRANCHES, output.visual_z_loss):
+        for branch, z_loss in zip(CODEBOOKS, output.visual_z_loss):
             averages.add(f"z_loss/{branch}", z_loss.sum(), output.visual_count)
-    for branch, nll, correct in zip(BRANCHES, output.visual_nll, output.visual_correct):
+    for branch, nll, correct in zip(CODEBOOKS, output.visual_nll, output.visual_correct):
         averages.add(f"loss/{branch}", nll.sum(), output.visual_count)
         for depth in range(len(nll)):
             averages.add(f"nll_{branch}/depth_{depth + 1}", nll[depth], output.visual_count)

@@ -12,17 +12,31 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, SiglipModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+)
 
 from dualtoken.unified_model.config import (
-    WITH_FEATURES,
     DualTokenConfig,
+    feature_fields,
     head_settings,
-    padded_vocabulary,
 )
 from dualtoken.unified_model.model import DualTokenForCausalLM
+from dualtoken.unified_model.vision_tower import VisionTower, tower_settings
 from dualtoken.visual_tokenizer.config import PRESETS, DualTokenVisualTokenizerConfig, preset_config
+from dualtoken.visual_tokenizer.loading import (
+    VisualTokenizer,
+    VisualTokenizerConfig,
+    load_visual_tokenizer_config,
+)
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer.vq_config import VQTokenizerConfig
+from dualtoken.visual_tokenizer.vq_tokenizer import VQTokenizer
 from pretrain.budget import ParameterCount
 from pretrain.config import (
     ConfigError,
@@ -34,7 +48,7 @@ from pretrain.config import (
     load_recipe,
 )
 from pretrain.contrastive_task import ContrastiveJobConfig, build_siglip
-from pretrain.mllm_task import MllmJobConfig, require_heads
+from pretrain.mllm_task import MllmJobConfig, MllmModelConfig, reads_features, require_heads
 from pretrain.optim import freeze_parameters, parameter_groups
 from pretrain.tokenizer_model import TokenizerModelConfig, expand_frozen
 from pretrain.tokenizer_task import TokenizerJobConfig
@@ -86,7 +100,7 @@ class ModelOptions:
 
 def planned_unified_model(
     config: MllmJobConfig, options: ModelOptions
-) -> tuple[DualTokenForCausalLM, DualTokenVisualTokenizer]:
+) -> tuple[DualTokenForCausalLM, VisualTokenizer]:
     """The unified model of a recipe, frozen as the phase has it, and its tokenizer, on the meta device.
 
     Raises:
@@ -94,12 +108,11 @@ def planned_unified_model(
     """
     visual = _tokenizer_config(config.model.visual_tokenizer, options)
     with torch.device("meta"):
-        tokenizer = DualTokenVisualTokenizer(visual)
+        is_vq = isinstance(visual, VQTokenizerConfig)
+        tokenizer = VQTokenizer(visual) if is_vq else DualTokenVisualTokenizer(visual)
     unified = _unified_config(config, tokenizer, options)
-    if Path(config.model.text_tokenizer).is_dir():
-        text_tokenizer = AutoTokenizer.from_pretrained(config.model.text_tokenizer)
-        decoder: Any = unified.text_config
-        decoder.vocab_size = padded_vocabulary(decoder.vocab_size, len(text_tokenizer))
+    has_words = Path(config.model.text_tokenizer).is_dir()
+    unified.make_room(len(AutoTokenizer.from_pretrained(config.model.text_tokenizer)) if has_words else 0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(unified)
     freeze_parameters(model, config.frozen)
@@ -156,13 +169,13 @@ def count_parts(
     return counts
 
 
-def _tokenizer_config(name: str, options: ModelOptions) -> DualTokenVisualTokenizerConfig:
+def _tokenizer_config(name: str, options: ModelOptions) -> VisualTokenizerConfig:
     if options.visual_tokenizer is not None:
         name = options.visual_tokenizer
     if name in PRESETS:
         return preset_config(name)
     if (Path(name) / "config.json").is_file():
-        return DualTokenVisualTokenizerConfig.from_pretrained(name)
+        return load_visual_tokenizer_config(name)
     maker = _recipe_that_exports(name)
     if maker is not None:
         options.note(f"visual tokenizer: as recipe {_name_of(maker)} makes it")
@@ -186,7 +199,7 @@ def _config_of_tokenizer_job(
 
 def _unified_config(
     config: MllmJobConfig,
-    tokenizer: DualTokenVisualTokenizer,
+    tokenizer: VisualTokenizer,
     options: ModelOptions,
     behind: tuple[str, ...] = (),
     **later: Any,
@@ -194,11 +207,6 @@ def _unified_config(
     """Config of the model that a recipe trains, some of whose heads phases `behind` it may ask for."""
     parts = config.model
     heads = {**head_settings(parts.heads), **later}
-    if heads.get("visual_input") in WITH_FEATURES:
-        raise ConfigError(
-            f"model.heads.visual_input={heads['visual_input']}: expected both, pixel or semantic, plans are "
-            "made for models that read codes alone"
-        )
     if parts.init_from and parts.init_from != NOT_GIVEN:
         if (Path(parts.init_from) / "config.json").is_file():
             return _config_there(parts.init_from, heads, options)
@@ -213,7 +221,26 @@ def _unified_config(
     if behind:
         options.note(f"what goes before: recipe {' on that of '.join(behind)}")
     text_config = _text_config(parts.llm, dict(parts.llm_config), options)
+    if reads_features(parts, heads):
+        heads |= _feature_fields(parts, tokenizer.config.vision, options)
     return DualTokenConfig.for_visual_tokenizer(text_config, tokenizer, **heads)
+
+
+def _feature_fields(
+    parts: MllmModelConfig, of_tokenizer: SiglipVisionConfig, options: ModelOptions
+) -> dict[str, Any]:
+    """Fields of the config for the tower that a recipe names, or one of the tokenizer's size."""
+    vision, name = of_tokenizer, str(parts.vision_tower)
+    if (Path(name) / "config.json").is_file():
+        vision = SiglipConfig.from_pretrained(name).vision_config
+    else:
+        options.note("vision tower: one of the visual tokenizer's size")
+    with torch.device("meta"):
+        tower = VisionTower(tower_settings(vision, parts.feature_layer))
+    fields = feature_fields(tower)
+    if parts.precomputed_features:
+        del fields["vision_config"]
+    return fields
 
 
 def _config_there(folder: str, heads: dict[str, Any], options: ModelOptions) -> DualTokenConfig:

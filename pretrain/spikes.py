@@ -1,4 +1,4 @@
-"""Warnings of a run that still goes: losses and gradient norms out of their recent range, dead codebooks."""
+"""Warnings of a run that still goes: losses and gradients out of their range, what died or collapsed."""
 
 from __future__ import annotations
 
@@ -55,8 +55,12 @@ class Warnings:
             self._ranges.clear()
             self._losses = set(losses)
         chosen = {key: losses[key] for key in ("loss/total",) if key in losses} or losses
-        lines = (self._spike("loss_spike", step, key, value, value) for key, value in chosen.items())
-        return [line for line in lines if line]
+        lines = []
+        for key, value in chosen.items():
+            if line := self._spike("loss_spike", step, key, value, value):
+                lines.append(line)
+                self.counts[f"loss_spike/{key.removeprefix('loss/')}"] += 1
+        return lines
 
     def of_log(self, step: int, figures: Mapping[str, float]) -> list[str]:
         """Lines about what is looked at where the log is written: gradient norms and codebooks."""
@@ -68,8 +72,22 @@ class Warnings:
                 lines.append(self._dead(step, key, value, *match.groups()))
         return [line for line in lines if line]
 
+    def of_validation(self, step: int, figures: Mapping[str, float]) -> list[str]:
+        """Lines about a vision tower that trains (`pretrain.tower_collapse`)."""
+        if "tower/collapsed" not in figures:
+            return []
+        line = (
+            f"warning: step {step}: the vision tower has collapsed: effective rank "
+            f"{figures['tower/effective_rank']:.4g}, {figures['tower/rank_share']:.1%} of the start's, mean "
+            f"cosine to the start's features {figures['tower/cosine']:.3g}; expected "
+            f"{self.config.tower_rank:.0%} and {self.config.tower_cosine:g} or more; lower its rate "
+            "(optimizer.lr_scales)"
+        )
+        line = self._event("tower_collapse", "tower", bool(figures["tower/collapsed"]), line)
+        return [line] if line else []
+
     def figures(self) -> dict[str, int]:
-        """Events so far since the start, by kind; nothing before the first."""
+        """Events so far since the start, by kind, spikes by loss too; nothing before the first."""
         return {f"warnings/{kind}": count for kind, count in self.counts.items()}
 
     def _spike(self, kind: str, step: int, key: str, value: float, position: float) -> str:

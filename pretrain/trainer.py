@@ -296,6 +296,7 @@ class Trainer:
         if figures:
             seconds = round(time.perf_counter() - begin, 3)
             self.log.write(self.runtime.step, "val", {**figures, "seconds": seconds})
+            self.health.look_at_validation(figures)
 
     def _save(self, background: bool) -> None:
         with self.health.phase("saving"):

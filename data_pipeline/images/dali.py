@@ -118,7 +118,7 @@ class DaliDecoder(TorchvisionDecoder):
             return torch.from_dlpack(output.as_tensor()).clone()
         return torch.from_numpy(np.array(output.as_array()))
 
-    def _decode_alone(self, data: bytes, header: ImageHeader) -> Tensor:
+    def _decode_alone(self, data: bytes, header: ImageHeader) -> np.ndarray | Tensor:
         return ImageDecoder._decode_alone(self, data, header)  # never torchvision's decode_png
 
     def _decode_together(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.images.header import BadImageError, ImageHeader, read_header
+from dualtoken.unified_model.tiles import Tiles
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,10 @@ class DecodedImages:
     kept: list[int]
     """Place in the input of every image."""
     rejected: list[Rejected] = field(default_factory=list)
+    tiles: list[Tensor] = field(default_factory=list)
+    """Of every image, for a decoder that cuts `Tiles`: uint8 [R K, 3, S, S], on the CPU."""
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """Height and width of every image that tiles were cut of, before it was resized."""
     ready: torch.cuda.Event | None = None
     """Set on a GPU by a `SideDecoder`: when the images are there."""
 
@@ -96,9 +101,15 @@ class ImageDecoder:
     name = "PIL"
 
     def __init__(
-        self, image_size: int, device: torch.device, fit: Fit, max_pixels: int, num_threads: int
+        self,
+        image_size: int,
+        device: torch.device,
+        fit: Fit,
+        max_pixels: int,
+        num_threads: int,
+        tiles: Tiles | None = None,
     ) -> None:
-        self.image_size, self.fit, self.max_pixels = image_size, fit, max_pixels
+        self.image_size, self.fit, self.max_pixels, self.tiles = image_size, fit, max_pixels, tiles
         self.device, self.num_threads = device, num_threads
         self._threads = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
 
@@ -106,7 +117,7 @@ class ImageDecoder:
         """The choice in words, for the log."""
         shape = "resized" if self.fit == "resize" else "centre crop, resized"
         threads = f"{self.num_threads} thread{'s' * (self.num_threads > 1)}"
-        size = f"{shape} to {self.image_size} px, bicubic"
+        size = f"{shape} to {self.image_size} px, bicubic{'' if self.tiles is None else ', and in tiles'}"
         return f"images decoded by {self.name} ({threads}) for {self.device}, {size}"
 
     def __call__(self, encoded: Sequence[bytes]) -> DecodedImages:
@@ -126,13 +137,20 @@ class ImageDecoder:
         slots = {index: slot for slot, index in enumerate(headers)}
         images = torch.empty(len(slots), 3, self.image_size, self.image_size, device=self.device)
         done = self._decode_together(encoded, headers, images)
+        tiles: dict[int, Tensor] = {}
+        sizes: dict[int, tuple[int, int]] = {}
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
         def decode(indices: list[int]) -> dict[int, BadImageError]:
             pixels, bad = {}, {}
             for index in indices:
                 try:
-                    pixels[slots[index]] = self._decode_alone(encoded[index], headers[index])
+                    whole = self._decode_alone(encoded[index], headers[index])
+                    pixels[slots[index]] = self._fit_pixels(whole)
+                    if self.tiles is not None:
+                        used = self._cropped(whole)
+                        tiles[index] = self.tiles.cut(used, self._resized)
+                        sizes[index] = int(used.shape[0]), int(used.shape[1])
                 except BadImageError as error:
                     bad[index] = error
             with torch.cuda.stream(stream):  # each thread has a current stream of its own
@@ -148,7 +166,10 @@ class ImageDecoder:
         kept = [index for index in headers if index not in bad]
         if bad:
             images = images[torch.tensor([slots[index] for index in kept], dtype=torch.long).to(self.device)]
-        return DecodedImages(images, kept, rejected)
+        in_tiles = [] if self.tiles is None else kept
+        return DecodedImages(
+            images, kept, rejected, [tiles[index] for index in in_tiles], [sizes[index] for index in in_tiles]
+        )
 
     def _decode_together(
         self, encoded: Sequence[bytes], headers: dict[int, ImageHeader], images: Tensor
@@ -156,9 +177,9 @@ class ImageDecoder:
         """Decode many at a time into `images` [n, 3, S, S], the order of `headers`; return which ones."""
         return set()
 
-    def _decode_alone(self, data: bytes, header: ImageHeader) -> Tensor:
-        """Decode one image to uint8 [S, S, 3]; BadImageError if that cannot be."""
-        return self._fit_pixels(decode_rgb(data))
+    def _decode_alone(self, data: bytes, header: ImageHeader) -> np.ndarray | Tensor:
+        """Decode one image to uint8 [H, W, 3]; BadImageError if that cannot be."""
+        return decode_rgb(data)
 
     @staticmethod
     def _normalise(pixels: dict[int, Tensor], images: Tensor) -> None:
@@ -176,16 +197,22 @@ class ImageDecoder:
             return [function(item) for item in items]
         return list(self._threads.map(function, items))
 
-    def _fit_pixels(self, pixels: np.ndarray) -> Tensor:
-        """Crop and resize uint8 [H, W, 3] to [S, S, 3] with PIL."""
+    def _fit_pixels(self, pixels: np.ndarray | Tensor) -> Tensor:
+        """Crop and resize uint8 [H, W, 3] to [S, S, 3]."""
+        return self._resized(self._cropped(pixels), self.image_size, self.image_size)
+
+    def _cropped(self, pixels: Any) -> Any:
+        """What is used of a picture [H, W, 3]."""
+        return _centre_square(pixels) if self.fit == "crop" else pixels
+
+    def _resized(self, pixels: np.ndarray | Tensor, height: int, width: int) -> Tensor:
+        """Resize uint8 [H, W, 3] with PIL."""
         from PIL import Image
 
-        size = self.image_size
-        if self.fit == "crop":
-            pixels = _centre_square(pixels)
-        if pixels.shape[:2] != (size, size):
+        pixels = np.asarray(pixels)
+        if pixels.shape[:2] != (height, width):
             image = Image.fromarray(np.ascontiguousarray(pixels))
-            pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+            pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
         return torch.from_numpy(pixels)
 
 
@@ -234,7 +261,7 @@ class TorchvisionDecoder(ImageDecoder):
 
     name = "torchvision (JPEG, WebP) and PIL (PNG)"
 
-    def _decode_alone(self, data: bytes, header: ImageHeader) -> Tensor:
+    def _decode_alone(self, data: bytes, header: ImageHeader) -> np.ndarray | Tensor:
         from torchvision.io import ImageReadMode, decode_image
 
         if header.special or header.format not in ("JPEG", "WEBP"):
@@ -245,20 +272,15 @@ class TorchvisionDecoder(ImageDecoder):
             image = decode_image(raw, ImageReadMode.RGB, apply_exif_orientation=True)  # [3, H, W]
         except (RuntimeError, ValueError):
             return super()._decode_alone(data, header)
-        return self._resize(image.permute(1, 2, 0))
+        return image.permute(1, 2, 0)
 
-    def _fit_pixels(self, pixels: np.ndarray) -> Tensor:
-        return self._resize(torch.from_numpy(pixels))
-
-    def _resize(self, pixels: Tensor) -> Tensor:
-        """Crop and resize uint8 [H, W, 3] to [S, S, 3] with torch."""
-        size = self.image_size
-        if self.fit == "crop":
-            pixels = _centre_square(pixels)
-        if pixels.shape[:2] != (size, size):
+    def _resized(self, pixels: np.ndarray | Tensor, height: int, width: int) -> Tensor:
+        """Resize uint8 [H, W, 3] with torch."""
+        pixels = torch.as_tensor(pixels)
+        if pixels.shape[:2] != (height, width):
             planes = pixels.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
             planes = torch.nn.functional.interpolate(
-                planes, size=(size, size), mode="bicubic", antialias=True
+                planes, size=(height, width), mode="bicubic", antialias=True
             )
             pixels = planes[0].permute(1, 2, 0)
         return pixels
@@ -271,11 +293,13 @@ def build_image_decoder(
     fit: Fit = "resize",
     max_pixels: int = DEFAULT_MAX_PIXELS,
     num_threads: int = 1,
+    tiles: Tiles | None = None,
 ) -> ImageDecoder:
     """Choose and build a decoder: a callable from a list of encoded images to `DecodedImages`.
 
     `auto` is DALI with `mixed` decoding for a CUDA device, and torchvision for the CPU, where it is faster
-    than DALI both on small PNGs and on photographs (`benchmarks/decoding.py`).
+    than DALI both on small PNGs and on photographs (`benchmarks/decoding.py`), and for tiles, which DALI does
+    not cut.
 
     Args:
         image_size: side S of the square result in pixels.
@@ -284,6 +308,7 @@ def build_image_decoder(
         fit: `resize` squeezes the whole picture into the square, `crop` takes its largest centred square.
         max_pixels: pictures with more pixels are rejected unseen.
         num_threads: threads that decode.
+        tiles: how pictures are cut into tiles besides; those of the cropped square with `crop`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -294,15 +319,19 @@ def build_image_decoder(
         raise ValueError(
             f"image_size {image_size}, max_pixels {max_pixels}, num_threads {num_threads}: expected 1 or more"
         )
+    if tiles is not None and tiles.size != image_size:
+        raise ValueError(f"tiles of {tiles.size} pixels a side, images of {image_size}; expected one size")
     if fit not in ("resize", "crop"):
         raise ValueError(f"fit is {fit!r}, expected 'resize' or 'crop'")
     if backend == "auto":
-        backend = "dali" if device.type == "cuda" else "torchvision"
+        backend = "dali" if device.type == "cuda" and tiles is None else "torchvision"
     classes = {"torchvision": TorchvisionDecoder, "pil": ImageDecoder}
+    if backend == "dali" and tiles is not None:
+        raise ValueError("backend dali does not cut pictures into tiles; expected auto, torchvision or pil")
     if backend == "dali":
         from data_pipeline.images.dali import DaliDecoder  # which builds on those here
 
         classes["dali"] = DaliDecoder
     if backend not in classes:
         raise ValueError(f"image decoding backend is {backend!r}, expected auto, dali, {', '.join(classes)}")
-    return classes[backend](image_size, device, fit, max_pixels, num_threads)
+    return classes[backend](image_size, device, fit, max_pixels, num_threads, tiles)

@@ -49,7 +49,7 @@ def pretokenize(
 
     Args:
         inputs: Folders, globs, brace patterns or addresses of input shards.
-        visual_tokenizer: A `DualTokenVisualTokenizer`, on its device.
+        visual_tokenizer: What `load_visual_tokenizer` gives, on its device.
         decoder: From `build_image_decoder`, for the tokenizer's image size and device.
         output: Folder of the data set.
         settings: What else changes the output.
@@ -152,6 +152,12 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--feature-layer", type=int, help="of the tower, after which features are taken; the last but one"
     )
+    parser.add_argument(
+        "--tiles",
+        default=Settings.tiles,
+        help="rows x columns of the grids of tiles that pictures are cut into for --features besides: "
+        "1x2,2x1,2x2,1x3,3x1, say; none by default",
+    )
     parser.add_argument("--backend", default="auto", help="image decoding: auto, dali, torchvision or pil")
     parser.add_argument(
         "--fit", default="resize", help="resize (the whole image) or crop (its central square)"
@@ -208,20 +214,24 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
     import torch
 
     from data_pipeline.images.decoding import build_image_decoder
-    from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+    from dualtoken.visual_tokenizer.loading import load_visual_tokenizer
 
     rank, world_size, local_rank = place_among_workers(os.environ, options.local_rank)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         # Slurm may show each task no device but its own.
         device = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
-    visual_tokenizer = DualTokenVisualTokenizer.from_pretrained(options.visual_tokenizer).to(device).eval()
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+    visual_tokenizer: Any = load_visual_tokenizer(options.visual_tokenizer)
+    visual_tokenizer.to(device)
+    image_size = visual_tokenizer.config.image_size
     decoder = build_image_decoder(
-        visual_tokenizer.config.image_size,
+        image_size,
         options.backend,
         device,
         options.fit,
         num_threads=options.decoding_threads,
+        tiles=settings.tiles_of(image_size),
     )
     report(f"worker {rank} of {world_size}: {decoder.describe()}")
     vision_tower = None
@@ -231,7 +241,6 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
 
         whole = load_backbone(options.vision_tower).vision_model
         vision_tower = VisionTower.of_model(whole, options.feature_layer).to(device)
-    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     what = (options.inputs, visual_tokenizer, decoder, options.output, settings)
     if options.dry_run:
         if rank == 0:

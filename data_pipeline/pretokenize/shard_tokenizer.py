@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from data_pipeline.shards.image_text_shards import (
     source_address,
 )
 from data_pipeline.shards.tar_members import TarError
+from dualtoken.unified_model.tiles import Tiles, in_order, parse_grids
 
 if TYPE_CHECKING:  # torch is loaded where it is needed: a mistake on the command line is told before
     import torch
@@ -40,6 +42,9 @@ class Settings(SourceSettings):
     """What is kept of images for models that read continuous features: `none`; `float16` or `bfloat16`, the
     features of a vision tower; `pixels`, the images, for a tower in the model."""
 
+    tiles: str = ""
+    """Grids of tiles that images are cut into for that, besides being kept whole, such as `1x2,2x1,2x2`."""
+
     on_bad_shard: str = "stop"
     """A shard of which nothing can be read, or whose storage fails on the way, ends the job (`stop`), or what
     is missing of it goes to `rejected.jsonl` (`skip`)."""
@@ -50,8 +55,23 @@ class Settings(SourceSettings):
             raise ValueError(f"on_bad_shard is {self.on_bad_shard!r}, expected 'stop' or 'skip'")
         if self.features not in ("none", *FEATURE_TYPES):
             raise ValueError(f"features are {self.features!r}, expected none, {', '.join(FEATURE_TYPES)}")
+        if self.tiles and self.features == "none":
+            raise ValueError(
+                f"tiles are {self.tiles!r} without features; expected one of --features "
+                f"{', '.join(FEATURE_TYPES)} with --tiles, codes are of the whole picture"
+            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, expected 1 or more")
+
+    def tiles_of(self, image_size: int) -> Tiles | None:
+        """Return how images are cut for a tower of so many pixels a side, None for not at all.
+
+        Raises:
+            ValueError: `tiles` is not a list of grids.
+        """
+        if not self.tiles:
+            return None
+        return Tiles(parse_grids(self.tiles.split(",")), image_size)
 
 
 @dataclass(frozen=True)
@@ -110,6 +130,10 @@ class EncodedBatch:
     """On the CPU, [N, P, Q, D] each; on a GPU valid once `copied`."""
     features: list[torch.Tensor]
     """Likewise, [N, ...] each; none where none are kept."""
+    counts: list[int]
+    """How many of them each image has: 1, but of images in tiles as many as `FeatureGeometry.count`."""
+    sizes: list[tuple[int, int]]
+    """Height and width of each image in tiles; none of whole ones."""
     copied: torch.cuda.Event | None
     sent: int
     last: bool
@@ -130,10 +154,13 @@ class ShardTokenizer:
     ) -> None:
         """Encode with `visual_tokenizer` what `decoder` decodes; see `pretokenize`."""
         self.vision_tower = vision_tower
-        self.features = feature_geometry(settings.features, visual_tokenizer.config.image_size, vision_tower)
         config = visual_tokenizer.config
+        tiles = settings.tiles_of(config.image_size)
+        self.features = feature_geometry(settings.features, config.image_size, vision_tower, tiles)
+        if (cut := getattr(decoder, "tiles", None)) != tiles:
+            raise ValueError(f"the decoder cuts {cut}, the settings ask for {tiles}; expected the same")
         self.visual_tokenizer, self.decoder, self.settings = visual_tokenizer, decoder, settings
-        self.geometry = CodeGeometry(config.positions, config.num_quantizers, config.codebook_size)
+        self.geometry = CodeGeometry.of(config)
         self.images = 0
         """Images whose codes have been collected so far, bad ones too."""
         from data_pipeline.images.decoding import SideDecoder
@@ -228,6 +255,8 @@ class ShardTokenizer:
 
         codes: list[torch.Tensor] = []
         features: list[torch.Tensor] = []
+        counts: list[int] = []
+        sizes: list[tuple[int, int]] = []
         copied = None
         for images in batch.images:
             pictures = images.for_current_stream()
@@ -235,23 +264,39 @@ class ShardTokenizer:
             if len(made) != len(images.kept):
                 raise ValueError(f"the visual tokenizer gave {len(made)} codes for {len(images.kept)} images")
             codes.append(made.to("cpu", non_blocking=True))  # into pinned memory
-            if self.features is not None:
-                features.append(self._features(pictures, self.features.kind).to("cpu", non_blocking=True))
+            if (geometry := self.features) is not None:
+                features.append(self._kept(pictures, images, geometry).to("cpu", non_blocking=True))
+                in_tiles = geometry.tiles is not None
+                counts += [geometry.count(size) for size in images.sizes] if in_tiles else [1] * len(made)
+                sizes += images.sizes
             if made.is_cuda:
                 copied = torch.cuda.current_stream(made.device).record_event()
-        return EncodedBatch(batch.results, codes, features, copied, batch.sent, batch.last)
+        return EncodedBatch(batch.results, codes, features, counts, sizes, copied, batch.sent, batch.last)
 
-    def _features(self, pictures: torch.Tensor, kind: str) -> torch.Tensor:
+    def _kept(self, pictures: torch.Tensor, images: DecodedImages, geometry: FeatureGeometry) -> torch.Tensor:
         """What is kept of pictures [N, 3, S, S] besides codes, in the type that numpy holds it in."""
         import torch
 
         from dualtoken.unified_model.vision_tower import to_bytes
 
-        if kind == "pixels":
-            return to_bytes(pictures)
+        tiles, crops = geometry.tiles, pictures
+        if tiles is not None or geometry.kind == "pixels":
+            crops = to_bytes(pictures)
+        if tiles is not None:
+            groups = zip(crops[:, None], images.tiles, strict=True)
+            crops = torch.cat([part.to(pictures.device) for group in groups for part in group])
+        if geometry.kind == "pixels":
+            return crops
         with torch.no_grad():
-            features = self.vision_tower(pictures).to(getattr(torch, kind))
-        return features.view(torch.uint16) if kind == "bfloat16" else features
+            made = [self.vision_tower(some) for some in crops.split(self.settings.batch_size)]
+        features = torch.cat(made).to(getattr(torch, geometry.kind))
+        if tiles is not None:
+            each = zip(
+                features.split([tiles.crops(size) for size in images.sizes]), images.sizes, strict=True
+            )
+            orders = ((own, tiles.order(size, geometry.shape[0])) for own, size in each)
+            features = torch.cat([in_order(own, order) for own, order in orders])
+        return features.view(torch.uint16) if geometry.kind == "bfloat16" else features
 
     def collect(self, batch: EncodedBatch) -> list[CodeSample | Rejection]:
         """Return what becomes of each sample of a batch; waits for the codes."""
@@ -264,31 +309,37 @@ class ShardTokenizer:
             codes = made.astype(np.uint16)
         features = None
         if self.features is not None:
-            features = np.zeros((0, *self.features.shape), FEATURE_TYPES[self.features.kind])
+            features = np.zeros((0, *self.features.entry_shape), FEATURE_TYPES[self.features.kind])
             if batch.features:
                 features = np.concatenate([part.numpy() for part in batch.features])
+        starts = [0, *accumulate(batch.counts)]
         self.images += batch.sent
-        return [
-            result
-            if isinstance(result, Rejection)
-            else CodeSample(
-                result[0].key,
-                codes[result[1] : result[1] + len(result[0].images)],
-                result[0].parts,
-                result[0].captions,
-                None if features is None else features[result[1] : result[1] + len(result[0].images)],
-            )
-            for result in batch.results
-        ]
+        samples: list[CodeSample | Rejection] = []
+        for result in batch.results:
+            if isinstance(result, Rejection):
+                samples.append(result)
+                continue
+            source, first = result
+            stop = first + len(source.images)
+            sample = CodeSample(source.key, codes[first:stop], source.parts, source.captions)
+            if features is not None:
+                sample.features = features[starts[first] : starts[stop]]
+            if self.features is not None and self.features.tiles is not None:
+                sample.sizes, sample.feature_counts = batch.sizes[first:stop], batch.counts[first:stop]
+            samples.append(sample)
+        return samples
 
 
-def feature_geometry(kind: str, image_size: int, vision_tower: Any = None) -> FeatureGeometry | None:
+def feature_geometry(
+    kind: str, image_size: int, vision_tower: Any = None, tiles: Tiles | None = None
+) -> FeatureGeometry | None:
     """Return what is kept of images for continuous features, None for `none`.
 
     Args:
         kind: as of `Settings.features`.
         image_size: pixels a side of the decoded images.
         vision_tower: a `VisionTower`, where features of one are kept.
+        tiles: how images are cut; None for whole ones.
 
     Raises:
         ValueError: there is no tower where one is needed, one where none is, or it reads images of another
@@ -302,7 +353,7 @@ def feature_geometry(kind: str, image_size: int, vision_tower: Any = None) -> Fe
             "bfloat16, and none or pixels without it"
         )
     if kind == "pixels":
-        return FeatureGeometry(kind, (3, image_size, image_size))
+        return FeatureGeometry(kind, (3, image_size, image_size), tiles=tiles)
     if not needs_tower:
         return None
     from dualtoken.unified_model.vision_tower import features_per_image
@@ -314,4 +365,4 @@ def feature_geometry(kind: str, image_size: int, vision_tower: Any = None) -> Fe
             f"of {image_size}; expected one size for both"
         )
     shape = (features_per_image(settings), settings["hidden_size"])
-    return FeatureGeometry(kind, shape, vision_tower.fingerprint())
+    return FeatureGeometry(kind, shape, vision_tower.fingerprint(), tiles)

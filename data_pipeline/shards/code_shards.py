@@ -3,9 +3,12 @@
 A sample is `KEY.codes.npy`, uint16 [I, P, Q, D], and `KEY.json`,
 `{"parts": [{"image": 0, "loss": false}, {"text": "..."}], "captions": {"en": "..."}}`. For models that read
 continuous features there is `KEY.features.npy` too: [I, N, C] in float16, or in bfloat16 as the uint16 of its
-bits; or, for a vision tower in the model, the images themselves, uint8 [I, 3, S, S].
-Shapes: I images of the sample, P positions per image, Q = 2 codebooks (0 pixel, 1 semantic), D quantizers;
-codes are below K; N features per image, C their width, S pixels a side. The same samples give the same bytes.
+bits; or, for a vision tower in the model, the images themselves, uint8 [I, 3, S, S]. Of images in tiles it is
+[m, C] or uint8 [F, 3, S, S], of all images after each other, and `KEY.json` has `sizes`, [height, width] of
+each image, and `features`, how many of the m or F are its own.
+Shapes: I images of the sample, P positions per image, Q codebooks (pixel, and semantic if any), D quantizers;
+codes are below K; N features per image, C their width, S pixels a side; of images in tiles m features that
+are read (`tiles.in_order`) of F crops. The same samples give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,21 +31,25 @@ from data_pipeline.errors import DatasetError
 from data_pipeline.names import is_below
 from data_pipeline.shards.remote_files import is_remote, read_remote
 from data_pipeline.shards.tar_members import TarError, iterate_samples
+from dualtoken.unified_model.tiles import Tiles
+
+if TYPE_CHECKING:  # shards are read and checked without torch
+    from dualtoken.unified_model.config import DualTokenConfig
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
 CODES_PART, JSON_PART, FEATURES_PART = "codes.npy", "json", "features.npy"
-CODEBOOKS = 2
 _MAX_CODEBOOK_SIZE = 1 << 16
 
 
 @dataclass(frozen=True)
 class CodeGeometry:
-    """Shape and range of the codes of one image: [positions, 2, num_quantizers], each below codebook_size."""
+    """Shape and range of an image's codes: [positions, num_codebooks, num_quantizers] below codebook_size."""
 
     positions: int
     num_quantizers: int
     codebook_size: int
+    num_codebooks: int = 2
 
     def __post_init__(self) -> None:
         if not 0 < self.codebook_size <= _MAX_CODEBOOK_SIZE:
@@ -51,10 +58,15 @@ class CodeGeometry:
                 "codes are stored as uint16"
             )
 
+    @classmethod
+    def of(cls, visual_tokenizer_config: Any) -> CodeGeometry:
+        """Return that of the codes that a visual tokenizer makes."""
+        return cls(**{one.name: getattr(visual_tokenizer_config, one.name) for one in fields(cls)})
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape [P, Q, D] of the codes of one image."""
-        return (self.positions, CODEBOOKS, self.num_quantizers)
+        return (self.positions, self.num_codebooks, self.num_quantizers)
 
     def check(self, codes: np.ndarray) -> None:
         """Raise ValueError unless `codes` [I, P, Q, D] fit."""
@@ -77,18 +89,44 @@ class FeatureGeometry:
     kind: str
     """One of `FEATURE_TYPES`."""
     shape: tuple[int, ...]
-    """Of one image: [N, C], or [3, S, S] of pixels."""
+    """Of one image, or of one of its crops: [N, C], or [3, S, S] of pixels."""
     fingerprint: str = ""
     """Of the vision tower the features come from; "" for pixels."""
+    tiles: Tiles | None = None
+    """How images were cut; None, and not in `dataset.json`, for whole images."""
 
     def __post_init__(self) -> None:
         if self.kind not in FEATURE_TYPES:
             raise ValueError(f"features are {self.kind!r}, expected one of {', '.join(FEATURE_TYPES)}")
         object.__setattr__(self, "shape", tuple(self.shape))  # a list in JSON
+        if isinstance(self.tiles, dict):  # in JSON
+            object.__setattr__(self, "tiles", Tiles(**self.tiles))
 
-    def check(self, features: np.ndarray | None, images: int) -> None:
-        """Raise ValueError unless `features` are those of so many images."""
-        expected = (images, *self.shape)
+    @property
+    def entry_shape(self) -> tuple[int, ...]:
+        """Shape of what the first dimension of `KEY.features.npy` counts."""
+        return self.shape if self.tiles is None or self.kind == "pixels" else self.shape[1:]
+
+    def count(self, size: tuple[int, int]) -> int:
+        """Return how many crops, or features of them that are read, are kept of an image in tiles."""
+        assert self.tiles is not None
+        if self.kind == "pixels":
+            return self.tiles.crops(size)
+        return int((self.tiles.order(size, self.shape[0])[:, 0] >= 0).sum())
+
+    def check(self, sample: CodeSample) -> None:
+        """Raise ValueError unless a sample has these features of each of its images."""
+        images, features = len(sample.codes), sample.features
+        number = images
+        if self.tiles is not None:
+            sizes, counts = sample.sizes, sample.feature_counts
+            if sizes is None or len(sizes) != images or counts != [self.count(size) for size in sizes]:
+                raise ValueError(
+                    f"sizes are {sizes} with features {counts}, expected a size of each of {images} images, "
+                    f"and as many features as tiles of {self.tiles.grids} give"
+                )
+            number = sum(counts)
+        expected = (number, *self.entry_shape)
         found = None if features is None else (features.shape, str(features.dtype))
         if found != (expected, FEATURE_TYPES[self.kind]):
             raise ValueError(f"features are {found}, expected {(expected, FEATURE_TYPES[self.kind])}")
@@ -96,14 +134,28 @@ class FeatureGeometry:
     def serves(self, other: FeatureGeometry) -> bool:
         """Whether a model that expects `other` can read these; how exactly they are kept is left open."""
         pixels = (self.kind == "pixels", other.kind == "pixels")
-        return pixels[0] == pixels[1] and (self.shape, self.fingerprint) == (other.shape, other.fingerprint)
+        return pixels[0] == pixels[1] and all(
+            getattr(self, name) == getattr(other, name) for name in ("shape", "fingerprint", "tiles")
+        )
+
+
+def expected_features(config: DualTokenConfig) -> FeatureGeometry | None:
+    """Return what a unified model takes of images for continuous features; None without."""
+    if not config.reads_features:
+        return None
+    tiles = config.image_layout.tiles
+    if config.vision_config is not None:
+        return FeatureGeometry("pixels", (3, config.image_size, config.image_size), tiles=tiles)
+    shape = (config.features_per_image, config.feature_dim or 0)
+    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint, tiles)
 
 
 @dataclass
 class CodeSample:
     """One sample: images as codes uint16 [I, P, Q, D], ordered parts, captions of an image-text pair.
 
-    `features` are as of `FeatureGeometry`, [I, ...].
+    `features` are as of `FeatureGeometry`, [I, ...]; of images in tiles those of all images after each other,
+    and `sizes` and `feature_counts` say the height and width of each image, and how many are its own.
 
     A part is `{"text": str}` or `{"image": index}`, with `"loss": bool` (default: true for text, false for
     images) and for text `"markup": bool` (default false).
@@ -114,6 +166,19 @@ class CodeSample:
     parts: list[dict[str, Any]]
     captions: dict[str, str] | None = None
     features: np.ndarray | None = None
+    sizes: list[tuple[int, int]] | None = None
+    feature_counts: list[int] | None = None
+
+    def features_of(self, image: int) -> np.ndarray | None:
+        """Return what is kept of an image for continuous features, None where nothing is."""
+        if self.features is None or self.feature_counts is None:
+            return None if self.features is None else self.features[image]
+        start = sum(self.feature_counts[:image])
+        return self.features[start : start + self.feature_counts[image]]
+
+    def size_of(self, image: int) -> tuple[int, int] | None:
+        """Return the height and width of an image in tiles, None for a whole one."""
+        return None if self.sizes is None else self.sizes[image]
 
 
 def check_parts(parts: Any, images: int) -> None:
@@ -135,6 +200,8 @@ def encode_sample(sample: CodeSample) -> list[tuple[str, bytes]]:
     record: dict[str, Any] = {"parts": sample.parts}
     if sample.captions is not None:
         record["captions"] = sample.captions
+    if sample.sizes is not None:
+        record |= {"sizes": sample.sizes, "features": sample.feature_counts}
     text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
     members = [(CODES_PART, _npy(sample.codes, "<u2")), (JSON_PART, text.encode())]
     if sample.features is not None:
@@ -170,8 +237,13 @@ def decode_sample(key: str, codes: bytes, record: bytes, features: bytes | None 
     """Read a sample from the contents of its members; ValueError if one cannot be read."""
     content = json.loads(record)
     kept = None if features is None else _read_npy(features, "features", *FEATURE_TYPES.values())
-    codes_read = _read_npy(codes, "codes", "uint16")
-    return CodeSample(key, codes_read, content["parts"], content.get("captions"), kept)
+    sample = CodeSample(
+        key, _read_npy(codes, "codes", "uint16"), content["parts"], content.get("captions"), kept
+    )
+    if "sizes" in content:
+        sample.sizes = [(height, width) for height, width in content["sizes"]]
+        sample.feature_counts = [int(count) for count in content["features"]]
+    return sample
 
 
 @dataclass
@@ -266,7 +338,7 @@ def check_sample(sample: CodeSample, geometry: CodeGeometry, features: FeatureGe
     """Raise ValueError unless a sample's codes, features and parts fit the data set and each other."""
     geometry.check(sample.codes)
     if features is not None:
-        features.check(sample.features, len(sample.codes))
+        features.check(sample)
     elif sample.features is not None:
         raise ValueError("the sample has features, the data set none")
     check_parts(sample.parts, len(sample.codes))
@@ -307,6 +379,8 @@ class DatasetManifest:
     num_quantizers: int
     positions: int
     image_size: int
+    num_codebooks: int = 2
+    """Not in the file of older data sets."""
     samples_in: int = 0
     samples_out: int = 0
     rejected: int = 0
@@ -321,7 +395,7 @@ class DatasetManifest:
     @property
     def geometry(self) -> CodeGeometry:
         """Shape and range of the codes."""
-        return CodeGeometry(self.positions, self.num_quantizers, self.codebook_size)
+        return CodeGeometry(self.positions, self.num_quantizers, self.codebook_size, self.num_codebooks)
 
     def add(self, name: str, entry: ShardEntry) -> None:
         """Count a shard in."""
@@ -336,6 +410,8 @@ class DatasetManifest:
         content = asdict(self)
         if self.features is None:
             del content["features"]
+        elif self.features.tiles is None:
+            del content["features"]["tiles"]
         write_atomically(Path(folder) / MANIFEST, json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -380,15 +456,19 @@ class DatasetManifest:
             found = "nothing" if self.features is None else _named(self.features)
             raise DatasetError(
                 f"{folder}: has {found} for continuous features, the model expects {_named(features)}; "
-                "pretokenize with the --features, --vision-tower and --feature-layer that it was built for"
+                "pretokenize with the --features, --vision-tower, --feature-layer and --tiles that it was "
+                "built for"
             )
 
 
 def _named(features: FeatureGeometry) -> str:
     shape = " x ".join(map(str, features.shape))
+    what = f"features {shape} of the vision tower {features.fingerprint[:12]}"
     if features.kind == "pixels":
-        return f"pixels {shape}"
-    return f"features {shape} of the vision tower {features.fingerprint[:12]}"
+        what = f"pixels {shape}"
+    if features.tiles is None:
+        return what
+    return f"{what} in tiles of {','.join(f'{rows}x{columns}' for rows, columns in features.tiles.grids)}"
 
 
 def require_same_codes(

@@ -75,6 +75,10 @@ class DocumentStreamConfig:
     """Tokens in a pack."""
     contexts_held: int = 8
     """Contexts' worth of documents that wait per worker to be packed; more fill packs better."""
+    documents_per_pack: int = 0
+    """So many documents in each pack, in the order they come, without padding; `context_length` is then the
+    most that one document may have. So models whose documents differ in length alone learn from the same
+    ones in each step. 0 packs as many as fill a context."""
     prompt_dropout: float = 0.1
     """Share of prompts of the view `generate` that are dropped in training, for classifier-free guidance."""
     num_workers: int = 0
@@ -190,7 +194,8 @@ class _DocumentTaskEncoder(TaskEncoder):
         return self.build_val_datasets(datasets=datasets, worker_config=workers, batch_size=1)
 
     def _pack(self, documents: list[TokenizedDocument]) -> PackedBatch:
-        return pack_documents(documents, self.config.context_length)
+        whole = None if self.config.documents_per_pack else self.config.context_length
+        return pack_documents(documents, whole)
 
     def build_batch(
         self, dataset: SavableDataset[RawSample], *, worker_config: WorkerConfig, **unused: Any
@@ -203,12 +208,16 @@ class _DocumentTaskEncoder(TaskEncoder):
             self._pack,
             config.context_length,
             config.contexts_held,
+            config.documents_per_pack,
             worker_config=worker_config,
         )
 
 
 class DocumentLoader(StreamLoader[PackedBatch]):
-    """A stream of packs, `[1, context_length]` tokens each, with `statistics` of what it handed out."""
+    """A stream of packs with `statistics` of what it handed out.
+
+    They have `[1, context_length]` tokens, or with `documents_per_pack` as many as their documents.
+    """
 
     def __init__(
         self, *arguments: Any, entries: list[BlendEntry], empty: PackedBatch, **options: Any
@@ -285,13 +294,22 @@ def document_loader(
         features: What the model takes for continuous features, where the layout has them.
 
     Raises:
-        DatasetError: A folder cannot be streamed, or its codes are not those of the model.
+        DatasetError: A folder cannot be streamed, or its codes or features are not those of the model.
         ValueError: The settings cannot be used.
     """
     training, layout = is_training(split), layout or ImageLayout()
     if bool(layout.features) != (features is not None):
         raise ValueError(f"layout is {layout} but features are {features}; give both or none")
     entries = _checked_entries(config, geometry)
+    reads = any(entry.view in ("caption", "document") for entry in entries)
+    if layout.tiles is not None and geometry is not None and reads:  # else many an image would be left out
+        needed = layout.most_positions + layout.codes * (geometry.positions + 1) + 3
+        if needed > config.context_length:
+            raise ValueError(
+                f"context_length is {config.context_length}, but an image in tiles takes up to {needed} "
+                "tokens with its marks; set data.context_length to that and what its text takes, or take "
+                "smaller grids"
+            )
     samples = {}
     for entry in entries:
         samples[entry.path] = check_index(entry.path)
@@ -309,6 +327,8 @@ def document_loader(
 
     settings = asdict(config)
     del settings["blend"], settings["on_bad_sample"], settings["num_workers"]
+    if not config.documents_per_pack:  # states that were saved before there was such a setting lack it
+        del settings["documents_per_pack"]
     identity = {
         "stream": "documents",
         "blend": [
@@ -318,7 +338,9 @@ def document_loader(
         "seed": seed,
     }
     if features is not None:
-        identity["layout"] = asdict(layout)
+        identity["layout"] = {"codes": layout.codes, "features": layout.features}
+        if layout.tiles is not None:
+            identity["layout"]["tiles"] = [list(grid) for grid in layout.tiles.grids]
     padding = tokenize_document(Document([]), text_tokenizer, special)
     return DocumentLoader(
         lambda reader, _: encoder.stream(reader),

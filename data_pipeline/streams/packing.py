@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dualtoken.unified_model.sequence import SpecialTokens, TokenizedDocument
+from dualtoken.unified_model.sequence import SpecialTokens, TokenizedDocument, features_in_order
 
 
 def fullest_pack(lengths: Sequence[int], capacity: int) -> list[int]:
@@ -72,6 +72,34 @@ class Waiting:
         """Choose the fullest pack with the oldest item: the places of its items among those that waited."""
         places = fullest_pack(self.lengths, self.capacity)
         self.total -= sum(take_out(self.lengths, places))
+        return places
+
+
+class InOrder:
+    """As `Waiting`, for packs of so many items each, in the order they come.
+
+    Args:
+        count: Items in a pack; the last one of a pass may have fewer.
+        lengths: Of items that wait already.
+    """
+
+    def __init__(self, count: int, lengths: Iterable[int] = ()) -> None:
+        self.count = count
+        self.lengths = list(lengths)
+
+    def add(self, length: int) -> None:
+        """Let one more item wait."""
+        self.lengths.append(length)
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether there are enough to make a pack."""
+        return len(self.lengths) >= self.count
+
+    def take(self) -> list[int]:
+        """The places of the oldest ones among those that waited."""
+        places = list(range(min(self.count, len(self.lengths))))
+        take_out(self.lengths, places)
         return places
 
 
@@ -172,11 +200,12 @@ def _slice(
 ) -> TokenizedDocument:
     """Return the opening token and those from `start` to `end`, with their images' codes and features."""
     visual = _within(document.input_ids == special.image_pad, start, end)
-    features = document.features
-    if features is not None:
-        places = document.input_ids == special.image_feature
-        per_image = int(places.sum()) // len(features)
-        images = _within(places, start, end, per_image)
+    features, order = document.features, document.feature_order
+    places = document.input_ids == special.image_feature
+    if features is not None and order is not None:
+        features, order = features_in_order(features, order[_within(places, start, end)])
+    elif features is not None:
+        images = _within(places, start, end, int(places.sum()) // len(features))
         features = features[images] if images.start < images.stop else None
     return TokenizedDocument(
         input_ids=torch.cat([document.input_ids[:1], document.input_ids[start:end]]),
@@ -185,6 +214,7 @@ def _slice(
         visual_loss_mask=document.visual_loss_mask[visual],
         key=key,
         features=features,
+        feature_order=order,
     )
 
 

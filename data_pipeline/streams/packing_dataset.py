@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -13,7 +13,7 @@ from megatron.energon.wrappers.base import BaseWrapperDataset
 
 from data_pipeline.errors import DatasetError
 from data_pipeline.shards.reader import RawSample
-from data_pipeline.streams.packing import Waiting, take_out
+from data_pipeline.streams.packing import InOrder, Waiting, take_out
 from dualtoken.unified_model.sequence import PackedBatch, TokenizedDocument
 
 _MOST_LEFT_OUT_IN_A_ROW = 100_000
@@ -45,6 +45,8 @@ class Pack:
 class PackingDataset(BaseWrapperDataset[RawSample, Pack]):
     """Packs documents as they come: of those that wait, the oldest and what fills a context best with it.
 
+    With `documents_per_pack`, so many in the order they come, however long they are together.
+
     Energon's own packing empties its whole buffer at a time, the last packs of which are then badly filled;
     here the buffer is filled up before each pack. What waits is saved by what it was made of and read again,
     so that a restored stream goes on with the same packs. Samples are encoded here too: the contexts and
@@ -60,6 +62,7 @@ class PackingDataset(BaseWrapperDataset[RawSample, Pack]):
         pack: Callable[[list[TokenizedDocument]], PackedBatch],
         context_length: int,
         contexts_held: int,
+        documents_per_pack: int = 0,
         *,
         worker_config: WorkerConfig,
     ) -> None:
@@ -72,6 +75,7 @@ class PackingDataset(BaseWrapperDataset[RawSample, Pack]):
             pack: Makes the batch.
             context_length: Tokens in a pack.
             contexts_held: Contexts' worth of documents that wait.
+            documents_per_pack: Documents in a pack; 0 for as many as fit.
             worker_config: That of `dataset`.
         """
         super().__init__(dataset, worker_config=worker_config)
@@ -79,10 +83,13 @@ class PackingDataset(BaseWrapperDataset[RawSample, Pack]):
             raise ValueError(
                 f"context_length is {context_length} and contexts_held {contexts_held}, expected at least 1"
             )
+        if documents_per_pack < 0:
+            raise ValueError(f"documents_per_pack is {documents_per_pack}, expected 1 or more, or 0")
         self.encode = encode
         self.pack = pack
         self.context_length = context_length
         self.contexts_held = contexts_held
+        self.documents_per_pack = documents_per_pack
         self._errors = ErrorContext("encoding", worker_config.global_error_handler, _MOST_BAD_IN_A_ROW)
         self.reset_state_own()
 
@@ -101,7 +108,7 @@ class PackingDataset(BaseWrapperDataset[RawSample, Pack]):
 
     def __iter__(self) -> Iterator[Pack]:
         held = [self._read_again(*place) for place in self._waiting]
-        lengths = Waiting(self.context_length, self.contexts_held, (len(document) for _, document in held))
+        lengths = self._lengths(len(document) for _, document in held)
         for sample, (count, key), encoded in self._encoded():
             for reason in encoded.left_out:
                 self._leave_out(sample.__key__, reason)
@@ -155,7 +162,12 @@ class PackingDataset(BaseWrapperDataset[RawSample, Pack]):
         if len(self._left_out) == _MOST_LEFT_OUT_IN_A_ROW:
             raise DatasetError(f"{len(self._left_out)} samples in a row made no document; the last: {reason}")
 
-    def _next_pack(self, held: list[tuple[int, TokenizedDocument]], lengths: Waiting) -> Pack:
+    def _lengths(self, lengths: Iterable[int]) -> Waiting | InOrder:
+        if self.documents_per_pack:
+            return InOrder(self.documents_per_pack, lengths)
+        return Waiting(self.context_length, self.contexts_held, lengths)
+
+    def _next_pack(self, held: list[tuple[int, TokenizedDocument]], lengths: Waiting | InOrder) -> Pack:
         """Take a pack's documents out of those that wait."""
         places = lengths.take()
         take_out(self._waiting, places)
@@ -175,4 +187,5 @@ class PackingDataset(BaseWrapperDataset[RawSample, Pack]):
             "dataset": self.dataset.config(),
             "context_length": self.context_length,
             "contexts_held": self.contexts_held,
+            **({"documents_per_pack": self.documents_per_pack} if self.documents_per_pack else {}),
         }

@@ -24,6 +24,7 @@ from dualtoken.unified_model.sequence import (
     ImagePart,
     TextPart,
     TokenizedDocument,
+    image_features,
     require_image_codes,
     tokenize_document,
 )
@@ -153,12 +154,13 @@ def stream(
         stop: the mark that ends an answer, such as a chat template's; it is not part of the result.
         progress: called with (positions done, P) of the image under way.
         see: codes [P, Q, D] of an image that was drawn -> what stands for its continuous features
-            (`ImagePart.features`); a model that reads them needs it to go on after an image.
+            (`ImagePart.features`); a model that reads them needs it to go on after an image. For one of
+            tiles it cuts the image as one of S x S pixels.
 
     Raises:
         ValueError: `see` is missing, or as `open_document`.
     """
-    special = model.config.special
+    special, layout = model.config.special, model.config.image_layout
     row = open_document(document, text_tokenizer, model)
     if model.config.reads_features and max_images and see is None:
         raise ValueError(
@@ -187,9 +189,11 @@ def stream(
         drawn = ImagePart(codes, loss=True)
         row = append(row, [special.image_pad] * len(codes), codes)
         if see is not None and model.config.reads_features:
-            drawn.features = see(codes)
-            seen = [special.image_sep, *[special.image_feature] * model.config.features_per_image]
-            row = append(row, seen, features=drawn.features[None])
+            drawn.features, drawn.size = see(codes), (model.config.image_size,) * 2
+            features, order = image_features(drawn, layout)
+            positions = layout.features if order is None else len(order)
+            seen = [special.image_sep, *[special.image_feature] * positions]
+            row = append(row, seen, features=features, feature_order=order)
         row = append(row, [special.image_gen_end])
         parts, images = parts + 1, images + 1
         yield drawn
@@ -232,7 +236,7 @@ def open_document(prompt: Prompt, text_tokenizer: Any, model: DualTokenForCausal
     for index, part in enumerate(part for part in prompt.parts if isinstance(part, ImagePart)):
         if part.codes is None and not (part.loss or layout.codes):
             continue
-        require_image_codes(part.codes, config.positions_per_image, config.num_quantizers, index)
+        require_image_codes(part.codes, config.code_shape, index)
     return tokenize_document(prompt, text_tokenizer, config.special, end=False, layout=layout)
 
 

@@ -85,11 +85,12 @@ class Rows:
         They run as training runs them, packed into one row: no token of padding is computed.
         """
         pack = pack_documents(documents).to(self.model.device)
-        codes, _ = self.model.checked_codes(pack.input_ids, pack.codes, features=pack.features)
+        seen = {"features": pack.features, "feature_order": pack.feature_order}
+        codes, _ = self.model.checked_codes(pack.input_ids, pack.codes, **seen)
         borders = pack.cu_seqlens.long()
         rows = torch.arange(len(documents), device=borders.device) + len(self.lengths)
         hidden = self._run(
-            self.model.embed(pack.input_ids, self.model.codebooks(codes), pack.features),
+            self.model.embed(pack.input_ids, codes, **seen),
             rows.repeat_interleave(borders.diff(), output_size=pack.input_ids.shape[1])[None],
             pack.position_ids,
             needed=(len(self.lengths) + len(documents), pack.max_seqlen),

@@ -11,10 +11,12 @@ model reads stands between ``<|vision_start|>`` and ``<|vision_end|>``, one it h
 A model that reads continuous features has them in place of the codes of images it reads, or after them, as
 UniToken does: codes, ``<|image_sep|>``, N times ``<|image_feature|>``, all between the same two marks. An
 image it writes always has its codes and the separator, and features only if something follows it: while it is
-written they do not exist. `ImageLayout` says which.
+written they do not exist. `ImageLayout` says which. Of images in tiles (`Tiles`) ``<|image_feature|>`` also
+holds the places of the ends of rows, and as many as the image's size asks for.
 
-Shapes: T tokens, V visual positions of a document or pack, P positions per image, Q = 2 codebooks (0 pixel,
-1 semantic), D quantizers, I images with features, N features per image, C their width, S pixels a side.
+Shapes: T tokens, V visual positions of a document or pack, P positions per image, Q codebooks (0 pixel, 1
+semantic, if any), D quantizers, I images with features, N features per image, C their width, S pixels a side;
+of images in tiles, F crops with N features each, m features that are read of them at M positions.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from dualtoken.unified_model.tiles import Tiles, order_of_ordered
 
 IGNORE_INDEX = -100
 IMAGE_TAG = "<image>"
@@ -145,7 +149,14 @@ class ImageLayout:
     codes: bool = True
     """Whether an image that is read has its codes; one that is written always has."""
     features: int = 0
-    """Continuous features per image, N; 0 without."""
+    """Continuous features per image, N, or per crop of one; 0 without."""
+    tiles: Tiles | None = None
+    """How images are cut; None where the whole image is all that features are of."""
+
+    @property
+    def most_positions(self) -> int:
+        """Positions of features that an image takes at most, ends of rows among them."""
+        return len(self.tiles.order(self.tiles.largest, self.features)) if self.tiles else self.features
 
 
 @dataclass
@@ -154,17 +165,18 @@ class ImagePart:
 
     `codes` are integers [P, Q, D]; None where the model reads only features of it. `features` are floats
     [N, C], or the image itself as uint8 [3, S, S], of which a vision tower in the model makes them; a layout
-    without features leaves them alone.
+    without features leaves them alone. For a layout with tiles they are floats [m, C] (`tiles.in_order`), or
+    the crops as uint8 [F, 3, S, S], and `size` is the image's height and width before it was resized.
     """
 
     codes: np.ndarray | torch.Tensor | None
     loss: bool = False
     features: torch.Tensor | None = None
+    size: tuple[int, int] | None = None
 
 
-def require_image_codes(codes: Any, positions: int, num_quantizers: int, index: int) -> None:
+def require_image_codes(codes: Any, expected: tuple[int, int, int], index: int) -> None:
     """Raise ValueError unless the codes of image `index` have the model's shape [P, Q, D]."""
-    expected = (positions, 2, num_quantizers)
     if tuple(codes.shape) != expected:
         raise ValueError(
             f"codes of image {index} have shape {tuple(codes.shape)}, expected {expected} "
@@ -186,7 +198,9 @@ class TokenizedDocument:
 
     `input_ids` int64 [T]; `codes` [V, Q, D] in the order of the image-pad positions, in the integer type
     they came in ([0, 2, 0] without images); `labels` int64 [T]; `visual_loss_mask` bool [V]; `features`
-    [I, N, C] or uint8 [I, 3, S, S] in the order of the images that have them, None without.
+    [I, N, C] or uint8 [I, 3, S, S] in the order of the images that have them, None without. Of images in
+    tiles, `features` [m, C] or uint8 [F, 3, S, S] of all of them, and `feature_order` int64 [M, 2], at each
+    position the crop (or feature) and the place in it, crop -1 for the end of a row.
     """
 
     input_ids: torch.Tensor
@@ -195,6 +209,7 @@ class TokenizedDocument:
     visual_loss_mask: torch.Tensor
     key: str = ""
     features: torch.Tensor | None = None
+    feature_order: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -221,7 +236,7 @@ def tokenize_document(
         layout: what stands for an image (`DualTokenConfig.image_layout`); its codes by default.
 
     Raises:
-        ValueError: on codes that are not [P, 2, D] or differ in shape between the images of the document, on
+        ValueError: on codes that are not [P, Q, D] or differ in shape between the images of the document, on
             features likewise, or on an image that lacks what the layout asks for.
     """
     builder = _Builder(text_tokenizer, special, layout or ImageLayout())
@@ -248,7 +263,7 @@ class _Builder:
         self.text_tokenizer = text_tokenizer
         self.special = special
         self.layout = layout
-        self.features: list[torch.Tensor] = []
+        self.features: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self.codes: list[torch.Tensor] = []
         self.length = 0
         self._runs: list[tuple[int | list[int], int, bool]] = []  # tokens, or one so many times; loss
@@ -303,16 +318,16 @@ class _Builder:
     def add_codes(self, part: ImagePart, key: str) -> None:
         if part.codes is None:
             raise ValueError(
-                f"document {key!r}: an image has no codes, expected [positions, 2 (pixel, semantic), "
-                "quantizers]; encode it with the visual tokenizer"
+                f"document {key!r}: an image has no codes, expected [positions, codebooks, quantizers]; "
+                "encode it with the visual tokenizer"
             )
         # Several times as fast as `as_tensor`, which a stream of documents feels.
         is_array = isinstance(part.codes, np.ndarray)
         codes = torch.from_numpy(part.codes) if is_array else torch.as_tensor(part.codes)
-        if codes.dim() != 3 or codes.shape[1] != 2 or 0 in codes.shape:
+        if codes.dim() != 3 or 0 in codes.shape:
             raise ValueError(
                 f"document {key!r}: codes of an image have shape {tuple(codes.shape)}, expected "
-                "[positions, 2 (pixel, semantic), quantizers]"
+                "[positions, codebooks, quantizers]"
             )
         if codes.is_floating_point():
             raise ValueError(f"document {key!r}: codes are {codes.dtype}, expected integers")
@@ -327,28 +342,17 @@ class _Builder:
         self._image_loss.append(part.loss)
 
     def add_features(self, part: ImagePart, key: str) -> None:
-        features, expected = part.features, self.layout.features
-        if features is None:
+        features, order = image_features(part, self.layout, key)
+        first = self.features[0][0] if self.features else features
+        if (features.shape[1:], features.dtype) != (first.shape[1:], first.dtype):
             raise ValueError(
-                f"document {key!r}: an image has no continuous features, which the model reads; pretokenize "
-                "with --features, or give the image itself to a model with a vision tower"
+                f"document {key!r}: images of one document have features of shapes {tuple(first.shape[1:])} "
+                f"and {tuple(features.shape[1:])}, types {first.dtype} and {features.dtype}; make those of "
+                "all with one vision tower"
             )
-        are_pixels = features.dtype == torch.uint8
-        if features.dim() != (3 if are_pixels else 2) or not (are_pixels or len(features) == expected):
-            raise ValueError(
-                f"document {key!r}: features of an image have shape {tuple(features.shape)} and type "
-                f"{features.dtype}, expected floats [{expected}, width] or pixels uint8 [3, size, size]"
-            )
-        if self.features and (features.shape, features.dtype) != (
-            self.features[0].shape, self.features[0].dtype,
-        ):  # fmt: skip
-            raise ValueError(
-                f"document {key!r}: images of one document have features of shapes "
-                f"{tuple(self.features[0].shape)} and {tuple(features.shape)}, types "
-                f"{self.features[0].dtype} and {features.dtype}; make those of all with one vision tower"
-            )
-        self.add(self.special.image_feature, loss=False, times=expected)
-        self.features.append(features)
+        positions = self.layout.features if order is None else len(order)
+        self.add(self.special.image_feature, loss=False, times=positions)
+        self.features.append((features, order))
 
     def build(self, key: str) -> TokenizedDocument:
         input_ids = np.empty(self.length, np.int64)
@@ -368,14 +372,89 @@ class _Builder:
         for index, loss in enumerate(self._image_loss):
             positions = self.codes[index].shape[0]
             visual_loss[index * positions : (index + 1) * positions] = loss
+        features, order = join_features(self.features)
         return TokenizedDocument(
             input_ids=torch.from_numpy(input_ids),
             codes=codes,
             labels=torch.from_numpy(labels),
             visual_loss_mask=torch.from_numpy(visual_loss),
             key=key,
-            features=torch.stack(self.features) if self.features else None,
+            features=features,
+            feature_order=order,
         )
+
+
+def image_features(
+    part: ImagePart, layout: ImageLayout, key: str = ""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what stands for an image's continuous features, and their order if it is in tiles.
+
+    Args:
+        part: the image.
+        layout: one with features.
+        key: of its document, for messages.
+
+    Returns:
+        `features` and `feature_order` as of `TokenizedDocument`, of this image alone.
+
+    Raises:
+        ValueError: the image lacks what the layout asks for, or has it in another shape.
+    """
+    features, tiles = part.features, layout.tiles
+    if features is None:
+        raise ValueError(
+            f"document {key!r}: an image has no continuous features, which the model reads; pretokenize "
+            "with --features, or give the image itself to a model with a vision tower"
+        )
+    are_pixels, order, shape = features.dtype == torch.uint8, None, tuple(features.shape)
+    if tiles is None:
+        fits = len(shape) == 3 if are_pixels else shape[:-1] == (layout.features,)
+        expected = f"floats [{layout.features}, width] or pixels uint8 [3, size, size]"
+    else:
+        if part.size is None:
+            raise ValueError(
+                f"document {key!r}: an image has no size, which tells a model of tiles how it was cut; give "
+                "ImagePart the height and width that it had before"
+            )
+        order = tiles.order(part.size, layout.features)
+        crops, read = tiles.crops(part.size), int((order[:, 0] >= 0).sum())
+        fits = len(shape) == 4 and shape[0] == crops if are_pixels else shape[:-1] == (read,)
+        expected = f"floats [{read}, width] or pixels uint8 [{crops}, 3, size, size] at size {part.size}"
+        order = order if are_pixels else order_of_ordered(order)
+    if not fits:
+        raise ValueError(
+            f"document {key!r}: features of an image have shape {shape} and type {features.dtype}, expected "
+            f"{expected}"
+        )
+    return (features[None] if tiles is None else features), order
+
+
+def join_features(
+    given: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Put `features` and `feature_order` (as of `TokenizedDocument`) of several after each other."""
+    if not given:
+        return None, None
+    starts = accumulate((len(features) for features, _ in given), initial=0)
+    orders = [_moved(order, start) for (_, order), start in zip(given, starts) if order is not None]
+    return torch.cat([features for features, _ in given]), torch.cat(orders) if orders else None
+
+
+def features_in_order(
+    features: torch.Tensor, order: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return those features that a part of their order needs, and the order of them alone."""
+    crops = order[order[:, 0] >= 0, 0]
+    if not len(crops):
+        return None, None
+    first, last = int(crops.min()), int(crops.max())
+    return features[first : last + 1], _moved(order, -first)
+
+
+def _moved(order: torch.Tensor, by: int) -> torch.Tensor:
+    """Count an order's crops from another one on."""
+    crops, places = order.unbind(1)
+    return torch.stack([torch.where(crops < 0, crops, crops + by), places], dim=1)
 
 
 @dataclass
@@ -385,7 +464,7 @@ class PackedBatch:
     `input_ids`, `position_ids` (restarting per document) and `labels` int64 [1, T]; `cu_seqlens` int32 [n +
     1], the borders of the n documents, the padding being the last of them; `max_seqlen` the longest;
     `codes` int64 [V, Q, D]; `visual_loss_mask` bool [V]; `keys` of the documents; `padding` the number of
-    padding tokens; `features` [I, N, C] or uint8 [I, 3, S, S] of the images that have them, None without.
+    padding tokens; `features` and `feature_order` as of `TokenizedDocument`, of all documents.
     """
 
     input_ids: torch.Tensor
@@ -398,6 +477,7 @@ class PackedBatch:
     keys: list[str]
     padding: int = 0
     features: torch.Tensor | None = None
+    feature_order: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on a device."""
@@ -442,13 +522,14 @@ def pack_documents(documents: Sequence[TokenizedDocument], context_length: int |
         )
     if len({given.dtype for given in codes}) > 1:
         codes = [given.to(torch.int64) for given in codes]
-    features = [document.features for document in documents if document.features is not None]
-    kinds = {(tuple(given.shape[1:]), str(given.dtype)) for given in features}
+    seen = [(one.features, one.feature_order) for one in documents if one.features is not None]
+    kinds = {(tuple(given.shape[1:]), str(given.dtype)) for given, _ in seen}
     if len(kinds) > 1:
         raise ValueError(
             f"features of different shapes and types {sorted(kinds)} in one pack; "
             "make those of all images with one vision tower"
         )
+    features, order = join_features(seen)
     input_ids = [document.input_ids for document in documents]
     labels = [document.labels for document in documents]
     if padding:
@@ -468,5 +549,6 @@ def pack_documents(documents: Sequence[TokenizedDocument], context_length: int |
         visual_loss_mask=torch.cat([document.visual_loss_mask for document in documents]),
         keys=[document.key for document in documents],
         padding=padding,
-        features=torch.cat(features) if features else None,
+        features=features,
+        feature_order=order,
     )

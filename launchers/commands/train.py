@@ -52,7 +52,13 @@ class OnBadShard(StrEnum):
 
 
 @commands.command(rich_help_panel="Start here")
-def quickstart(run: RunOption = RUN, ranks: RanksOption = None) -> None:
+def quickstart(
+    run: RunOption = RUN,
+    ranks: RanksOption = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of what is held out, of the data and of the trainings.")
+    ] = 0,
+) -> None:
     """Run the whole chain on sample drawings, from data to report; resumes where it stopped.
 
     Example: [bold]dualtoken quickstart[/], then open runs/quickstart/report.html
@@ -60,7 +66,7 @@ def quickstart(run: RunOption = RUN, ranks: RanksOption = None) -> None:
     from launchers.processes import default_ranks
     from launchers.quickstart import RECIPES, run_chain
 
-    run_chain(run, ranks or default_ranks(*RECIPES), say)
+    run_chain(run, ranks or default_ranks(*RECIPES), say, seed)
 
 
 @commands.command("sample-data", rich_help_panel="Train")

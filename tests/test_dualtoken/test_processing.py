@@ -9,16 +9,22 @@ from transformers import AutoProcessor
 from dualtoken.generation.generators import generate_images, generate_text
 from dualtoken.processing import DualTokenProcessor
 from dualtoken.unified_model.sequence import ImagePart, TextPart
+from dualtoken.unified_model.tiles import in_order
+from dualtoken.unified_model.vision_tower import VisionTower, to_bytes
 from tests.support.distributed import run_code
 from tests.support.unified_support import (
     CODES,
     DEPTH,
+    FEATURE_TOKENIZER,
     IDS,
     POSITIONS,
+    TILES,
     byte_tokenizer,
     random_codes,
+    seeing,
     tiny_config,
     tiny_model,
+    vision_model,
 )
 
 
@@ -91,6 +97,42 @@ def test_documents_prompt_generation(processor):
     prompt = processor.documents("change <image> a bit", codes=[random_codes()])
     assert generate_images(model, processor.text_tokenizer, prompt).shape == (1, POSITIONS, 2, DEPTH)
     assert isinstance(generate_text(model, processor.text_tokenizer, prompt, max_new_tokens=2)[0], str)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_images_are_cut_into_tiles(inside):
+    """Pictures of several sizes: what the model reads of each, made by a tower outside or left to its own."""
+    config = tiny_config(**seeing("codes_and_features", inside, TILES))
+    processor = DualTokenProcessor.for_config(config, FEATURE_TOKENIZER)
+    assert processor.layout == config.image_layout
+    model = tiny_model(**seeing("codes_and_features", inside, TILES))
+    tower = VisionTower.of_model(vision_model())
+    wide = Image.fromarray(np.tile(np.linspace(0, 255, 90).astype(np.uint8), (33, 1)))  # darker on the left
+    whole = torch.rand(3, 32, 32) * 2 - 1
+    given = {"text": ["<image>What?", "<image><image>"], "images": [wide, red_and_clear(), whole]}
+    given |= {"visual_tokenizer": MeanColours(), "vision_tower": None if inside else tower}
+    inputs = processor(**given)
+    sizes = [(33, 90), (50, 70), (32, 32)]
+    orders = [TILES.order(size, 9) for size in sizes]
+    assert len(inputs["feature_order"]) == sum(map(len, orders))
+    assert set(inputs) == set(processor.model_input_names)
+    assert model(**inputs).text_count == 0  # no targets, but the layout fits
+    parts = [
+        part for one in processor.documents(**given) for part in one.parts if isinstance(part, ImagePart)
+    ]
+    assert [part.size for part in parts] == sizes
+    crops = [part.features for part in parts]
+    if not inside:
+        given["vision_tower"] = None
+        documents = processor.documents(**given)
+        crops = [part.features for one in documents for part in one.parts if isinstance(part, ImagePart)]
+        for part, own, order in zip(parts, crops, orders, strict=True):
+            with torch.no_grad():
+                torch.testing.assert_close(part.features, in_order(tower(own), order))
+    assert [len(own) for own in crops] == [TILES.crops(size) for size in sizes]
+    levels = crops[0][1:, 0, 16].flatten().int()  # of the wide one, on from tile to tile
+    assert len(levels) == 64 and (levels.diff() >= 0).all() and levels[0] < 10 and levels[-1] > 245
+    assert torch.equal(crops[2][0], to_bytes(whole[None])[0])
 
 
 def test_codes_become_pictures(processor):

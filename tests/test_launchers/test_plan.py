@@ -5,8 +5,15 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM
 
+from dualtoken.unified_model.config import DualTokenConfig, feature_fields
+from dualtoken.unified_model.vision_tower import VisionTower
+from dualtoken.visual_tokenizer.backbone import load_backbone
+from eval.inputs import load_visual_tokenizer
 from launchers.gpus import GPUS
 from launchers.plan import Cluster, make_plan, shard_bytes
+from pretrain.config import find_recipe, load_recipe
+from pretrain.engine import count_parameters
+from pretrain.optim import freeze_parameters
 from pretrain.planned_models import ModelOptions
 from tests.support.command import call
 from tests.support.tiny_run import make_tiny_run, write_codes
@@ -106,6 +113,62 @@ def test_a_phase_before_that_is_there_keeps_what_it_has(tmp_path):
         planned("mllm_joint", *words, "model.heads.head_hidden_size=64")
 
 
+def test_a_vision_tower_counts_as_it_trains(tmp_path):
+    """Parts of the model as training builds it; gradients, optimizer and activations only where it learns."""
+    run = make_tiny_run(tmp_path / "run")
+    tower, tokenizer = run / "siglip" / "export", run / "tokenizer" / "export"
+    decoder = {
+        "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64,
+    }  # fmt: skip
+    heads = {"head_hidden_size": 24, "head_num_layers": 1, "head_num_attention_heads": 2}
+    words = [
+        f"model.visual_tokenizer={tokenizer}", f"model.vision_tower={tower}", "model.llm=null",
+        f"model.llm_config={decoder}", f"model.heads={ {**heads, 'visual_input': 'codes_and_features'} }",
+    ]  # fmt: skip
+    plan = planned("unitoken_stage1", *words)
+    fields = feature_fields(VisionTower.of_model(load_backbone(tower).vision_model))
+    config = DualTokenConfig.for_visual_tokenizer(
+        decoder, load_visual_tokenizer(tokenizer), **heads, visual_input="codes_and_features", **fields
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    freeze_parameters(model, load_recipe(find_recipe("unitoken_stage1")).frozen)
+    built = {
+        name: (count_parameters(part), count_parameters(part, True)) for name, part in model.parts().items()
+    }
+    found = {part.name: (part.parameters.total, part.parameters.trained) for part in plan.parts}
+    assert {name: counts for name, counts in found.items() if any(counts)} == built
+    whole, trained = built["vision_tower"]
+    assert 0 < trained < whole  # patches and places are frozen
+
+    frozen = planned("unitoken_stage1", *words, "frozen=[llm.*, pixel_*, semantic_*, vision_tower.*]")
+    for level, without in zip(plan.levels, frozen.levels, strict=True):
+        for state, size in (("masters", 4), ("optimizer", 8)):
+            held = getattr(level.held, state) - getattr(without.held, state)
+            assert held == pytest.approx(size * trained / 8), state
+        assert level.held.gradients > without.held.gradients
+        assert level.held.parameters == without.held.parameters
+        assert level.held.activations > without.held.activations
+    flops = {part.name: part.flops for part in frozen.parts}["vision_tower"]
+    assert flops.backward == 0 < flops.forward < plan.recomputed - frozen.recomputed + 1
+
+
+def test_stages_of_unitoken_take_the_tower_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = planned("unitoken_stage3")
+    parts = {part.name: part.parameters for part in plan.parts}
+    # 26 of the 27 layers of SO400M/14, 1152 wide, inside 4304.
+    layer = 4 * 1152 * 1153 + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152
+    embeddings = 3 * 14 * 14 * 1152 + 1152 + 729 * 1152
+    assert parts["vision_tower"].total == 26 * layer + embeddings
+    assert parts["vision_tower"].trained == 26 * layer
+    assert parts["llm"].trained == parts["llm"].total == 3_085_938_688
+    assumed = " ".join(plan.assumed)
+    assert "recipe unitoken_stage1 on that of unitoken_stage2" in assumed or "unitoken_stage2" in assumed
+    assert "vision tower: one of the visual tokenizer's size" in assumed
+    assert "(1,459 positions if read, 730 if drawn)" in assumed
+
+
 @pytest.mark.parametrize("recipe", ["tokenizer_semantic", "quickstart_tokenizer", "quickstart_siglip"])
 def test_the_other_jobs(recipe):
     plan = planned(recipe, gpus=2)
@@ -157,7 +220,7 @@ def test_shards_are_as_large_as_said(tmp_path):
         ),
         (
             ["mllm_align", "model.heads.visual_input=features"],
-            "model.heads.visual_input=features: expected both, pixel or semantic, plans are made for models",
+            "model.vision_tower=None with model.heads.visual_input=features: expected a SigLIP",
         ),
         (["mllm_joint", "model.init_from=gone"], "model.init_from=gone is not there, and no recipe makes it"),
         (

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from launchers import processes, quickstart
 from launchers.errors import UserError
@@ -35,7 +36,7 @@ def chain(tmp_path, monkeypatch):
         Step("one", "the first", touching(first), first),
         Step("two", "the second", touching(second), second, ("one",)),
     ]
-    monkeypatch.setattr(quickstart, "quickstart_steps", lambda root, ranks: steps)
+    monkeypatch.setattr(quickstart, "quickstart_steps", lambda root, ranks, seed: steps)
     return tmp_path
 
 
@@ -66,7 +67,7 @@ def test_remakes_what_is_older_than_its_source(chain, capsys):
 
 def test_a_step_without_its_result_has_failed(chain, monkeypatch):
     steps = [Step("empty", "nothing", ("python", "-S", "-c", "pass"), chain / "never")]
-    monkeypatch.setattr(quickstart, "quickstart_steps", lambda root, ranks: steps)
+    monkeypatch.setattr(quickstart, "quickstart_steps", lambda root, ranks, seed: steps)
     with pytest.raises(UserError, match=r"step empty ended with exit code 0 without making .*never"):
         run_chain(chain, 1, lambda line: None)
     assert ChainRecord.load(chain / "chain.json").steps["empty"].finished_at is None
@@ -75,12 +76,12 @@ def test_a_step_without_its_result_has_failed(chain, monkeypatch):
 def test_times_add_up_over_attempts(chain, monkeypatch):
     done = chain / "done"
     failing = Step("s", "x", ("python", "-S", "-c", "import sys; sys.exit(3)"), done)
-    monkeypatch.setattr(quickstart, "quickstart_steps", lambda root, ranks: [failing])
+    monkeypatch.setattr(quickstart, "quickstart_steps", lambda root, ranks, seed: [failing])
     with pytest.raises(UserError, match="exit code 3"):
         run_chain(chain, 1, lambda line: None)
     first = ChainRecord.load(chain / "chain.json").steps["s"].seconds
     working = Step("s", "x", touching(done), done)
-    monkeypatch.setattr(quickstart, "quickstart_steps", lambda root, ranks: [working])
+    monkeypatch.setattr(quickstart, "quickstart_steps", lambda root, ranks, seed: [working])
     step = run_chain(chain, 1, lambda line: None).steps["s"]
     assert step.attempts == 2 and step.seconds > first > 0
 
@@ -144,6 +145,17 @@ def test_environment_shares_cores(monkeypatch):
     assert processes.environment(16)["OMP_NUM_THREADS"] == "1"
 
 
+def test_kernels_kept_on_a_cpu_are_few_unless_the_user_says_how_many(monkeypatch):
+    """oneDNN's own number, 1024, is half a gigabyte of kernels a rank in bf16."""
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    for has_gpu, kept in ((False, "256"), (True, None)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        assert processes.environment(2).get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") == kept
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
+    assert processes.environment(2)["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "1024"
+
+
 def test_memory_of_a_command_is_measured():
     command = ["python", "-S", "-c", "a = bytearray(200_000_000); import time; time.sleep(1.5)"]
     finished = processes.run(command)
@@ -173,6 +185,24 @@ def test_jobs_are_sent_to_another_folder(tmp_path):
             assert "runs/quickstart" not in settings and str(tmp_path) in settings
     usual = {step.name: step.command for step in quickstart_steps(Path("runs/quickstart"), 2)}
     assert usual["mllm"][5:] == ("recipe=quickstart_mllm", "run_dir=runs/quickstart/mllm")
+
+
+def test_a_seed_is_of_the_data_and_of_every_training(tmp_path):
+    from pretrain.config import load_job_config
+
+    commands = {step.name: step.command for step in quickstart_steps(tmp_path, 2, 5)}
+    assert commands["sample-data"][-2:] == ("--seed", "5")
+    for job in ("siglip", "tokenizer", "mllm"):
+        assert load_job_config(commands[job][5:], world_size=2).seed == 5
+
+
+def test_a_chain_keeps_its_seed(chain):
+    run_chain(chain, 1, lambda line: None, 1)
+    with pytest.raises(UserError, match=r"with seed 1, not 0.*--seed 1"):
+        run_chain(chain, 1, lambda line: None)
+    said: list[str] = []
+    run_chain(chain, 1, said.append, 1)
+    assert "done before" in said[0]
 
 
 def wait_for(path: Path, seconds: float = 30) -> None:

@@ -1,5 +1,6 @@
 """`dualtoken sweep`: trainings of a tiny recipe, broken off and gone on with; values, failures, spikes."""
 
+import dataclasses
 import json
 import subprocess
 import time
@@ -9,6 +10,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from data_pipeline.pretokenize.command import main as pretokenize
 from eval.results import read_json, write_json
 from launchers import processes
 from launchers.errors import UserError
@@ -17,6 +19,7 @@ from launchers.sweep import Sweep, folder_name, parse_sweep, ranks_for_all, spli
 from launchers.variants import UNDER_WAY
 from pretrain.metrics import read_metrics
 from tests.support.command import call
+from tests.support.tiny_run import make_tiny_run
 from tests.support.toy_words import TOY_WORDS
 
 
@@ -84,7 +87,9 @@ def pretend(monkeypatch):
         loss = float(words["optimizer.lr"]) + int(words["seed"])
         lines = []
         for step in range(1, last + 1):
-            spiked = {"warnings/loss_spike": 2} if step > 7 and loss > 1 else {}
+            names = ("", "/mse", "/other")  # of what is plotted, one loss spiked twice
+            spiked = dict(zip(names, (3, 2, 1))) if step > 7 and loss > 1 else {}
+            spiked = {f"warnings/loss_spike{name}": count for name, count in spiked.items()}
             lines.append(
                 {"step": step, "split": "train", "loss/total": loss + 20 - step, "loss/mse": 1} | spiked
             )
@@ -117,8 +122,8 @@ def test_seeds_values_and_spikes(recipe, tmp_path, pretend):
     assert table.startswith(
         "| variant | loss/mse, held out | loss/total, training | loss spikes | minutes |\n"
     )
-    assert "| optimizer.lr=0.3 | 1.6000 ± 1.4142 | 1.3000 ± 0.7071 | 1.0 ± 1.4 | 1.5 ± 0.0 |" in table
-    assert "- optimizer.lr=0.3, seed 1: 2 loss spike(s), in the log lines of steps 8\n" in table
+    assert "| optimizer.lr=0.3 | 1.6000 ± 1.4142 | 1.3000 ± 0.7071 | 1.5 ± 2.1 | 1.5 ± 0.0 |" in table
+    assert "- optimizer.lr=0.3, seed 1: 3 loss spike(s), in the log lines of steps 8 (mse, other)\n" in table
     assert "optimizer.lr=0.3, seed 0:" not in table
 
     # A value more, in another order: what is done stays.
@@ -138,6 +143,23 @@ def test_seeds_values_and_spikes(recipe, tmp_path, pretend):
     ):
         sweep(parse_sweep(recipe, ["optimizer.lr=0.1,0.3"]), tmp_path / "s", 1, 1, said.append)
     assert len(started) == 1
+
+
+def test_a_spike_is_marked_in_the_panel_of_its_loss(recipe, tmp_path, pretend, monkeypatch):
+    """And no other: the axes as they are saved."""
+    from matplotlib.figure import Figure
+
+    drawn = {}
+
+    def keep(figure, path, **_):
+        for axes in figure.axes:
+            drawn[axes.get_title()] = [
+                line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "v"
+            ]
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    sweep(parse_sweep(recipe, ["optimizer.lr=0.1,3"]), tmp_path / "s", 1, 1, lambda line: None)
+    assert drawn == {"loss/mse": [[8]], "loss/total": []}
 
 
 def test_one_that_fails_is_left_out_and_tried_again(recipe, tmp_path, pretend):
@@ -165,6 +187,45 @@ def test_one_that_fails_is_left_out_and_tried_again(recipe, tmp_path, pretend):
     assert "| optimizer.lr=9 | 18.0000 |" in table and "failed" not in table
 
 
+def test_a_tower_that_collapses_is_told_from_one_that_does_not(tmp_path, capsys):
+    """For real: Adam steps of the whole weights' size, and of a hundred-thousandth of it."""
+    folder = make_tiny_run(tmp_path / "run")
+    shards = folder / "sample_data" / "images" / "train" / "drawings"
+    source = ["--visual-tokenizer", folder / "tokenizer" / "export", "--inputs", shards, "--backend", "pil"]
+    codes, siglip = folder / "features", folder / "siglip" / "export"
+    assert pretokenize([*map(str, source), "--output", str(codes), "--features", "pixels"]) == 0
+    decoder = (
+        "{model_type: qwen2, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
+        "num_attention_heads: 2, num_key_value_heads: 2, vocab_size: 64}"
+    )
+    heads = "head_hidden_size: 24, head_num_layers: 1, head_num_attention_heads: 2"
+    output = tmp_path / "sweep"
+    words = [
+        "sweep", "unitoken_stage1", "optimizer.lr_scales[vision_tower.*]=0.01,1000",
+        f"model.visual_tokenizer={folder / 'tokenizer' / 'export'}", f"model.vision_tower={siglip}",
+        f"model.text_tokenizer={siglip}", "model.llm=null", f"model.llm_config={decoder}",
+        f"model.heads={{{heads}, visual_input: codes_and_features}}", "wandb.mode=disabled",
+        f"data.blend.0.path={codes}", f"validation_data.blend.0.path={codes}", "data.context_length=64",
+        "validation_data.context_length=64", "data.num_workers=0", "data.contexts_held=2",
+        "global_batch_size=2", "steps=4", "validate_every=2", "log_every=1", "precision=fp32",
+        "--output", output, "--ranks", "1",
+    ]  # fmt: skip
+    code, out, err = call(words, capsys)
+    assert code == 0, err
+    quiet, spoilt = read_json(output / "sweep.json")["rows"]
+    assert quiet["tower_collapsed"]["mean"] == 0 and spoilt["tower_collapsed"]["mean"] == 1
+    assert quiet["val/tower/rank_share"]["mean"] == pytest.approx(1, abs=0.05)
+    assert quiet["val/tower/cosine"]["mean"] > 0.99
+    assert spoilt["val/tower/rank_share"]["mean"] < 0.5 or spoilt["val/tower/cosine"]["mean"] < 0.5
+    table = (output / "sweep.md").read_text(encoding="utf-8")
+    assert "tower collapsed |" in table and table in out
+    line = "- optimizer.lr_scales[vision_tower.*]={}, seed 0: the vision tower has collapsed, by the "
+    assert line.format(1000) + "validations of steps 2, 4" in table and line.format(0.01) not in table
+    assert [run["tower_collapsed"] for run in read_json(output / "sweep.json")["runs"]] == [[], [2, 4]]
+    curves = LossCurves.read(next(output.glob("*1000*")))
+    assert [step for step, _ in curves.val["tower/cosine"]] == [2, 4] == list(curves.collapsed)
+
+
 def test_what_a_killed_sweep_left_is_ended_and_two_are_not_at_work(recipe, tmp_path, pretend):
     asked, output, said = parse_sweep(recipe, ["optimizer.lr=0.1,0.3"]), tmp_path / "s", []
     left = subprocess.Popen(["sleep", "600"], start_new_session=True)
@@ -183,18 +244,28 @@ def test_what_a_killed_sweep_left_is_ended_and_two_are_not_at_work(recipe, tmp_p
 
 
 def test_spikes_are_counted_over_all_starts(tmp_path):
-    counts = [None, 1, 1, 3, None, 1, 1]  # the second start begins with the fifth line
+    # All, those of each loss; the second start begins with the fifth line.
+    counts = [
+        {},
+        {"": 1, "/a": 1},
+        {"": 1, "/a": 1},
+        {"": 3, "/a": 2, "/b": 1},
+        {},
+        {"": 1, "/b": 1},
+        {"": 2},
+    ]
     lines = [
         {"step": step, "split": "train", "loss/a": None if step == 7 else 1.0}
-        | ({} if count is None else {"warnings/loss_spike": count})
-        for step, count in enumerate(counts, 1)
+        | {f"warnings/loss_spike{loss}": number for loss, number in of_line.items()}
+        for step, of_line in enumerate(counts, 1)
     ]
     lines.append({"step": 7, "split": "val", "loss/a": None, "psnr_db": 20.0})
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     found = LossCurves.read(tmp_path)
-    assert found.spikes == ((2, 1), (4, 2), (6, 1)) and found.last_step == 7
+    spikes = [(2, 1, ("a",)), (4, 2, ("a", "b")), (6, 1, ("b",)), (7, 1, ())]
+    assert [dataclasses.astuple(line) for line in found.spikes] == spikes and found.last_step == 7
     # The loss of the last step was not finite: no number stands for it.
-    assert found.figures() == {"val/psnr_db": 20.0, "loss_spikes": 4.0}
+    assert found.figures() == {"val/psnr_db": 20.0, "loss_spikes": 5.0}
     assert LossCurves.read(tmp_path / "nowhere").figures() == {"loss_spikes": 0.0}
 
 

@@ -1,5 +1,6 @@
 """Bytes by formula: against engines on two ranks, what autograd keeps, and figures known from the papers."""
 
+import dataclasses
 import itertools
 import json
 
@@ -9,14 +10,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config, SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
+from data_pipeline.streams import BlendEntry, DocumentStreamConfig
 from dualtoken.projection import AttentionProjection
 from dualtoken.unified_model.attention import DOCUMENT_ATTENTION
 from dualtoken.unified_model.config import HEAD_PRESETS, head_settings
 from dualtoken.unified_model.depth_transformer import VisualHead
 from dualtoken.unified_model.model import DualTokenForCausalLM
+from dualtoken.unified_model.sequence import Document, ImageLayout, ImagePart, TextPart, pack_documents
 from pretrain.activations import (
     decoder_layer_activations,
     encoder_layer_activations,
+    feature_activations,
     kept_bytes,
     projection_activations,
 )
@@ -27,6 +31,17 @@ from pretrain.job_budget import expected_pack
 from pretrain.planned_models import LLM_PRESETS, count_parts
 from pretrain.runtime import Runtime
 from tests.support.distributed import run_function
+from tests.support.unified_support import (
+    FEATURE_IDS,
+    POSITIONS,
+    SEEN,
+    TILES,
+    random_codes,
+    random_pixels,
+    seeing,
+    tiny_model,
+    tokenized,
+)
 
 WIDTH = 192
 
@@ -292,14 +307,56 @@ def test_figures_of_the_real_system():
     assert sent_bytes(2, 8, count, 2, gradient=2).total / 1e9 == pytest.approx(13.8, rel=0.005)
 
 
-def test_packs_hold_documents_by_their_shares():
-    from data_pipeline.streams import BlendEntry, DocumentStreamConfig
+BLEND = [BlendEntry("a", "caption", 1.0), BlendEntry("b", "generate", 2.0), BlendEntry("c", "text", 1.0)]
 
-    blend = [BlendEntry("a", "caption", 1.0), BlendEntry("b", "generate", 2.0), BlendEntry("c", "text", 1.0)]
-    pack = expected_pack(DocumentStreamConfig(blend, context_length=1000), 60, 36, 98)
+
+def test_packs_hold_documents_by_their_shares():
+    data = DocumentStreamConfig(BLEND, context_length=1000)
+    pack = expected_pack(data, ImageLayout(), 60, 36, 98)
     assert pack.documents == pytest.approx(10) and pack.pictures == pytest.approx(7.5)
     assert pack.visual_positions == pytest.approx(450) and pack.visual_targets == pytest.approx(300)
     assert pack.text_targets == pytest.approx(2.5 * 37 + 5 * 2 + 2.5 * 99)
-    assert pack.pairs == pytest.approx(10 * 100 * 101 / 2)
+    assert pack.pairs == pytest.approx(10 * 100 * 101 / 2) and pack.feature_pictures == 0
     with pytest.raises(ValueError, match="longer than data.context_length=1000; give another"):
-        expected_pack(DocumentStreamConfig(blend, context_length=1000), 960, 64, 98)
+        expected_pack(data, ImageLayout(), 960, 64, 98)
+
+
+@pytest.mark.parametrize(("codes", "tiles"), [(True, None), (False, None), (True, TILES)])
+def test_packs_of_models_that_read_features_hold_what_such_documents_do(codes, tiles):
+    """One document of each view in a context that holds just these; the largest picture in tiles."""
+    layout, words = ImageLayout(codes=codes, features=SEEN, tiles=tiles), "w" * 10  # a token a byte
+    image = ImagePart(random_codes(), features=random_pixels(0))
+    if tiles is not None:
+        image = ImagePart(random_codes(), False, image.features.expand(5, -1, -1, -1), tiles.largest)
+    documents = tokenized(
+        Document([image, TextPart(words)]),
+        Document([TextPart(words, loss=False), ImagePart(random_codes(), loss=True)]),
+        Document([TextPart("w" * 7)]),
+        layout=layout,
+    )
+    blend = [BlendEntry("a", view) for view in ("document", "generate", "text")]
+    batch = pack_documents(documents)
+    config = DocumentStreamConfig(blend, context_length=batch.input_ids.shape[1])
+    expected = expected_pack(config, layout, POSITIONS, len(words), 7)
+    found = PackContents.of_batch(batch, FEATURE_IDS)
+    assert dataclasses.asdict(found) == pytest.approx(dataclasses.asdict(expected))
+
+
+def test_a_towers_activations_are_what_autograd_keeps():
+    model = tiny_model(**seeing("features"))
+    pixels = torch.stack([random_pixels(seed) for seed in range(3)])
+    tower, patches = model.vision_tower, 3 * SEEN
+    kept = kept_bytes(tower, lambda: tower(pixels))
+    kept += kept_bytes(model.feature_adapter, lambda: model.feature_adapter(torch.randn(patches, 16)))
+    estimate = feature_activations(model, patches, patches, 4, checkpoints=False, keeps_products=False)
+    # On top: the pixels as the first layer takes them.
+    pictures = pixels.numel() * 4
+    assert kept - pictures == pytest.approx(estimate, rel=0.05)
+    layers = tower.settings["num_hidden_layers"]
+    of_layers = layers * patches * encoder_layer_activations(SiglipVisionConfig(**tower.settings), 4)
+    checkpointed = feature_activations(model, patches, patches, 4, checkpoints=True, keeps_products=False)
+    products = feature_activations(model, patches, patches, 4, checkpoints=True, keeps_products=True)
+    assert estimate - of_layers < checkpointed < products < estimate + of_layers / layers
+    tower.requires_grad_(False)
+    frozen = feature_activations(model, patches, patches, 4, checkpoints=False, keeps_products=False)
+    assert frozen == pytest.approx(estimate - of_layers * (layers - 1) / layers)

@@ -120,8 +120,10 @@ def test_parameter_groups():
     settings = [(group["lr_scale"], group["weight_decay"]) for group in scaled]
     assert settings == [(0.5, 0.1), (0.5, 0.0), (2.0, 0.0)]
     assert [len(group["params"]) for group in scaled] == [1, 1, 2]
-    with pytest.raises(ConfigError, match=r"no trainable parameter's name fits 2\.\*"):
-        parameter_groups(model, OptimizerConfig(lr_scales={"2.*": 1.0}))
+    of_frozen = parameter_groups(model, OptimizerConfig(lr_scales={"2.*": 0.5}))  # a recipe's, frozen since
+    assert {group["lr_scale"] for group in of_frozen} == {1.0}
+    with pytest.raises(ConfigError, match=r"no parameter's name fits 3\.\*"):
+        parameter_groups(model, OptimizerConfig(lr_scales={"3.*": 1.0}))
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="Sequential has no trainable parameter"):
         parameter_groups(model, OptimizerConfig())

@@ -221,7 +221,17 @@ def test_spikes_are_told_once_each():
         "warning: step 250: loss/total 8",
     ]
     assert "deviations above 0.8367" in lines[0] and lines[0].endswith("the median of the last 100")
-    assert warnings.figures() == {"warnings/loss_spike": 2, "warnings/gradient_spike": 1}
+    spikes = {"warnings/loss_spike": 2, "warnings/loss_spike/total": 2}
+    assert warnings.figures() == {**spikes, "warnings/gradient_spike": 1}
+
+
+def test_spikes_are_counted_by_loss():
+    warnings = Warnings(HealthConfig())
+    for step in range(1, 301):
+        of_text = 8.0 if step in (150, 250) else falling(step)
+        warnings.of_step(step, {"loss/text": of_text, "loss/pixel": 9.0 if step == 250 else falling(step)})
+    counts = {"": 3, "/text": 2, "/pixel": 1}
+    assert warnings.figures() == {f"warnings/loss_spike{loss}": count for loss, count in counts.items()}
 
 
 def test_a_loss_that_sets_in_is_no_spike():
@@ -245,6 +255,24 @@ def test_a_dead_codebook_is_told_by_depth_after_some_logs():
         line == "warning: step 7: pixel codebook, depth 2: 0.10% of the codes in use, under 1.00% for 5 logs"
     )
     assert warnings.figures() == {"warnings/dead_codebook": 1}
+
+
+def test_a_collapsed_tower_is_told_once():
+    warnings = Warnings(HealthConfig(tower_rank=0.4))
+    figures = {"tower/effective_rank": 3.0, "tower/rank_share": 0.3, "tower/cosine": 0.9}
+    lines = [
+        warnings.of_validation(step, {**figures, "tower/collapsed": collapsed})
+        for step, collapsed in enumerate([0, 1, 1, 0, 1])
+    ]
+    assert [len(told) for told in lines] == [0, 1, 0, 0, 1] and not warnings.of_validation(
+        5, {"loss/text": 1}
+    )
+    assert lines[1] == [
+        "warning: step 1: the vision tower has collapsed: effective rank 3, 30.0% of the start's, mean "
+        "cosine to the start's features 0.9; expected 40% and 0.5 or more; lower its rate "
+        "(optimizer.lr_scales)"
+    ]
+    assert warnings.figures() == {"warnings/tower_collapse": 2}
 
 
 def test_warnings_that_are_turned_off():

@@ -14,6 +14,7 @@ from data_pipeline.images import dali
 from data_pipeline.images import decoding as image_decoding
 from data_pipeline.images.decoding import build_image_decoder, decode_rgb
 from data_pipeline.images.header import BadImageError, jpeg_begins, read_header
+from dualtoken.unified_model.tiles import Tiles
 
 SIZE = 48
 HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
@@ -76,8 +77,8 @@ def pictures(photograph) -> dict[str, bytes]:
     }
 
 
-def reference(data: bytes, size: int, fit: str) -> torch.Tensor:
-    """The definition: rotated, on white, RGB, cropped, PIL's bicubic, [-1, 1]; [3, S, S]."""
+def reference_whole(data: bytes, fit: str) -> Image.Image:
+    """The definition up to the size: rotated, on white, RGB, cropped."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
@@ -89,7 +90,12 @@ def reference(data: bytes, size: int, fit: str) -> torch.Tensor:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    return image
+
+
+def reference(data: bytes, size: int, fit: str) -> torch.Tensor:
+    """The definition: also PIL's bicubic, [-1, 1]; [3, S, S]."""
+    pixels = np.asarray(reference_whole(data, fit).resize((size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -108,6 +114,30 @@ def test_backends_agree_with_the_definition_on_every_format(pictures, backend, f
             assert difference.mean() < tolerance["mean"], name
             assert difference.max() <= tolerance["largest"], name
             assert (difference > 3).float().mean() < tolerance["share above 3"], name
+
+
+def resized(pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image))
+
+
+@pytest.mark.parametrize("fit", ["resize", "crop"])
+@pytest.mark.parametrize("backend", ["torchvision", "pil"])
+def test_tiles_agree_with_the_definition_on_every_format(pictures, backend, fit):
+    """Those of the picture as it stands upright, also in threads; what is not cut is as without tiles."""
+    tiles, files = Tiles([[1, 2], [2, 1]], SIZE), [*pictures.values(), b"no picture"]
+    plain = build_image_decoder(SIZE, backend, fit=fit)(files)
+    decoded = build_image_decoder(SIZE, backend, fit=fit, num_threads=2, tiles=tiles)(files)
+    assert torch.equal(plain.images, decoded.images) and plain.tiles == plain.sizes == []
+    assert len(decoded.tiles) == len(decoded.sizes) == len(decoded.kept) == len(pictures)
+    for name, data, found, size in zip(pictures, files, decoded.tiles, decoded.sizes, strict=False):
+        whole = reference_whole(data, fit)
+        assert size == (whole.height, whole.width), name
+        difference = (found.float() - tiles.cut(np.asarray(whole), resized).float()).abs()
+        tolerance = BLACK_AND_WHITE if name == "1-bit png" else PICTURE
+        assert difference.mean() < tolerance["mean"], name
+        assert difference.max() <= tolerance["largest"], name
+    assert len({size for size in decoded.sizes}) > (fit == "resize")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -381,6 +411,10 @@ def test_choice_is_named_and_wrong_arguments_are_refused(monkeypatch):
         build_image_decoder(64, "cv2")
     with pytest.raises(ValueError, match="fit is 'pad', expected 'resize' or 'crop'"):
         build_image_decoder(64, fit="pad")
+    with pytest.raises(ValueError, match="tiles of 32 pixels a side, images of 64; expected one size"):
+        build_image_decoder(64, tiles=Tiles([[1, 2]], 32))
+    with pytest.raises(ValueError, match="backend dali does not cut pictures into tiles; expected auto, tor"):
+        build_image_decoder(64, "dali", tiles=Tiles([[1, 2]], 64))
     with pytest.raises(ValueError, match="image_size 0"):
         build_image_decoder(0)
     monkeypatch.setattr(dali, "find_spec", lambda name: None)

@@ -12,14 +12,20 @@ from data_pipeline.errors import DatasetError
 from data_pipeline.images.decoding import build_image_decoder
 from data_pipeline.pretokenize.command import main, pretokenize
 from data_pipeline.pretokenize.shard_tokenizer import Settings
-from data_pipeline.shards.code_shards import CodeGeometry, DatasetManifest, iterate_shard, verify_dataset
+from data_pipeline.shards.code_shards import (
+    CodeGeometry,
+    DatasetManifest,
+    expected_features,
+    iterate_shard,
+    verify_dataset,
+)
 from data_pipeline.streams import BlendEntry, DocumentStreamConfig, document_loader
 from dualtoken.unified_model.config import feature_fields
 from dualtoken.unified_model.model import DualTokenForCausalLM
+from dualtoken.unified_model.tiles import Tiles
 from dualtoken.unified_model.vision_tower import VisionTower
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
-from pretrain.mllm_task import expected_features
 from tests.support.unified_support import FEATURE_IDS, FEATURE_TOKENIZER, tiny_config, tiny_model
 from tests.test_data_pipeline.pretokenize.test_pretokenize import (
     SIZE,
@@ -85,9 +91,10 @@ def test_they_are_those_of_the_sample_and_codes_stay_the_same(folder: Path, kind
         torch.testing.assert_close(found.float(), expected, rtol=exact, atol=1e-5)
 
 
-def model_reading(visual_input: str, inside: bool) -> DualTokenForCausalLM:
+def model_reading(visual_input: str, inside: bool, tiles: Tiles | None = None) -> DualTokenForCausalLM:
     fields = {"visual_input": visual_input, "special_tokens": vars(FEATURE_IDS), "image_size": SIZE}
-    fields |= {"codebook_size": 50, **feature_fields(VisionTower.of_model(whole_tower()), inside)}
+    fields |= {"tiles": [list(grid) for grid in tiles.grids] if tiles else [], "codebook_size": 50}
+    fields |= feature_fields(VisionTower.of_model(whole_tower()), inside)
     torch.manual_seed(0)
     model = DualTokenForCausalLM._from_config(tiny_config(initializer_range=0.3, **fields))
     model.set_codebooks(torch.randn(2, 1, 50, 8, generator=torch.Generator().manual_seed(1)))
@@ -96,8 +103,8 @@ def model_reading(visual_input: str, inside: bool) -> DualTokenForCausalLM:
     return model.eval()
 
 
-def batches(folder: Path, model, view: str) -> list:
-    settings = DocumentStreamConfig([BlendEntry(str(folder), view)], context_length=128, contexts_held=2)
+def batches(folder: Path, model, view: str, context_length: int = 128) -> list:
+    settings = DocumentStreamConfig([BlendEntry(str(folder), view)], context_length, contexts_held=2)
     loader = document_loader(
         settings,
         FEATURE_TOKENIZER,

@@ -1,5 +1,6 @@
 """Continuous features beside codes or in their place: layout, loss, what sees what, the tower."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from dualtoken.unified_model.sequence import (
     pack_documents,
     tokenize_document,
 )
+from dualtoken.unified_model.tiles import in_order, order_of_ordered
 from dualtoken.unified_model.vision_tower import VisionTower, to_bytes, tower_settings
 from dualtoken.visual_tokenizer.backbone import hidden_states_after
 from tests.support.unified_support import (
@@ -29,9 +31,11 @@ from tests.support.unified_support import (
     IMAGE_SIZE,
     POSITIONS,
     SEEN,
+    TILES,
     TOKENIZER,
     caption,
     generation,
+    in_tiles,
     plain,
     random_codes,
     random_pixels,
@@ -41,6 +45,7 @@ from tests.support.unified_support import (
     tokenized,
     vision_model,
 )
+from tests.test_dualtoken.unified_model.test_tiles import naive_order
 from tests.test_dualtoken.unified_model.test_unified_model import (
     assert_same_gradients,
     gradients,
@@ -50,6 +55,11 @@ from tests.test_dualtoken.unified_model.test_unified_model import (
 LAYOUTS = {
     "codes_and_features": ImageLayout(codes=True, features=SEEN),
     "features": ImageLayout(codes=False, features=SEEN),
+}
+MODELS = {  # config fields of the models that the tests below are run with
+    **{name: (name, None) for name in LAYOUTS},
+    "tiles": ("codes_and_features", TILES),
+    "tiles_alone": ("features", TILES),
 }
 
 
@@ -69,9 +79,10 @@ def documents(layout):
     return tokenized(*given, layout=layout)
 
 
-def without_tower(model, visual_input):
-    """The same model for features that were computed before, and the function that computes them."""
-    other = tiny_model(sharpen=8.0, initializer_range=0.3, **seeing(visual_input, inside=False))
+def without_tower(model):
+    """The same model for features that were computed before."""
+    fields = seeing(model.config.visual_input, False, model.config.image_layout.tiles)
+    other = tiny_model(sharpen=8.0, initializer_range=0.3, **fields)
     state = {n: t for n, t in model.state_dict().items() if not n.startswith("vision_tower.")}
     other.load_state_dict(state)
     return other
@@ -80,12 +91,16 @@ def without_tower(model, visual_input):
 def precomputed(model, document):
     if document.features is None:
         return document
-    return replace(document, features=model.vision_tower(document.features))
+    features, order = model.vision_tower(document.features), document.feature_order
+    if order is None:
+        return replace(document, features=features)
+    return replace(document, features=in_order(features, order), feature_order=order_of_ordered(order))
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=MODELS)
 def model(request):
-    return tiny_model(sharpen=8.0, initializer_range=0.3, **seeing(request.param))
+    visual_input, tiles = MODELS[request.param]
+    return tiny_model(sharpen=8.0, initializer_range=0.3, **seeing(visual_input, tiles=tiles))
 
 
 def test_layout_written_out_position_by_position():
@@ -150,7 +165,7 @@ def test_the_loss_is_the_sum_written_out(model):
     """Gradients included, the tower's too: the naive inputs are put together token by token."""
     layout = model.config.image_layout
     given = documents(layout)
-    output = model(**pack_documents(given, 160).model_inputs())
+    output = model(**pack_documents(given, 480).model_inputs())
     parts = [naive_losses(model, precomputed(model, document)) for document in given]
     text, visual = (sum(values) for values in zip(*parts, strict=True))
     torch.testing.assert_close(output.text_nll, text)
@@ -162,16 +177,35 @@ def test_the_loss_is_the_sum_written_out(model):
     assert_same_gradients(*({n: g for n, g in each.items() if n not in noise} for each in (got, expected)))
 
 
+def test_pixel_codes_beside_features_are_read_without_semantic_ones():
+    """A dual encoder: laid out as codes and features, and the loss is the sum written out."""
+    model = tiny_model(sharpen=8.0, initializer_range=0.3, **seeing("pixel_and_features"))
+    assert model.config.image_layout == LAYOUTS["codes_and_features"]
+    document = tokenized(caption("cat", 3), layout=model.config.image_layout)[0]
+
+    def loss_of(**changed):
+        with torch.no_grad():
+            return float(model(**pack_documents([replace(document, **changed)]).model_inputs()).text_nll)
+
+    expected, _ = naive_losses(model, precomputed(model, document))
+    assert loss_of() == pytest.approx(float(expected.detach()), rel=1e-5)
+    for book, is_read in ((0, True), (1, False)):
+        codes = document.codes.clone()
+        codes[:, book] = (codes[:, book] + 1) % 11
+        assert (loss_of(codes=codes) != loss_of()) == is_read
+    assert loss_of(features=255 - document.features) != loss_of()
+
+
 def test_packed_documents_equal_single_ones(model):
     given = documents(model.config.image_layout)
-    packed = model(**pack_documents(given, 170).model_inputs())
+    packed = model(**pack_documents(given, 490).model_inputs())
     alone = [model(**pack_documents([document]).model_inputs()) for document in given]
     torch.testing.assert_close(packed.text_nll, sum(o.text_nll for o in alone))
     torch.testing.assert_close(packed.visual_nll, sum(o.visual_nll for o in alone))
 
 
 def test_features_in_the_model_equal_precomputed_ones_gradients_included(model):
-    other = without_tower(model, model.config.visual_input)
+    other = without_tower(model)
     given = documents(model.config.image_layout)
     inside = model(**pack_documents(given).model_inputs())
     with torch.no_grad():
@@ -271,9 +305,11 @@ def test_saved_and_loaded(model, tmp_path):
 def test_written_text_is_that_of_the_whole_sequence(model):
     """Prompts with any number of images, packed, then token by token, as the forward pass has them."""
     prompts = [
-        Document([image(5), TextPart("what", loss=False)]),
+        in_tiles(Document([image(5), TextPart("what", loss=False)]), model.config.image_layout),
         "words",
-        Document([image(5), image(6, True), TextPart("and", loss=False)]),
+        in_tiles(
+            Document([image(5), image(6, True), TextPart("and", loss=False)]), model.config.image_layout
+        ),
     ]
     rows = [open_document(prompt, FEATURE_TOKENIZER, model) for prompt in prompts]
     steps = list(text_steps(model, FEATURE_TOKENIZER, rows, 4, Sampling(0.0), None))
@@ -283,8 +319,9 @@ def test_written_text_is_that_of_the_whole_sequence(model):
     for row, tokens in zip(rows, written, strict=True):
         for place, token in enumerate(tokens):
             so_far = append(row, tokens[:place])
-            vectors = model.codebooks(so_far.codes) if len(so_far.codes) else model._no_vectors(0)
-            embedded = model.embed(so_far.input_ids[None], vectors, so_far.features)
+            embedded = model.embed(
+                so_far.input_ids[None], so_far.codes, so_far.features, so_far.feature_order
+            )
             hidden = model.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, -1]
             logits = model.get_output_embeddings()(hidden)
             logits[never] = float("-inf")
@@ -292,18 +329,22 @@ def test_written_text_is_that_of_the_whole_sequence(model):
 
 
 def test_drawing_reads_codes_and_goes_on_after_it_with_features(model):
-    prompts = [Document([image(5), TextPart("draw", loss=False)]), "draw"]
+    layout = model.config.image_layout
+    prompts = [in_tiles(Document([image(5), TextPart("draw", loss=False)]), layout), "draw"]
     codes = generate_images(model, FEATURE_TOKENIZER, prompts, guidance_scale=2.0, temperature=0)
     assert codes.shape == (2, POSITIONS, 2, 3)
     with torch.no_grad():  # sure to draw
         model.llm.get_input_embeddings().weight[IDS.image_gen_start] *= 30
     with pytest.raises(ValueError, match="reads continuous features of an image before it goes on"):
         generate(model, FEATURE_TOKENIZER, "draw", max_new_tokens=4)
-    seen = []
+    seen, drawing = [], random_pixels(1)
+    if layout.tiles:
+        crops = layout.tiles.crops((IMAGE_SIZE, IMAGE_SIZE))
+        drawing = drawing.expand(crops, -1, -1, -1)
 
     def see(codes):
         seen.append(codes)
-        return random_pixels(1)
+        return drawing
 
     settings = {"max_images": 2, "max_new_tokens": 6, "seed": 1}
     parts = generate(model, FEATURE_TOKENIZER, "draw", see=see, **settings)
@@ -311,26 +352,44 @@ def test_drawing_reads_codes_and_goes_on_after_it_with_features(model):
         model.llm.get_input_embeddings().weight[IDS.image_gen_start] /= 30
     drawn = [part for part in parts if isinstance(part, ImagePart)]
     assert drawn and len(seen) == len(drawn)
-    assert all(torch.equal(part.features, random_pixels(1)) for part in drawn)
+    assert all(torch.equal(part.features, drawing) for part in drawn)
 
 
 def test_long_documents_are_split_with_their_features(model):
     layout = model.config.image_layout
     parts = [part for seed in range(4) for part in (image(seed, seed % 2 == 1), TextPart("some words"))]
     document = tokenized(Document(parts, "long"), layout=layout)[0]
-    pieces, left_out = split_document(document, 45, FEATURE_IDS)
+    pieces, left_out = split_document(document, 90 if layout.tiles else 45, FEATURE_IDS)
     assert left_out == 0 and len(pieces) > 2
     for piece in pieces:
-        images = 0 if piece.features is None else len(piece.features)
-        assert int((piece.input_ids == FEATURE_IDS.image_feature).sum()) == images * SEEN
+        assert int((piece.input_ids == FEATURE_IDS.image_feature).sum()) == len(what_is_seen(piece))
         assert len(piece.codes) == int((piece.input_ids == FEATURE_IDS.image_pad).sum())
-    together = torch.cat([piece.features for piece in pieces if piece.features is not None])
-    assert torch.equal(together, torch.stack([random_pixels(seed) for seed in range(4)]))
+    together = [one for piece in pieces for one in what_is_seen(piece)]
+    expected = what_is_seen(document)
+    assert len(together) == len(expected) > 0
+    for (crop, place), (own_crop, own_place) in zip(together, expected, strict=True):
+        assert place == own_place and torch.equal(crop, own_crop)
     assert split_document(document, 11, FEATURE_IDS)[1] == 4  # no image fits
     model(**pack_documents(pieces).model_inputs())
 
 
-def test_mistakes_are_named(model):
+def what_is_seen(document):
+    """Crop, its pixels, and place in it at each position of a feature; of no pixels at the end of a row."""
+    if document.features is None:
+        assert document.feature_order is None
+        return []
+    if document.feature_order is None:
+        return [(image, place) for image in document.features for place in range(SEEN)]
+    nothing = torch.zeros(0)
+    return [
+        (nothing, 0) if crop < 0 else (document.features[crop], place)
+        for crop, place in document.feature_order.tolist()
+    ]
+
+
+@pytest.mark.parametrize("visual_input", LAYOUTS)
+def test_mistakes_are_named(visual_input):
+    model = tiny_model(**seeing(visual_input))
     layout = model.config.image_layout
     bare = Document([ImagePart(random_codes()), TextPart("x")], "bare")
     with pytest.raises(ValueError, match="'bare': an image has no continuous features, which the mode"):
@@ -367,9 +426,82 @@ def test_mistakes_are_named(model):
         model.vision_tower(torch.zeros(1, 3, 8, 8))
 
 
+def test_mistakes_with_tiles_are_named():
+    model = tiny_model(**seeing("codes_and_features", tiles=TILES))
+    layout = model.config.image_layout
+    whole = Document([image(1), TextPart("x")], "one")
+    with pytest.raises(ValueError, match="'one': an image has no size, which tells a model of tiles"):
+        tokenize_document(whole, FEATURE_TOKENIZER, FEATURE_IDS, layout=layout)
+    whole.parts[0] = replace(image(1), size=(40, 60))
+    expected = r"expected floats \[33, width\] or pixels uint8 \[5, 3, size, size\] at size \(40, 60\)"
+    with pytest.raises(ValueError, match=r"shape \(3, 32, 32\) and type torch.uint8, " + expected):
+        tokenize_document(whole, FEATURE_TOKENIZER, FEATURE_IDS, layout=layout)
+    batch = pack_documents(documents(layout)).model_inputs()
+    order = batch["feature_order"]
+    message = f"{len(order)} positions of continuous features but an order of {len(order) - 1}; take"
+    with pytest.raises(ValueError, match=message):
+        model(**{**batch, "feature_order": order[1:]})
+    last = int(order[:, 0].max())
+    message = f"goes up to crop {last} and place 8, but there are {last} crops with 9 places"
+    with pytest.raises(ValueError, match=message):
+        model(**{**batch, "features": batch["features"][:last]})
+    with pytest.raises(ValueError, match=r"with no feature_order, the model has tiles=\[\[1, 2\], \[2, 1\]"):
+        model(**{name: value for name, value in batch.items() if name != "feature_order"})
+    plainly = tiny_model(**seeing("codes_and_features"))
+    with pytest.raises(ValueError, match=r"come with a feature_order \(\d+, 2\), the model has tiles=\[\]"):
+        plainly(**batch)
+
+
+def test_images_in_tiles_written_out_position_by_position():
+    """Base picture, then the rows of tiles, each row with its end: the tokens, and what they stand for."""
+    i, layout = FEATURE_IDS, tiny_config(**seeing("codes_and_features", tiles=TILES)).image_layout
+    given = in_tiles(Document([image(3), TextPart("and"), image(5)]), layout)
+    sizes = [given.parts[0].size, given.parts[2].size]
+    assert sizes[0] != sizes[1]
+    document = tokenized(given, layout=layout)[0]
+    expected, order, crops = [i.begin_of_text], [], 0
+    for size, text in zip(sizes, ("and", ""), strict=True):
+        seen = naive_order(size, TILES, 3)
+        expected += [i.vision_start, *[i.image_pad] * POSITIONS, i.image_sep, *[i.image_feature] * len(seen)]
+        expected += [i.vision_end, *ord_ids(text)]
+        order += [-1 if one == "end" else (one[0] + crops, one[1]) for one in seen]
+        crops += TILES.crops(size)
+    assert document.input_ids.tolist() == [*expected, i.end_of_text]
+    found = [-1 if crop < 0 else (crop, place) for crop, place in document.feature_order.tolist()]
+    assert found == order and crops == len(document.features)
+    assert torch.equal(document.features[:1], random_pixels(3)[None])
+
+
+def test_a_model_saved_before_there_were_tiles_loads_as_it_was(tmp_path):
+    model = tiny_model(**seeing("features"))
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert content.pop("tiles") == []
+    (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    assert "feature_adapter.end_of_row" not in load_file(tmp_path / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.image_layout == ImageLayout(codes=False, features=SEEN)
+    batch = pack_documents(documents(model.config.image_layout)).model_inputs()
+    assert torch.equal(loaded(**batch).text_nll, model(**batch).text_nll)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"tiles": [[1, 0]]},
+            r"tiles are \[\[1, 0\]\]; expected grids \[rows, columns\] of 1 or more",
+        ),
+        (
+            {
+                "tiles": [[1, 2]],
+                "visual_input": "both",
+                "feature_dim": None,
+                "features_per_image": 0,
+                "vision_config": None,
+            },
+            "with visual_input='both' and features_per_image=0; expected a model that reads continuous",
+        ),
         (
             {"visual_input": "both"},
             "'both' with feature_dim=16, features_per_image=9 and a vision_config; ",
