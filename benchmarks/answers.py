@@ -112,9 +112,9 @@ def library_answers(
     for row, document in enumerate(documents):
         ids[row, longest - len(document) :] = document.input_ids
         mask[row, longest - len(document) :] = 1
-    vectors = model.codebooks(torch.cat([document.codes for document in documents]))
+    codes = torch.cat([document.codes for document in documents])
     written = llm.generate(
-        inputs_embeds=model.embed(ids, vectors),
+        inputs_embeds=model.embed(ids, codes),
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,

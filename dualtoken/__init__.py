@@ -15,7 +15,10 @@ _HOMES = {
     "PixelDecoder": "visual_tokenizer.pixel_decoder",
     "QuantizerStats": "visual_tokenizer.quantizer",
     "ResidualVQ": "visual_tokenizer.quantizer",
+    "VQTokenizer": "visual_tokenizer",
+    "VQTokenizerConfig": "visual_tokenizer",
     "VisualTokenizerOutput": "visual_tokenizer",
+    "load_visual_tokenizer": "visual_tokenizer",
     "preset_config": "visual_tokenizer",
 }
 

@@ -26,14 +26,14 @@ from dualtoken.unified_model.sequence import (
     require_image_codes,
     tokenize_document,
 )
-from dualtoken.unified_model.tiles import Tiles, in_order
+from dualtoken.unified_model.tiles import Size, Tiles, in_order
 from dualtoken.unified_model.vision_tower import to_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dualtoken.unified_model.vision_tower import VisionTower
-    from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+    from dualtoken.visual_tokenizer.loading import VisualTokenizer
 
 
 class DualTokenProcessor(ProcessorMixin):
@@ -47,6 +47,7 @@ class DualTokenProcessor(ProcessorMixin):
         reads_codes: whether the model reads codes of the images it is given.
         features_per_image: how many continuous features of an image, or of each of its crops, it reads.
         tiles: grids of tiles that it reads images in besides, as of `DualTokenConfig`.
+        num_codebooks: Q.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class DualTokenProcessor(ProcessorMixin):
         reads_codes: bool = True,
         features_per_image: int = 0,
         tiles: Sequence[Sequence[int]] = (),
+        num_codebooks: int = 2,
     ) -> None:
         super().__init__(image_processor, tokenizer)
         self.positions_per_image = positions_per_image
@@ -65,6 +67,7 @@ class DualTokenProcessor(ProcessorMixin):
         self.reads_codes = reads_codes
         self.features_per_image = features_per_image
         self.tiles = [list(grid) for grid in tiles]
+        self.num_codebooks = num_codebooks
         self.special = SpecialTokens.from_tokenizer(tokenizer)
 
     @classmethod
@@ -76,8 +79,9 @@ class DualTokenProcessor(ProcessorMixin):
             image_std=[0.5] * 3,
         )
         layout = config.image_layout
-        sizes = config.positions_per_image, config.num_quantizers
-        return cls(image_processor, text_tokenizer, *sizes, layout.codes, layout.features, config.tiles or [])
+        positions, books, depth = config.code_shape
+        shown = (layout.codes, layout.features, config.tiles or [])
+        return cls(image_processor, text_tokenizer, positions, depth, *shown, books)
 
     @property
     def layout(self) -> ImageLayout:
@@ -100,7 +104,7 @@ class DualTokenProcessor(ProcessorMixin):
         images: Sequence[Any] | None = None,
         text: str | Sequence[str] | None = None,
         codes: Sequence[Any] | None = None,
-        visual_tokenizer: DualTokenVisualTokenizer | None = None,
+        visual_tokenizer: VisualTokenizer | None = None,
         vision_tower: VisionTower | None = None,
     ) -> BatchFeature:
         """Pack texts and their images into the keyword arguments of the model, without targets.
@@ -122,8 +126,9 @@ class DualTokenProcessor(ProcessorMixin):
         text: str | Sequence[str],
         images: Sequence[Any] | None = None,
         codes: Sequence[Any] | None = None,
-        visual_tokenizer: DualTokenVisualTokenizer | None = None,
+        visual_tokenizer: VisualTokenizer | None = None,
         vision_tower: VisionTower | None = None,
+        parts: Sequence[ImagePart] | None = None,
     ) -> list[Document]:
         """Put images in the places of the tags: one document per text, to prompt generation with.
 
@@ -135,32 +140,37 @@ class DualTokenProcessor(ProcessorMixin):
             visual_tokenizer: turns images into codes; not needed for a model that reads only features.
             vision_tower: makes continuous features of images, for a model that reads them and has no tower of
                 its own.
+            parts: instead of images, what `image_parts` made of them.
 
         Raises:
-            ValueError: on images and codes at once, numbers of images and tags that differ, tensors or
+            ValueError: on images, codes or parts at once, numbers of images and tags that differ, tensors or
                 codes of a wrong shape, or images without a visual tokenizer.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if images is not None and codes is not None:
             raise ValueError("got both images and codes; pass one of the two")
+        if parts is not None and (images is not None or codes is not None):
+            raise ValueError("got parts besides images or codes; pass one of them")
         tags = [t.count(IMAGE_TAG) for t in texts]
-        given = _in_order_of_tags(images if codes is None else codes, tags)
-        if images is None:
-            parts = iter([ImagePart(self._checked(c, i)) for i, c in enumerate(given)])
-        else:
-            parts = iter(self._seen(given, visual_tokenizer, vision_tower))
+        shown = next((one for one in (images, codes, parts) if one is not None), None)
+        given = _in_order_of_tags(shown, tags)
+        if images is not None:
+            given = self.image_parts(given, visual_tokenizer, vision_tower)
+        elif codes is not None:
+            given = [ImagePart(self._checked(c, i)) for i, c in enumerate(given)]
+        coming = iter(given)
         documents = []
         for one in texts:
             document = Document([])
             for index, piece in enumerate(one.split(IMAGE_TAG)):
                 if index:
-                    document.parts.append(next(parts))
+                    document.parts.append(next(coming))
                 if piece:
                     document.parts.append(TextPart(piece, loss=False))
             documents.append(document)
         return documents
 
-    def pictures(self, codes: torch.Tensor, visual_tokenizer: DualTokenVisualTokenizer) -> list[Image]:
+    def pictures(self, codes: torch.Tensor, visual_tokenizer: VisualTokenizer) -> list[Image]:
         """Decode codes [N, P, Q, D] to PIL images."""
         from PIL import Image
 
@@ -176,19 +186,31 @@ class DualTokenProcessor(ProcessorMixin):
             names.append("features")
         return [*names, "feature_order"] if self.tiles else names
 
-    def _seen(
+    def image_parts(
         self,
-        images: list[Any],
-        visual_tokenizer: DualTokenVisualTokenizer | None,
-        vision_tower: VisionTower | None,
+        images: Sequence[Any],
+        visual_tokenizer: VisualTokenizer | None = None,
+        vision_tower: VisionTower | None = None,
+        cut: Sequence[tuple[torch.Tensor, Size]] | None = None,
     ) -> list[ImagePart]:
-        """Return images as parts with what the model reads of them."""
+        """Return images as parts of documents, with what the model reads of them.
+
+        Args:
+            images: as of `documents`, as the next two.
+            visual_tokenizer: turns images into codes.
+            vision_tower: makes continuous features of images.
+            cut: tiles, as of `Tiles.cut`, and height and width of each image, where that was done when it was
+                decoded; by default tiles are cut of `images`.
+
+        Raises:
+            ValueError: as `documents`.
+        """
         if not images:
             return []
         if visual_tokenizer is None and self.reads_codes:
             raise ValueError(
                 "images need visual_tokenizer=... to become codes; load it with "
-                "DualTokenVisualTokenizer.from_pretrained, or pass codes instead of images"
+                "load_visual_tokenizer, or pass codes instead of images"
             )
         pixels = torch.stack([self._pixels(image, index) for index, image in enumerate(images)])
         parts = [ImagePart(None) for _ in images]
@@ -197,21 +219,27 @@ class DualTokenProcessor(ProcessorMixin):
             for part, own in zip(parts, codes, strict=True):
                 part.codes = self._checked(own, 0)
         if self.features_per_image:
-            self._see(parts, images, to_bytes(pixels), vision_tower)
+            self._see(parts, images if cut is None else cut, to_bytes(pixels), vision_tower)
         return parts
 
     @torch.no_grad()
     def _see(
         self,
         parts: list[ImagePart],
-        images: list[Any],
+        images: Sequence[Any],
         wholes: torch.Tensor,
         vision_tower: VisionTower | None,
     ) -> None:
-        """Give parts what stands for continuous features of images, which are `wholes` too, [I, 3, S, S]."""
+        """Give parts what stands for continuous features of images, which are `wholes` too, [I, 3, S, S].
+
+        `images` are as they were given, or the tiles and the size of each.
+        """
         tiles, crops = self.layout.tiles, [whole[None] for whole in wholes]
         for index, (part, image) in enumerate(zip(parts, images, strict=True)):
-            if tiles is not None:
+            if tiles is not None and isinstance(image, tuple):
+                in_tiles, part.size = image
+                crops[index] = torch.cat([crops[index], in_tiles])
+            elif tiles is not None:
                 is_tensor = isinstance(image, torch.Tensor)
                 pixels = wholes[index].permute(1, 2, 0) if is_tensor else np.array(_on_white(image))
                 part.size = int(pixels.shape[0]), int(pixels.shape[1])
@@ -245,7 +273,8 @@ class DualTokenProcessor(ProcessorMixin):
 
     def _checked(self, codes: Any, index: int) -> torch.Tensor:
         codes = torch.as_tensor(codes)
-        require_image_codes(codes, self.positions_per_image, self.num_quantizers, index)
+        expected = (self.positions_per_image, self.num_codebooks, self.num_quantizers)
+        require_image_codes(codes, expected, index)
         return codes
 
 

@@ -16,6 +16,8 @@ from data_pipeline.images.decoding import build_image_decoder
 from data_pipeline.shards.code_shards import CodeSample, DatasetManifest, iterate_shard, require_same_codes
 from data_pipeline.streams import ImageStreamConfig, image_loader
 from dualtoken.unified_model.model import DualTokenForCausalLM
+from dualtoken.visual_tokenizer import loading
+from dualtoken.visual_tokenizer.loading import VisualTokenizer
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from eval.metrics.images import to_unit_range
 
@@ -38,9 +40,10 @@ class EvaluationPaths:
     sample_data: Path
     benchmarks: Path
     output: Path
+    vision_tower: str | Path | None = None  # of a model that reads features made outside of it
 
     @classmethod
-    def from_run(cls, run: Path, **replaced: Path | None) -> "EvaluationPaths":
+    def from_run(cls, run: Path, **replaced: str | Path | None) -> "EvaluationPaths":
         """Paths below the folder of a quickstart; those given in `replaced` (and not None) lie elsewhere."""
         found = {
             "siglip": run / "siglip" / "export",
@@ -132,7 +135,7 @@ def load_pictures(folder: Path, image_size: int, count: int | None = None, seed:
     return Pictures([key for key, _, _ in chosen], [captions for _, _, captions in chosen], torch.cat(images))
 
 
-def load_visual_tokenizer(folder: Path) -> DualTokenVisualTokenizer:
+def load_visual_tokenizer(folder: Path) -> VisualTokenizer:
     """Load an exported visual tokenizer for use, on the GPU if there is one.
 
     Raises:
@@ -140,8 +143,23 @@ def load_visual_tokenizer(folder: Path) -> DualTokenVisualTokenizer:
     """
     require_export(folder, "visual tokenizer", "dualtoken train quickstart_tokenizer")
     transformers_logging.disable_progress_bar()
-    model = DualTokenVisualTokenizer.from_pretrained(folder).eval().requires_grad_(False)
-    return model.to(default_device())
+    return loading.load_visual_tokenizer(folder).requires_grad_(False).to(default_device())
+
+
+def load_dual_tokenizer(folder: Path) -> DualTokenVisualTokenizer:
+    """Load an exported visual tokenizer for what only ours has: semantic codes, towers, phases.
+
+    Raises:
+        FileNotFoundError: there is none in the folder.
+        ValueError: it is a VQ model of others.
+    """
+    model = load_visual_tokenizer(folder)
+    if not isinstance(model, DualTokenVisualTokenizer):
+        raise ValueError(
+            f"{folder} holds the {model.config.vq.model_type!r} of others, which has no semantic codes; "
+            "expected a DualToken visual tokenizer"
+        )
+    return model
 
 
 def require_export(folder: Path, what: str, made_by: str) -> None:
@@ -180,6 +198,19 @@ def load_codes(folder: Path, count: int | None = None, seed: int = 0) -> list[Co
     return chosen
 
 
+def pictures_of(samples: Sequence[CodeSample], codes: Path, images: Path, image_size: int) -> Tensor:
+    """The pictures [N, 3, S, S] in [-1, 1] that samples of the data set `codes` were made from.
+
+    Raises:
+        ValueError: one of them is not among the image-text shards `images`.
+    """
+    pictures = load_pictures(images, image_size)
+    place = {key: number for number, key in enumerate(pictures.keys)}
+    if missing := [sample.key for sample in samples if sample.key not in place]:
+        raise ValueError(f"{images} lacks the picture {missing[0]} that the codes in {codes} were made from")
+    return pictures.images[[place[sample.key] for sample in samples]]
+
+
 def stack_codes(samples: Sequence[CodeSample]) -> Tensor:
     """The codes of each sample's one image as int64: [N, P, Q, D]."""
     return torch.stack([torch.from_numpy(sample.codes[0].astype("int64")) for sample in samples])
@@ -214,7 +245,7 @@ def load_unified_model(
 
 def load_models(
     unified: Path, visual_tokenizer: Path, precision: str = "fp32"
-) -> tuple[DualTokenForCausalLM, PreTrainedTokenizerBase, DualTokenVisualTokenizer]:
+) -> tuple[DualTokenForCausalLM, PreTrainedTokenizerBase, VisualTokenizer]:
     """Load a unified model, its text tokenizer and the visual tokenizer whose codes it speaks, for use.
 
     `precision` is the unified model's; the visual tokenizer computes in fp32, as codes were made in training.
@@ -223,7 +254,7 @@ def load_models(
         FileNotFoundError: one of them is missing.
         DatasetError: the model was trained with another visual tokenizer.
     """
-    tokenizer = load_visual_tokenizer(visual_tokenizer)
     model, text_tokenizer = load_unified_model(unified, precision)
+    tokenizer = load_visual_tokenizer(visual_tokenizer)
     require_same_codes(visual_tokenizer, tokenizer.fingerprint(), model.config.tokenizer_fingerprint)
     return model, text_tokenizer, tokenizer

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,16 +13,18 @@ from data_pipeline.languages import caption_prompt
 from data_pipeline.shards.code_shards import CodeSample, DatasetManifest, require_same_codes
 from data_pipeline.streams.views import caption_document, generation_document
 from dualtoken.generation.likelihood import document_nll
-from dualtoken.unified_model.model import CODEBOOKS, DualTokenForCausalLM
-from dualtoken.unified_model.sequence import Document, TextPart, tokenize_document
+from dualtoken.unified_model.model import DualTokenForCausalLM
+from dualtoken.unified_model.sequence import Document, ImagePart, TextPart, tokenize_document
 from eval.inputs import (
     EvaluationPaths,
     draw_prompts,
     load_codes,
-    load_unified_model,
+    load_models,
+    pictures_of,
     stack_codes,
 )
 from eval.results import write_json
+from eval.seeing import load_sight
 
 DOCUMENTS = {"held_out": 96, "seen": 32}  # at most
 COUNTED_DOCUMENTS = 20_000  # training documents from which code frequencies are taken, at most
@@ -104,28 +107,39 @@ def measure_codes(
             "without_prompt": float(without[q, depth]),
             "unigram": float(frequencies[q, depth]),
         }
-        for q, name in enumerate(CODEBOOKS)
+        for q, name in enumerate(model.config.codebooks)
         for depth in range(with_prompt.shape[1])
     ]
 
 
 def measure_captions(
-    model: DualTokenForCausalLM, text_tokenizer: PreTrainedTokenizerBase, samples: Sequence[CodeSample]
+    model: DualTokenForCausalLM,
+    text_tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[CodeSample],
+    images: Sequence[ImagePart],
 ) -> dict[str, dict]:
-    """Likelihood a token of the captions in each language: with the picture, without, with another one."""
+    """Likelihood a token of the captions in each language: with the picture, without, with another one.
+
+    `images` are what the model reads of the samples' pictures.
+    """
     result = {}
     for language in dict.fromkeys(name for sample in samples for name in sample.captions or {}):
-        chosen = [sample for sample in samples if language in (sample.captions or {})]
-        texts = [sample.captions[language] for sample in chosen]
+        chosen = [
+            (image, sample.captions[language])
+            for image, sample in zip(images, samples, strict=True)
+            if language in (sample.captions or {})
+        ]
         # Each picture's place is taken by the next one's: the captions and the pictures stay the same.
         others = [*chosen[1:], *chosen[:1]]
         variants = {
-            "with_image": [caption_document(s.codes[0], language, t) for s, t in zip(chosen, texts)],
+            "with_image": [caption_document(image, language, text) for image, text in chosen],
             "image_removed": [
                 Document([TextPart(caption_prompt(language), loss=False), TextPart(f" {text}")])
-                for text in texts
+                for _, text in chosen
             ],
-            "other_image": [caption_document(s.codes[0], language, t) for s, t in zip(others, texts)],
+            "other_image": [
+                caption_document(other, language, text) for (other, _), (_, text) in zip(others, chosen)
+            ],
         }
         found = {name: score(model, text_tokenizer, documents) for name, documents in variants.items()}
         result[language] = {
@@ -140,10 +154,11 @@ def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict
     """Measure likelihoods on held-out and on seen documents; write `likelihood.json`.
 
     Raises:
-        FileNotFoundError: there is no unified model.
-        ValueError: the codes are not the model's.
+        FileNotFoundError: a model is missing.
+        ValueError: the codes are not the model's, or a vision tower is missing.
     """
-    model, text_tokenizer = load_unified_model(paths.model)
+    model, text_tokenizer, tokenizer = load_models(paths.model, paths.visual_tokenizer)
+    sight = load_sight(model.config, text_tokenizer, tokenizer, paths.vision_tower)
     training = load_codes(paths.seen_codes, COUNTED_DOCUMENTS, seed)
     size = model.config.codebook_size
     splits = {}
@@ -151,10 +166,12 @@ def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict
         fingerprint = DatasetManifest.load(folder).fingerprint
         require_same_codes(folder, fingerprint, model.config.tokenizer_fingerprint)
         samples = load_codes(folder, min(count or DOCUMENTS[split], DOCUMENTS[split]), seed)
+        made_from = partial(pictures_of, samples, folder, paths.scenes()[split], sight.image_size)
+        images = sight.look_at_samples(folder, samples, made_from)
         splits[split] = {
             "documents": len(samples),
             "visual": measure_codes(model, text_tokenizer, samples, training),
-            "captions": measure_captions(model, text_tokenizer, samples),
+            "captions": measure_captions(model, text_tokenizer, samples, images),
         }
     result = {
         "codebook_size": size,

@@ -54,6 +54,7 @@ class DualTokenChat(lmms or object):  # type: ignore[misc]
         batch_size: requests at a time.
         max_batch_size: belongs to an automatic batch size, which is not offered.
         device: cuda or cpu, or one of several GPUs; by default the GPU if there is one.
+        vision_tower: SigLIP of a model that was trained on stored features.
 
     Raises:
         ImportError: lmms-eval is not installed.
@@ -71,6 +72,7 @@ class DualTokenChat(lmms or object):  # type: ignore[misc]
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        vision_tower: str | None = None,
     ) -> None:
         if lmms is None:
             raise ImportError("lmms-eval is not installed; pip install 'dualtoken[lmms-eval]'")
@@ -87,7 +89,11 @@ class DualTokenChat(lmms or object):  # type: ignore[misc]
         _choose_device(device, alone=self._world_size == 1)
         self.batch_size, self.device = int(batch_size), default_device()
         answerer = load_answerer(
-            pretrained, Path(visual_tokenizer) if visual_tokenizer else None, chat_template, precision
+            pretrained,
+            Path(visual_tokenizer) if visual_tokenizer else None,
+            chat_template,
+            precision,
+            vision_tower=vision_tower,
         )
         if not isinstance(answerer, UnifiedAnswerer):
             raise ValueError(f"{pretrained} is no unified model; lmms-eval has models of its own for others")
@@ -179,9 +185,9 @@ class DualTokenChat(lmms or object):  # type: ignore[misc]
             for one in conversations
             for picture in one.pictures
         ]
-        codes = iter(self.answerer.encode(pictures))
+        images = iter(self.answerer.look(pictures))
         return [
-            self.answerer.document(one.turns, [next(codes) for _ in one.pictures], one.name)
+            self.answerer.document(one.turns, [next(images) for _ in one.pictures], one.name)
             for one in conversations
         ]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data_pipeline.shards.code_shards import CodeSample
+from data_pipeline.streams.views import image_parts
 from dualtoken.generation.generators import generate_images
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
@@ -124,7 +125,7 @@ def reproduce(
     written: dict[int, str] = {}
     for language in dict.fromkeys(row["language"] for row in rows):
         for places in _batches([place for place, row in enumerate(rows) if row["language"] == language]):
-            images = [codes[place] for place in places]
+            images = [image_parts(samples[place])[0] for place in places]
             texts = write_captions(model, text_tokenizer, images, language, CAPTION_TOKENS)
             written.update(zip(places, texts, strict=True))
     device, encode = visual_tokenizer.device, visual_tokenizer.encode_semantic

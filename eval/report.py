@@ -87,8 +87,8 @@ def depth_chart(visual: list[dict], log_k: float, codebook_size: int) -> str:
     """Negative log-likelihood over depth, a line for each codebook, log K dashed."""
     series = []
     for name, style in (("pixel", "a"), ("semantic", "b")):
-        points = [(row["depth"], row["nll"]) for row in visual if row["codebook"] == name]
-        series.append(Series(name, points, style, dots=True))
+        if points := [(row["depth"], row["nll"]) for row in visual if row["codebook"] == name]:
+            series.append(Series(name, points, style, dots=True))
     depths = sorted({row["depth"] for row in visual})
     level = (f"log {codebook_size}", log_k)
     return line_chart("NLL per depth", series, 420, 210, level, depths)

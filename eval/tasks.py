@@ -82,8 +82,9 @@ class Evaluation:
     @cached_property
     def answerer(self) -> Answerer:
         """The model that is asked."""
+        paths, batch = self.paths, self.batch_size
         return load_answerer(
-            self.paths.model, self.paths.visual_tokenizer, self.template, self.precision, self.batch_size
+            paths.model, paths.visual_tokenizer, self.template, self.precision, batch, paths.vision_tower
         )
 
     @cached_property

@@ -28,10 +28,13 @@ def _share(key: str, title: str) -> Figure:
     return Figure(key, f"{title}, %", 100.0, 1, f"chance_{key}")
 
 
-FIGURES = (
+UNDERSTANDING = (
     *(_share(f"answer_{key}", f"answers: {kind}") for kind, key in QUESTIONS.items()),
     _share("answers", "answers: mean"),
     _share("captions", "captions: all right"),
+)
+FIGURES = (
+    *UNDERSTANDING,
     *(_share(f"drawn_{part}", f"drawn: {title}") for part, title in DRAWN.items()),
 )
 
@@ -111,18 +114,21 @@ def measure(run: Path, folder: Path, count: int | None = None) -> dict[str, floa
 
 
 def figures_of(scenes: dict[str, Any]) -> dict[str, float]:
-    """What the table shows of a `scenes.json`: shares of held-out scenes, and what guessing gives.
+    """What tables show of a `scenes.json`: shares of held-out scenes, and what guessing gives.
+
+    Of drawing nothing where that was not measured.
 
     The chance of an answer is the share of the commonest one; that of a caption or picture is how often the
     same ones are right of other scenes. Captions are averaged over languages.
     """
     split = scenes["splits"]["held_out"]
-    kinds, drawn, captions = split["answers"]["kinds"], split["drawn"], split["captions"].values()
+    kinds, drawn, captions = split["answers"]["kinds"], split.get("drawn"), split["captions"].values()
     found = {}
     for prefix, answered, judged in (("", "accuracy", "shares"), ("chance_", "majority", "chance")):
         answers = {key: kinds[kind][answered] for kind, key in QUESTIONS.items()}
         found |= {f"{prefix}answer_{key}": share for key, share in answers.items()}
         found[f"{prefix}answers"] = statistics.mean(answers.values())
         found[f"{prefix}captions"] = statistics.mean(one[judged]["all"] for one in captions)
-        found |= {f"{prefix}drawn_{part}": drawn[judged][part] for part in DRAWN}
+        if drawn is not None:
+            found |= {f"{prefix}drawn_{part}": drawn[judged][part] for part in DRAWN}
     return found

@@ -10,6 +10,7 @@ from data_pipeline.shards.conversations import IMAGE_TAG, ChatTemplate
 from dualtoken.generation.sampling import Sampling
 from dualtoken.unified_model.sequence import ImagePart
 from eval.inputs import load_models, to_picture
+from eval.seeing import load_sight
 from eval.templates import default_template, template_named, views_learned
 from launchers.conversation import Chat
 from launchers.errors import UserError
@@ -48,6 +49,7 @@ def chat(
     sampling: dict,
     seed: int,
     max_new_tokens: int,
+    vision_tower: str | None = None,
 ) -> None:
     """Talk until the input ends; pictures go to `output`, notes and mistakes to standard error.
 
@@ -56,12 +58,11 @@ def chat(
     """
     chosen = Sampling(**sampling)
     unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
+    sight = load_sight(unified.config, text_tokenizer, tokenizer, vision_tower)
     style, notes = choose_template(template, model)
     if system and not style.system:
         raise UserError("this chat template has no place for a system prompt: leave --system out")
-    talk = Chat(
-        unified, text_tokenizer, tokenizer, style, system, guidance_scale, chosen, max_new_tokens, seed
-    )
+    talk = Chat(unified, text_tokenizer, sight, style, system, guidance_scale, chosen, max_new_tokens, seed)
     for path in images:
         talk.attach(path)
     if sys.stdin.isatty():
@@ -137,7 +138,8 @@ def _answer(talk: Chat, text: str, output: Path) -> None:
 
 
 def _save(codes: Any, name: str, talk: Chat, output: Path) -> None:
-    picture = talk.visual_tokenizer.decode(codes[None].to(talk.visual_tokenizer.device))[0]
+    tokenizer = talk.sight.visual_tokenizer
+    picture = tokenizer.decode(codes[None].to(tokenizer.device))[0]
     (target,) = free_names(output, [name.replace(IMAGE_TAG, " ")])
     to_picture(picture.float().cpu()).save(target)
     _show(f"[picture: {target}]\n")

@@ -4,31 +4,29 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from data_pipeline.shards.code_shards import CodeSample
 from data_pipeline.shards.conversations import IMAGE_TAG, TEMPLATES, ChatTemplate, conversation_parts
-from data_pipeline.streams.views import parts_document
+from data_pipeline.streams.views import document_of
 from dualtoken.generation.generators import generate_images, stream
 from dualtoken.generation.sampling import Sampling
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.unified_model.sequence import Document, ImagePart, tokenize_document
-from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from eval.seeing import Sight
 from eval.templates import with_images_first
 from launchers.errors import UserError
-from launchers.use import read_pictures
+from launchers.use import decode_files
 
 MOST_IMAGES = 4  # in one answer
 
 
 class Chat:
-    """A conversation as the model was trained on them: turns with image tags, and the codes of the images.
+    """A conversation as the model was trained on them: turns with image tags, and the images.
 
     Args:
         model: the unified model.
         text_tokenizer: its text tokenizer.
-        visual_tokenizer: the one whose codes it speaks.
+        sight: what it reads of pictures.
         template: what stands around the turns.
         system: system prompt; None for the template's own.
         guidance_scale: of drawn pictures.
@@ -41,7 +39,7 @@ class Chat:
         self,
         model: DualTokenForCausalLM,
         text_tokenizer: Any,
-        visual_tokenizer: DualTokenVisualTokenizer,
+        sight: Sight,
         template: ChatTemplate = TEMPLATES["qwen"],
         system: str | None = None,
         guidance_scale: float = 1.0,
@@ -49,7 +47,7 @@ class Chat:
         max_new_tokens: int = 256,
         seed: int = 0,
     ) -> None:
-        self.model, self.text_tokenizer, self.visual_tokenizer = model, text_tokenizer, visual_tokenizer
+        self.model, self.text_tokenizer, self.sight = model, text_tokenizer, sight
         self.template, self.system = template, system
         self.guidance_scale, self.sampling, self.seed = guidance_scale, sampling or Sampling(0.0), seed
         self.max_new_tokens = max_new_tokens
@@ -58,13 +56,12 @@ class Chat:
     def reset(self) -> None:
         """Forget everything said, shown and attached."""
         self.turns: list[dict[str, str]] = []
-        self.codes: list[Tensor] = []  # [P, Q, D] each, in the order of the tags
-        self.attached: list[Tensor] = []
+        self.images: list[ImagePart] = []  # in the order of the tags
+        self.attached: list[ImagePart] = []
 
     def attach(self, path: Path) -> None:
         """Read a picture file for the next message."""
-        pictures = read_pictures([path], self.visual_tokenizer.config.image_size)
-        self.attached.append(self.visual_tokenizer.encode(pictures.to(self.visual_tokenizer.device))[0].cpu())
+        self.attached += self.sight.look(decode_files([path], self.sight.decoder()))
 
     def ask(self, text: str) -> Document:
         """The conversation up to the place where the answer to `text` begins.
@@ -72,7 +69,7 @@ class Chat:
         Attached pictures stand in the places of its image tags; without tags before it, each on a line of
         its own, as in LLaVA's conversations.
         """
-        return self._document([*self.turns, self._message(text)], [*self.codes, *self.attached])
+        return self._document([*self.turns, self._message(text)], [*self.images, *self.attached])
 
     def say(self, text: str, progress: Callable[[int, int], None] | None = None) -> Iterator[str | ImagePart]:
         """Send a message; yields the answer's text and images as they come, and keeps both turns at its end.
@@ -84,17 +81,17 @@ class Chat:
         document = self.ask(text)
         room = self._room(document)
         words = min(self.max_new_tokens, room)
-        per_image = self.model.config.positions_per_image + 2
         answer, written, drawn = "", "", []
+        images = min(MOST_IMAGES, (room - words) // self._tokens_of_drawn())
         pieces = stream(
-            self.model, self.text_tokenizer, document, words, min(MOST_IMAGES, (room - words) // per_image),
+            self.model, self.text_tokenizer, document, words, images,
             self.guidance_scale, self.sampling, self.sampling, self._next_seed(),
-            self.template.assistant[1], progress,
+            self.template.assistant[1], progress, self._see,
         )  # fmt: skip
         for piece in pieces:
             if isinstance(piece, ImagePart):
                 answer, written = f"{answer}{_without_tags(written)}{IMAGE_TAG}", ""
-                drawn.append(piece.codes)
+                drawn.append(piece)
             else:
                 written += piece
             yield piece
@@ -108,14 +105,14 @@ class Chat:
     def draw(self, text: str, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """Send a message that is answered by an image alone: its codes [P, Q, D]; keeps both turns."""
         document = self.ask(text)
-        if self._room(document) < self.model.config.positions_per_image + 2:
+        if self._room(document) < self._tokens_of_drawn():
             raise self._too_long()
         chosen = self.sampling
         codes = generate_images(
             self.model, self.text_tokenizer, [document], self.guidance_scale,
             chosen.temperature, chosen.top_k, chosen.top_p, self._next_seed(), progress,
         )[0].cpu()  # fmt: skip
-        self._keep(text, IMAGE_TAG, [codes])
+        self._keep(text, IMAGE_TAG, [self.sight.drawn(codes)])
         return codes
 
     def _message(self, text: str) -> dict[str, str]:
@@ -128,13 +125,22 @@ class Chat:
             )
         return {"from": "human", "value": text}
 
-    def _document(self, turns: Sequence[dict[str, str]], codes: Sequence[Tensor]) -> Document:
-        parts = conversation_parts(turns, len(codes), self.template, self.system, answered=False)
-        return parts_document(CodeSample("chat", np.stack(codes) if codes else np.empty(0), parts))
+    def _document(self, turns: Sequence[dict[str, str]], images: Sequence[ImagePart]) -> Document:
+        parts = conversation_parts(turns, len(images), self.template, self.system, answered=False)
+        return document_of(parts, images, "chat")
 
-    def _keep(self, text: str, answer: str, drawn: Sequence[Any]) -> None:
+    def _see(self, codes: Tensor) -> Any:
+        return self.sight.drawn(codes).features
+
+    def _tokens_of_drawn(self) -> int:
+        """Tokens of a picture that was drawn, once the conversation goes on after it."""
+        config = self.model.config
+        features = config.image_layout.most_positions
+        return config.positions_per_image + 2 + (1 + features if features else 0)
+
+    def _keep(self, text: str, answer: str, drawn: Sequence[ImagePart]) -> None:
         self.turns += [self._message(text), {"from": "gpt", "value": answer}]
-        self.codes += [*self.attached, *drawn]
+        self.images += [*self.attached, *drawn]
         self.attached = []
 
     def _next_seed(self) -> int:

@@ -67,8 +67,8 @@ def verify(folder: Path, visual_tokenizer: Path | None) -> Iterator[str]:
     geometry = manifest.geometry
     yield (
         f"{folder}: {len(manifest.shards)} shards, {manifest.samples_out} samples, {manifest.images} images "
-        f"of {geometry.positions} positions x 2 codebooks x {geometry.num_quantizers} depths, "
-        f"codes below {geometry.codebook_size}"
+        f"of {geometry.positions} positions x {geometry.num_codebooks} codebooks "
+        f"x {geometry.num_quantizers} depths, codes below {geometry.codebook_size}"
     )
     yield "hashes, counts, keys, shapes, code ranges and the index are right"
     whose = "those of this tokenizer" if fingerprint else "not compared (--visual-tokenizer)"
@@ -127,12 +127,13 @@ def _find(folder: Path, key: str) -> CodeSample:
 
 
 def _count_codes(samples: Iterable[np.ndarray], geometry: CodeGeometry) -> np.ndarray:
-    """Count each code of each codebook and depth: [2, D, K]; `samples` are [I, P, 2, D]."""
-    books = 2 * geometry.num_quantizers
+    """Count each code of each codebook and depth: [Q, D, K]; `samples` are [I, P, Q, D]."""
+    shape = (*geometry.shape[1:], geometry.codebook_size)
+    books = shape[0] * shape[1]
     offsets = np.arange(books) * geometry.codebook_size
     flat = np.concatenate([codes.reshape(-1, books) for codes in samples]) + offsets
     counts = np.bincount(flat.ravel(), minlength=books * geometry.codebook_size)
-    return counts.reshape(2, geometry.num_quantizers, geometry.codebook_size)
+    return counts.reshape(shape)
 
 
 def stats(folder: Path) -> Iterator[str]:
@@ -141,9 +142,11 @@ def stats(folder: Path) -> Iterator[str]:
     Raises:
         UserError: the data set is empty.
     """
+    from dualtoken.unified_model.visual_embedder import CODEBOOKS
+
     manifest = DatasetManifest.load(folder)
     geometry = manifest.geometry
-    counts = np.zeros((2, geometry.num_quantizers, geometry.codebook_size), dtype=np.int64)
+    counts = np.zeros((*geometry.shape[1:], geometry.codebook_size), dtype=np.int64)
     waiting, size = list[np.ndarray](), 0  # codes that are not counted yet
     parts: Counter[str] = Counter()
     images_each: Counter[int] = Counter()
@@ -170,7 +173,7 @@ def stats(folder: Path) -> Iterator[str]:
     yield f"letters of text a sample: median {letters[len(letters) // 2]}, longest {letters[-1]}"
     if total:
         yield f"{'codebook':<10}{'depth':>6}{'used':>8}{'perplexity':>12}   of {geometry.codebook_size} codes"
-        for q, name in enumerate(("pixel", "semantic")):
+        for q, name in enumerate(CODEBOOKS[: geometry.num_codebooks]):
             for d in range(geometry.num_quantizers):
                 found = counts[q, d][counts[q, d] > 0]
                 share = found / found.sum()

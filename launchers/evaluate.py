@@ -85,6 +85,7 @@ def _models(asked: Evaluation) -> dict[str, Any]:
         "model": asked.paths.model,
         "visual_tokenizer": asked.paths.visual_tokenizer,
         "siglip": asked.paths.siglip,
+        **({"vision_tower": asked.paths.vision_tower} if asked.paths.vision_tower else {}),
     }
     return {
         name: {"path": str(folder), "fingerprint": fingerprint_of_files(Path(folder))}

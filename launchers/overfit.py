@@ -14,11 +14,12 @@ from data_pipeline.shards.code_shards import (
     require_same_codes,
 )
 from data_pipeline.whole_folder import whole_folder
+from dualtoken.unified_model.config import WITH_FEATURES
 from eval.inputs import (
     draw_prompts,
     load_codes,
+    load_dual_tokenizer,
     load_unified_model,
-    load_visual_tokenizer,
 )
 from eval.overfit import Reproduction, reproduce, write_results
 from eval.results import read_json
@@ -65,7 +66,7 @@ def overfit(
         UserError: something is missing, or the pairs did not come back: both texts and codes exactly for one
             pair; for several, better than by chance.
     """
-    tokenizer = load_visual_tokenizer(visual_tokenizer)
+    tokenizer = load_dual_tokenizer(visual_tokenizer)
     if not (text_tokenizer / "tokenizer_config.json").is_file():
         raise UserError(
             f"no text tokenizer in {text_tokenizer}: `dualtoken sample-data` makes a small one, or give "
@@ -140,9 +141,11 @@ def write_pairs(samples: Sequence[CodeSample], source: DatasetManifest, folder: 
         source.num_quantizers,
         source.positions,
         source.image_size,
+        num_codebooks=source.num_codebooks,
+        features=source.features,
     )
     with whole_folder(folder) as temporary:
-        with ShardWriter(temporary / SHARD, manifest.geometry) as writer:
+        with ShardWriter(temporary / SHARD, manifest.geometry, features=source.features) as writer:
             for sample in samples:
                 writer.write(sample)
         assert writer.entry is not None
@@ -184,20 +187,18 @@ def training_words(
         "validate_every=0",
         "wandb.mode=disabled",
     ]
-    config = load_job_config(words, ranks)
+    config = load_job_config([*words, *settings], ranks)
     if config.job != "mllm":
         raise UserError(
             f"recipe {recipe} is of the job {config.job}; expected one of the unified model (mllm)"
         )
     one = len(samples) == 1
     steps = steps or (STEPS_FOR_ONE_PAIR if one else config.steps)
-    # A pack has no use for more room than all the documents take.
-    room = sum(_lengths(samples, text_tokenizer))
-    words += [
-        f"steps={steps}",
-        f"optimizer.warmup_steps={steps // 10}",
-        f"data.context_length={min(room, config.data.context_length)}",
-    ]
+    words += [f"steps={steps}", f"optimizer.warmup_steps={steps // 10}"]
+    if config.model.heads.get("visual_input") not in WITH_FEATURES:
+        # A pack has no use for more room than all the documents take.
+        room = sum(_lengths(samples, text_tokenizer))
+        words.append(f"data.context_length={min(room, config.data.context_length)}")
     if one:  # all packs are alike, so one of them is the whole batch
         words.append(f"global_batch_size={config.micro_batch_size * ranks}")
     words += settings
@@ -225,7 +226,7 @@ def _lengths(samples: Sequence[CodeSample], text_tokenizer: Path) -> Iterator[in
     """Tokens of each pair's two documents."""
     from transformers import AutoTokenizer
 
-    from data_pipeline.streams.views import caption_document, generation_document
+    from data_pipeline.streams.views import caption_document, generation_document, image_parts
     from dualtoken.unified_model.sequence import SpecialTokens, tokenize_document
 
     tokenizer = AutoTokenizer.from_pretrained(text_tokenizer)
@@ -233,7 +234,7 @@ def _lengths(samples: Sequence[CodeSample], text_tokenizer: Path) -> Iterator[in
     for sample in samples:
         ((language, caption),) = sample.captions.items()
         for document in (
-            caption_document(sample.codes[0], language, caption),
+            caption_document(image_parts(sample)[0], language, caption),
             generation_document(sample.codes[0], caption),
         ):
             yield len(tokenize_document(document, tokenizer, special))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_pipeline.shards.code_shards import CODEBOOKS, CodeSample, encode_sample
+from data_pipeline.shards.code_shards import CodeSample, encode_sample
 from launchers.errors import UserError
 from launchers.gpus import gpu_named
 from pretrain.budget import (
@@ -218,7 +218,7 @@ def make_plan(
 
 def shard_bytes(code_bytes: int, text_tokens: int) -> int:
     """Bytes in a shard of a picture of `code_bytes` of codes with a text of four letters a token."""
-    codes = np.zeros((1, code_bytes // 4, CODEBOOKS, 1), np.uint16)
+    codes = np.zeros((1, code_bytes // 2, 1, 1), np.uint16)
     members = encode_sample(CodeSample("0" * 9, codes, [{"image": 0}, {"text": "word" * text_tokens}]))
     return sum(TAR_BLOCK + -(-len(content) // TAR_BLOCK) * TAR_BLOCK for _, content in members)
 

@@ -79,6 +79,9 @@ def environment(processes: int) -> dict[str, str]:
     env["OMP_NUM_THREADS"] = str(max(1, available_cores() // processes))
     if not torch.cuda.is_available():
         env["DS_ACCELERATOR"] = "cpu"
+        # In bf16 oneDNN compiles a kernel for every shape: as many as it keeps by itself take 0.5 GiB a rank
+        # of shapes that seldom come again.
+        env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     return env
 
 

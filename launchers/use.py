@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.images.decoding import build_image_decoder
+from data_pipeline.images.decoding import DecodedImages, ImageDecoder, build_image_decoder
 from eval.inputs import load_models, load_visual_tokenizer, to_picture
+from eval.seeing import load_sight
 from launchers.errors import UserError
 
 
@@ -24,7 +25,12 @@ def drawing_progress() -> Callable[[int, int], None] | None:
 
 
 def read_pictures(paths: Sequence[Path], image_size: int) -> torch.Tensor:
-    """Decode picture files to [N, 3, S, S] in [-1, 1], resized to a square as in training.
+    """As `decode_files`, to [N, 3, S, S] in [-1, 1], resized to a square as in training."""
+    return decode_files(paths, build_image_decoder(image_size)).images
+
+
+def decode_files(paths: Sequence[Path], decode: ImageDecoder) -> DecodedImages:
+    """Decode picture files.
 
     Raises:
         UserError: a file is missing or no readable picture; the message names it.
@@ -32,12 +38,11 @@ def read_pictures(paths: Sequence[Path], image_size: int) -> torch.Tensor:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UserError(f"no such file: {missing[0]}")
-    decode = build_image_decoder(image_size)
     decoded = decode([path.read_bytes() for path in paths])
     if decoded.rejected:
         bad = decoded.rejected[0]
         raise UserError(f"{paths[bad.index]} is no picture that can be read: {bad.reason}")
-    return decoded.images
+    return decoded
 
 
 def reconstruct_files(images: Sequence[Path], visual_tokenizer: Path, output: Path) -> Iterator[str]:
@@ -62,6 +67,7 @@ def generate_files(
     guidance_scale: float,
     sampling: dict,
     images: Sequence[Path] = (),
+    vision_tower: str | None = None,
 ) -> Iterator[str]:
     """Write a picture for each prompt; yields a line for each.
 
@@ -69,14 +75,15 @@ def generate_files(
     """
     from dualtoken.generation.generators import generate_images
     from dualtoken.processing import DualTokenProcessor
+    from dualtoken.visual_tokenizer.vq_tokenizer import VQTokenizer
 
     unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
-    shown = []
-    if images:
-        given = read_pictures(images, tokenizer.config.image_size)
-        shown = list(tokenizer.encode(given.to(tokenizer.device)).cpu())
+    if isinstance(tokenizer, VQTokenizer):
+        tokenizer.require_decoder()  # told before anything is drawn
+    sight = load_sight(unified.config, text_tokenizer, tokenizer, vision_tower)
+    shown = sight.look(decode_files(images, sight.decoder())) if images else []
     processor = DualTokenProcessor.for_config(unified.config, text_tokenizer)
-    documents = processor.documents(list(prompts), codes=shown)
+    documents = processor.documents(list(prompts), parts=shown)
     codes = generate_images(
         unified,
         text_tokenizer,
@@ -92,15 +99,20 @@ def generate_files(
 
 
 def caption_files(
-    images: Sequence[Path], model: Path, visual_tokenizer: Path, language: str, max_new_tokens: int
+    images: Sequence[Path],
+    model: Path,
+    visual_tokenizer: Path,
+    language: str,
+    max_new_tokens: int,
+    vision_tower: str | None = None,
 ) -> Iterator[str]:
     """Yield a line with a caption for each picture."""
     from eval.generation.writing import write_captions
 
     unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
-    pictures = read_pictures(images, tokenizer.config.image_size)
-    codes = tokenizer.encode(pictures.to(tokenizer.device)).cpu()
-    captions = write_captions(unified, text_tokenizer, list(codes), language, max_new_tokens)
+    sight = load_sight(unified.config, text_tokenizer, tokenizer, vision_tower)
+    seen = sight.look(decode_files(images, sight.decoder()))
+    captions = write_captions(unified, text_tokenizer, seen, language, max_new_tokens)
     for path, text in zip(images, captions):
         yield f"{path}: {text}"
 

@@ -23,6 +23,7 @@ class Variant:
     meaning: str
     words: tuple[str, ...]  # settings that differ from the recipe's
     left_out: tuple[str, ...] = ()  # figures that say nothing of it
+    made_from: Mapping[str, str] = field(default_factory=dict)  # fingerprints of what it alone reads
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def train_all(
             for variant in trainings.variants:
                 folder = output / f"{variant.name}-seed{seed}"
                 words = [*trainings.settings(folder, seed), *variant.words]
-                asked[folder] = {"words": words, "made_from": dict(trainings.made_from)}
+                asked[folder] = {"words": words, "made_from": {**trainings.made_from, **variant.made_from}}
                 figures = read_json(folder / f"{trainings.kind}.json")
                 _require_same(folder, figures, asked[folder])
                 runs.append(Run(variant, seed, folder, figures))

@@ -171,7 +171,7 @@ def unified_model_flops(model: DualTokenForCausalLM, pack: PackContents) -> dict
         for projection in (model.post_quantization.pixel, model.post_quantization.semantic):
             run_projection(features, "post_quantization", projection, pack.visual_positions, pairs, width)
     reads_embeddings = learns(model.get_input_embeddings())
-    for mlp in model.visual_embedder.mlps:
+    for mlp in model.visual_embedder.mlps if model.visual_embedder is not None else ():
         features = Chain(parts=parts)
         features.run_linears("visual_embedder", mlp, pack.visual_positions)
     learns_below = features.learns_below or reads_embeddings
@@ -190,9 +190,9 @@ def unified_model_flops(model: DualTokenForCausalLM, pack: PackContents) -> dict
         decoder.run("llm", attention(pack.pairs, heads * head_dim))
     text = decoder.fork()
     output_layer = model.get_output_embeddings()
-    text.run_linears("text_head", nn.Sequential(output_layer), pack.text_targets)
-    names = ("pixel", "semantic")
-    for name, (projector, head) in zip(names, model.visual_heads(), strict=True):
+    targets = pack.text_targets + (pack.visual_targets if config.codes_in_vocabulary else 0.0)
+    text.run_linears("text_head", nn.Sequential(output_layer), targets)
+    for name, (projector, head) in zip(config.codebooks, model.visual_heads()):
         visual = decoder.fork()
         visual.run_linears(f"{name}_projector", projector, pack.visual_targets)
         run_visual_head(visual, f"{name}_head", head, pack.visual_targets)

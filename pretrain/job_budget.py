@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import nn
@@ -202,7 +203,7 @@ def _mllm(
     passes = flops["llm"].backward > 0
     keeps_products = config.checkpointing_keeps == "products"
     kept = tokens * decoder_layer_products(text_config, weight) if keeps_products else 0.0
-    head = head_chunk_bytes(
+    head = 0.0 if unified.codes_in_vocabulary else head_chunk_bytes(
         min(unified.chunk_size, round(pack.visual_targets)), unified.num_quantizers, unified.head_hidden_size,
         unified.head_intermediate_size or 4 * unified.head_hidden_size, unified.head_num_layers,
         unified.codebook_size, weight,
@@ -220,7 +221,8 @@ def _mllm(
         }
     # Gradients are made in the forward pass and kept to the backward pass.
     early = sum(c.trained for name, c in counts.items() if name.endswith("_head"))
-    early += sum(p.numel() for p in output_layer.parameters() if p.requires_grad)
+    runs = 2 if unified.codes_in_vocabulary else 1  # of the output layer, for text and for codes
+    early += runs * sum(p.numel() for p in output_layer.parameters() if p.requires_grad)
     checkpointed = ("llm", "vision_tower") if not keeps_products else ()
     places = f"{positions} positions"
     if layout.tiles:
@@ -240,7 +242,7 @@ def _mllm(
         samples=pack.documents,
         tokens=pack.tokens,
         images=pack.pictures,
-        code_bytes=unified.positions_per_image * 2 * unified.num_quantizers * 2,
+        code_bytes=2 * prod(unified.code_shape),
         encode=encode_flops(tokenizer),
         notes=[
             f"a pack of {config.data.context_length:,} tokens holds {pack.documents:.1f} documents, "

@@ -14,15 +14,16 @@ from omegaconf import MISSING
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.shards.code_shards import CodeGeometry, FeatureGeometry, require_same_codes
+from data_pipeline.shards.code_shards import CodeGeometry, expected_features, require_same_codes
 from data_pipeline.streams import DocumentLoader, DocumentStreamConfig, document_loader
 from dualtoken.processing import DualTokenProcessor
 from dualtoken.unified_model.config import WITH_FEATURES, DualTokenConfig, feature_fields, head_settings
 from dualtoken.unified_model.model import DualTokenForCausalLM, DualTokenOutput
 from dualtoken.unified_model.sequence import PackedBatch, SpecialTokens, add_special_tokens
 from dualtoken.unified_model.vision_tower import VisionTower, name_in_siglip
+from dualtoken.unified_model.visual_embedder import CODEBOOKS
 from dualtoken.visual_tokenizer.backbone import load_backbone, model_folder
-from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer.loading import load_visual_tokenizer
 from pretrain.compilation import EVERYTHING, compile_parts
 from pretrain.config import ConfigError, JobConfig
 from pretrain.engine import (
@@ -45,8 +46,6 @@ from pretrain.sequence_parallel import (
 )
 from pretrain.stepping import backward, take_step
 from pretrain.tower_collapse import TowerWatch, packs_with_pictures
-
-BRANCHES = ("pixel", "semantic")
 
 
 @dataclass
@@ -114,7 +113,13 @@ class MllmJobConfig(JobConfig):
         if size < 1:
             raise ConfigError(f"sequence_parallel_size={size}: expected 1, for none, or more")
         for name in ("data", "validation_data"):
-            length = getattr(getattr(self, name), "context_length", 0)
+            stream = getattr(self, name)
+            if size > 1 and getattr(stream, "documents_per_pack", 0):
+                raise ConfigError(
+                    f"sequence_parallel_size={size} with {name}.documents_per_pack="
+                    f"{stream.documents_per_pack}: packs of any length cannot be split; leave one of them out"
+                )
+            length = getattr(stream, "context_length", 0)
             if length % size:
                 raise ConfigError(
                     f"{name}.context_length={length} cannot be split: expected a multiple of "
@@ -143,7 +148,7 @@ def compiled_parts(model: DualTokenForCausalLM) -> dict[str, list[nn.Module]]:
 
 
 class MllmTask:
-    """Trains :class:`DualTokenForCausalLM` by next-token prediction over text and both codebooks."""
+    """Trains :class:`DualTokenForCausalLM` by next-token prediction over text and codes."""
 
     exported = ("model", "")
 
@@ -179,7 +184,7 @@ class MllmTask:
             ValueError: `init_from` was trained with another visual or text tokenizer.
         """
         parts = self.config.model
-        visual_tokenizer = DualTokenVisualTokenizer.from_pretrained(parts.visual_tokenizer)
+        visual_tokenizer = load_visual_tokenizer(parts.visual_tokenizer)
         fingerprint = visual_tokenizer.fingerprint()
         if parts.init_from:
             for given in ("llm", "llm_config", "vision_tower"):
@@ -204,6 +209,13 @@ class MllmTask:
                     f"{parts.init_from} has {model.config.special}, the text tokenizer "
                     f"{parts.text_tokenizer} {self.special}; expected the one it was trained with, "
                     "which is in that folder too"
+                )
+            first_code = model.config.first_code
+            if first_code is not None and len(self.text_tokenizer) > first_code:
+                raise ValueError(
+                    f"the text tokenizer {parts.text_tokenizer} has {len(self.text_tokenizer)} tokens, but "
+                    f"codes begin at row {first_code} of the vocabulary of {parts.init_from}; expected the "
+                    "one it was trained with, which is in that folder too"
                 )
             return model
         if bool(parts.llm) == bool(parts.llm_config):
@@ -263,7 +275,9 @@ class MllmTask:
         return document_loader(
             config,
             self.text_tokenizer,
-            CodeGeometry(model.positions_per_image, model.num_quantizers, model.codebook_size),
+            CodeGeometry(
+                model.positions_per_image, model.num_quantizers, model.codebook_size, model.num_codebooks
+            ),
             model.tokenizer_fingerprint,
             0 if shared else self.runtime.data_rank,
             1 if shared else self.runtime.data_ranks,
@@ -353,8 +367,8 @@ class MllmTask:
         text, visual = output.text_nll, output.visual_nll
         if weights.z_loss:
             text, visual = text + output.text_z_loss, visual + output.visual_z_loss
-        pixel, semantic = visual.sum(dim=1)  # [Q, D] -> [Q]
-        return weights.text * text + weights.pixel * pixel + weights.semantic * semantic
+        branches = zip(self.model.config.codebooks, visual.sum(dim=1))  # [Q, D] -> [Q]
+        return weights.text * text + sum(getattr(weights, name) * nll for name, nll in branches)
 
     def validate(self) -> dict[str, float]:
         """Return the negative log-likelihoods per token and depth (nats) on the validation documents.
@@ -420,17 +434,6 @@ class MllmTask:
         processor.save_pretrained(directory)
 
 
-def expected_features(config: DualTokenConfig) -> FeatureGeometry | None:
-    """What a model takes of images for continuous features; None without."""
-    if not config.reads_features:
-        return None
-    tiles = config.image_layout.tiles
-    if config.vision_config is not None:
-        return FeatureGeometry("pixels", (3, config.image_size, config.image_size), tiles=tiles)
-    shape = (config.features_per_image, config.feature_dim)
-    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint, tiles)
-
-
 def reads_features(parts: MllmModelConfig, heads: Mapping[str, Any]) -> bool:
     """Whether a new model with these heads reads continuous features of a vision tower.
 
@@ -442,7 +445,7 @@ def reads_features(parts: MllmModelConfig, heads: Mapping[str, Any]) -> bool:
         raise ConfigError(
             f"model.vision_tower={parts.vision_tower} with model.heads.visual_input="
             f"{heads.get('visual_input', 'both')}: expected a SigLIP for "
-            f"{' and '.join(WITH_FEATURES)}, and none without"
+            f"{', '.join(WITH_FEATURES)}, and none without"
         )
     return reads
 
@@ -463,9 +466,9 @@ def add_figures(averages: Averages, output: DualTokenOutput) -> None:
     averages.add("accuracy/text", output.text_correct, output.text_count)
     if output.text_z_loss is not None:
         averages.add("z_loss/text", output.text_z_loss, output.text_count)
-        for branch, z_loss in zip(BRANCHES, output.visual_z_loss):
+        for branch, z_loss in zip(CODEBOOKS, output.visual_z_loss):
             averages.add(f"z_loss/{branch}", z_loss.sum(), output.visual_count)
-    for branch, nll, correct in zip(BRANCHES, output.visual_nll, output.visual_correct):
+    for branch, nll, correct in zip(CODEBOOKS, output.visual_nll, output.visual_correct):
         averages.add(f"loss/{branch}", nll.sum(), output.visual_count)
         for depth in range(len(nll)):
             averages.add(f"nll_{branch}/depth_{depth + 1}", nll[depth], output.visual_count)

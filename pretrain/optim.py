@@ -21,7 +21,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         ConfigError: nothing is trainable, or a pattern of `lr_scales` fits no parameter, not a frozen one.
     """
     groups: dict[tuple[bool, float, float], dict[str, Any]] = {}
-    unused = set(config.lr_scales)
+    unused = {pattern for pattern in config.lr_scales if not _of_absent_part(pattern, model)}
     for name, parameter in model.named_parameters():
         pattern = next((pattern for pattern in config.lr_scales if fnmatch.fnmatchcase(name, pattern)), None)
         unused.discard(pattern)
@@ -45,16 +45,25 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 def freeze_parameters(model: nn.Module, patterns: list[str]) -> None:
     """Freeze every parameter whose name matches one of the patterns (`*` matches anything).
 
+    So that a recipe fits every kind of unified model, patterns of parts that this one lacks count for
+    nothing.
+
     Raises:
         ConfigError: a pattern matches no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
+        if not fnmatch.filter(names, pattern) and not _of_absent_part(pattern, model):
             raise ConfigError(f"frozen: {pattern!r} matches no parameter; names look like {names[0]!r}")
     for name, parameter in model.named_parameters():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)
+
+
+def _of_absent_part(pattern: str, model: nn.Module) -> bool:
+    """Whether a pattern is of parts that models of this class may have and this one does not."""
+    named = fnmatch.filter(getattr(model, "part_names", ()), pattern.partition(".")[0])
+    return bool(named) and not any(name in model.parts() for name in named)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

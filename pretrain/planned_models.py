@@ -25,12 +25,18 @@ from dualtoken.unified_model.config import (
     DualTokenConfig,
     feature_fields,
     head_settings,
-    padded_vocabulary,
 )
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.unified_model.vision_tower import VisionTower, tower_settings
 from dualtoken.visual_tokenizer.config import PRESETS, DualTokenVisualTokenizerConfig, preset_config
+from dualtoken.visual_tokenizer.loading import (
+    VisualTokenizer,
+    VisualTokenizerConfig,
+    load_visual_tokenizer_config,
+)
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer.vq_config import VQTokenizerConfig
+from dualtoken.visual_tokenizer.vq_tokenizer import VQTokenizer
 from pretrain.budget import ParameterCount
 from pretrain.config import (
     ConfigError,
@@ -94,7 +100,7 @@ class ModelOptions:
 
 def planned_unified_model(
     config: MllmJobConfig, options: ModelOptions
-) -> tuple[DualTokenForCausalLM, DualTokenVisualTokenizer]:
+) -> tuple[DualTokenForCausalLM, VisualTokenizer]:
     """The unified model of a recipe, frozen as the phase has it, and its tokenizer, on the meta device.
 
     Raises:
@@ -102,12 +108,11 @@ def planned_unified_model(
     """
     visual = _tokenizer_config(config.model.visual_tokenizer, options)
     with torch.device("meta"):
-        tokenizer = DualTokenVisualTokenizer(visual)
+        is_vq = isinstance(visual, VQTokenizerConfig)
+        tokenizer = VQTokenizer(visual) if is_vq else DualTokenVisualTokenizer(visual)
     unified = _unified_config(config, tokenizer, options)
-    if Path(config.model.text_tokenizer).is_dir():
-        text_tokenizer = AutoTokenizer.from_pretrained(config.model.text_tokenizer)
-        decoder: Any = unified.text_config
-        decoder.vocab_size = padded_vocabulary(decoder.vocab_size, len(text_tokenizer))
+    has_words = Path(config.model.text_tokenizer).is_dir()
+    unified.make_room(len(AutoTokenizer.from_pretrained(config.model.text_tokenizer)) if has_words else 0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(unified)
     freeze_parameters(model, config.frozen)
@@ -164,13 +169,13 @@ def count_parts(
     return counts
 
 
-def _tokenizer_config(name: str, options: ModelOptions) -> DualTokenVisualTokenizerConfig:
+def _tokenizer_config(name: str, options: ModelOptions) -> VisualTokenizerConfig:
     if options.visual_tokenizer is not None:
         name = options.visual_tokenizer
     if name in PRESETS:
         return preset_config(name)
     if (Path(name) / "config.json").is_file():
-        return DualTokenVisualTokenizerConfig.from_pretrained(name)
+        return load_visual_tokenizer_config(name)
     maker = _recipe_that_exports(name)
     if maker is not None:
         options.note(f"visual tokenizer: as recipe {_name_of(maker)} makes it")
@@ -194,7 +199,7 @@ def _config_of_tokenizer_job(
 
 def _unified_config(
     config: MllmJobConfig,
-    tokenizer: DualTokenVisualTokenizer,
+    tokenizer: VisualTokenizer,
     options: ModelOptions,
     behind: tuple[str, ...] = (),
     **later: Any,

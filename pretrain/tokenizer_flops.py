@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from dualtoken.visual_tokenizer.loading import VisualTokenizer
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer.pixel_decoder import SpatialAttention
+from dualtoken.visual_tokenizer.vq_tokenizer import VQTokenizer
 from pretrain.flops import Chain, Flops, attention, learns, matmul, run_projection
 
 
@@ -49,8 +52,15 @@ def run_convolutions(
         chain.run(part, flops * times, trained)
 
 
-def encode_flops(model: DualTokenVisualTokenizer) -> float:
-    """FLOPs of turning a picture into codes."""
+def encode_flops(model: VisualTokenizer) -> float:
+    """FLOPs of turning a picture into codes; `model` is on the meta device."""
+    if isinstance(model, VQTokenizer):
+        config = model.config
+        picture = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.latents(picture)
+        search = matmul(config.positions, config.codebook_dim, config.codebook_size)
+        return counter.get_total_flops() + search.forward
     chain = Chain()
     _run_encoder(chain, model)
     return sum(flops.forward for flops in chain.parts.values())

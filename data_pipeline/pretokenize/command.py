@@ -49,7 +49,7 @@ def pretokenize(
 
     Args:
         inputs: Folders, globs, brace patterns or addresses of input shards.
-        visual_tokenizer: A `DualTokenVisualTokenizer`, on its device.
+        visual_tokenizer: What `load_visual_tokenizer` gives, on its device.
         decoder: From `build_image_decoder`, for the tokenizer's image size and device.
         output: Folder of the data set.
         settings: What else changes the output.
@@ -214,7 +214,7 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
     import torch
 
     from data_pipeline.images.decoding import build_image_decoder
-    from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+    from dualtoken.visual_tokenizer.loading import load_visual_tokenizer
 
     rank, world_size, local_rank = place_among_workers(os.environ, options.local_rank)
     device = torch.device("cpu")
@@ -222,7 +222,8 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
         # Slurm may show each task no device but its own.
         device = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank)
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
-    visual_tokenizer = DualTokenVisualTokenizer.from_pretrained(options.visual_tokenizer).to(device).eval()
+    visual_tokenizer: Any = load_visual_tokenizer(options.visual_tokenizer)
+    visual_tokenizer.to(device)
     image_size = visual_tokenizer.config.image_size
     decoder = build_image_decoder(
         image_size,

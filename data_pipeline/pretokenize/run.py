@@ -107,7 +107,7 @@ class PretokenizeRun:
 
     def manifest(self) -> DatasetManifest:
         """Return the manifest without shards."""
-        known = ("fingerprint", "codebook_size", "num_quantizers", "positions", "image_size")
+        known = ("fingerprint", *vars(self.tokenizer.geometry), "image_size")
         described = {name: self.description[name] for name in known}
         return DatasetManifest(**described, settings=self.settings, features=self.tokenizer.features)
 
@@ -153,7 +153,7 @@ class PretokenizeRun:
         path = self.work / "plan.json"
         if not path.is_file():
             return
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = {"num_codebooks": 2, **json.loads(path.read_text(encoding="utf-8"))}  # older plans lack it
         difference = _first_difference(found, self.description)
         if "settings" not in found:
             difference = difference or "the plan of an older version"

@@ -160,7 +160,7 @@ class ShardTokenizer:
         if (cut := getattr(decoder, "tiles", None)) != tiles:
             raise ValueError(f"the decoder cuts {cut}, the settings ask for {tiles}; expected the same")
         self.visual_tokenizer, self.decoder, self.settings = visual_tokenizer, decoder, settings
-        self.geometry = CodeGeometry(config.positions, config.num_quantizers, config.codebook_size)
+        self.geometry = CodeGeometry.of(config)
         self.images = 0
         """Images whose codes have been collected so far, bad ones too."""
         from data_pipeline.images.decoding import SideDecoder

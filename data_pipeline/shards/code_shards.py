@@ -6,7 +6,7 @@ continuous features there is `KEY.features.npy` too: [I, N, C] in float16, or in
 bits; or, for a vision tower in the model, the images themselves, uint8 [I, 3, S, S]. Of images in tiles it is
 [m, C] or uint8 [F, 3, S, S], of all images after each other, and `KEY.json` has `sizes`, [height, width] of
 each image, and `features`, how many of the m or F are its own.
-Shapes: I images of the sample, P positions per image, Q = 2 codebooks (0 pixel, 1 semantic), D quantizers;
+Shapes: I images of the sample, P positions per image, Q codebooks (pixel, and semantic if any), D quantizers;
 codes are below K; N features per image, C their width, S pixels a side; of images in tiles m features that
 are read (`tiles.in_order`) of F crops. The same samples give the same bytes.
 """
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,20 +33,23 @@ from data_pipeline.shards.remote_files import is_remote, read_remote
 from data_pipeline.shards.tar_members import TarError, iterate_samples
 from dualtoken.unified_model.tiles import Tiles
 
+if TYPE_CHECKING:  # shards are read and checked without torch
+    from dualtoken.unified_model.config import DualTokenConfig
+
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
 CODES_PART, JSON_PART, FEATURES_PART = "codes.npy", "json", "features.npy"
-CODEBOOKS = 2
 _MAX_CODEBOOK_SIZE = 1 << 16
 
 
 @dataclass(frozen=True)
 class CodeGeometry:
-    """Shape and range of the codes of one image: [positions, 2, num_quantizers], each below codebook_size."""
+    """Shape and range of an image's codes: [positions, num_codebooks, num_quantizers] below codebook_size."""
 
     positions: int
     num_quantizers: int
     codebook_size: int
+    num_codebooks: int = 2
 
     def __post_init__(self) -> None:
         if not 0 < self.codebook_size <= _MAX_CODEBOOK_SIZE:
@@ -55,10 +58,15 @@ class CodeGeometry:
                 "codes are stored as uint16"
             )
 
+    @classmethod
+    def of(cls, visual_tokenizer_config: Any) -> CodeGeometry:
+        """Return that of the codes that a visual tokenizer makes."""
+        return cls(**{one.name: getattr(visual_tokenizer_config, one.name) for one in fields(cls)})
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape [P, Q, D] of the codes of one image."""
-        return (self.positions, CODEBOOKS, self.num_quantizers)
+        return (self.positions, self.num_codebooks, self.num_quantizers)
 
     def check(self, codes: np.ndarray) -> None:
         """Raise ValueError unless `codes` [I, P, Q, D] fit."""
@@ -129,6 +137,17 @@ class FeatureGeometry:
         return pixels[0] == pixels[1] and all(
             getattr(self, name) == getattr(other, name) for name in ("shape", "fingerprint", "tiles")
         )
+
+
+def expected_features(config: DualTokenConfig) -> FeatureGeometry | None:
+    """Return what a unified model takes of images for continuous features; None without."""
+    if not config.reads_features:
+        return None
+    tiles = config.image_layout.tiles
+    if config.vision_config is not None:
+        return FeatureGeometry("pixels", (3, config.image_size, config.image_size), tiles=tiles)
+    shape = (config.features_per_image, config.feature_dim or 0)
+    return FeatureGeometry("bfloat16", shape, config.feature_fingerprint, tiles)
 
 
 @dataclass
@@ -360,6 +379,8 @@ class DatasetManifest:
     num_quantizers: int
     positions: int
     image_size: int
+    num_codebooks: int = 2
+    """Not in the file of older data sets."""
     samples_in: int = 0
     samples_out: int = 0
     rejected: int = 0
@@ -374,7 +395,7 @@ class DatasetManifest:
     @property
     def geometry(self) -> CodeGeometry:
         """Shape and range of the codes."""
-        return CodeGeometry(self.positions, self.num_quantizers, self.codebook_size)
+        return CodeGeometry(self.positions, self.num_quantizers, self.codebook_size, self.num_codebooks)
 
     def add(self, name: str, entry: ShardEntry) -> None:
         """Count a shard in."""

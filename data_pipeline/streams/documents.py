@@ -76,6 +76,10 @@ class DocumentStreamConfig:
     """Tokens in a pack."""
     contexts_held: int = 8
     """Contexts' worth of documents that wait per worker to be packed; more fill packs better."""
+    documents_per_pack: int = 0
+    """So many documents in each pack, in the order they come, without padding; `context_length` is then the
+    most that one document may have. So models whose documents differ in length alone learn from the same
+    ones in each step. 0 packs as many as fill a context."""
     prompt_dropout: float = 0.1
     """Share of prompts of the view `generate` that are dropped in training, for classifier-free guidance."""
     num_workers: int = 0
@@ -200,7 +204,8 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
         return self.build_val_datasets(datasets=datasets, worker_config=workers, batch_size=1)
 
     def _pack(self, documents: list[TokenizedDocument]) -> PackedBatch:
-        return pack_documents(documents, self.config.context_length)
+        whole = None if self.config.documents_per_pack else self.config.context_length
+        return pack_documents(documents, whole)
 
     def build_batch(
         self, dataset: SavableDataset[DocumentSample], *, worker_config: WorkerConfig, **unused: Any
@@ -208,12 +213,20 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
         """Pack, in place of Energon's batching."""
         config = self.config
         return PackingDataset(
-            dataset, self._pack, config.context_length, config.contexts_held, worker_config=worker_config
+            dataset,
+            self._pack,
+            config.context_length,
+            config.contexts_held,
+            config.documents_per_pack,
+            worker_config=worker_config,
         )
 
 
 class DocumentLoader(StreamLoader[PackedBatch]):
-    """A stream of packs, `[1, context_length]` tokens each, with `statistics` of what it handed out."""
+    """A stream of packs with `statistics` of what it handed out.
+
+    They have `[1, context_length]` tokens, or with `documents_per_pack` as many as their documents.
+    """
 
     def __init__(
         self, *arguments: Any, entries: list[BlendEntry], empty: PackedBatch, **options: Any
@@ -323,6 +336,8 @@ def document_loader(
 
     settings = asdict(config)
     del settings["blend"], settings["on_bad_sample"], settings["num_workers"]
+    if not config.documents_per_pack:  # states that were saved before there was such a setting lack it
+        del settings["documents_per_pack"]
     identity = {
         "stream": "documents",
         "blend": [

@@ -67,6 +67,30 @@ class Waiting:
         return places
 
 
+class InOrder:
+    """As `Waiting`, for packs of so many items each, in the order they come.
+
+    Args:
+        count: Items in a pack; the last one of a pass may have fewer.
+        lengths: Of items that wait already.
+    """
+
+    def __init__(self, count: int, lengths: Iterable[int] = ()) -> None:
+        self.count = count
+        self.lengths = list(lengths)
+
+    def add(self, length: int) -> bool:
+        """Let one more item wait; returns whether there are enough to make a pack."""
+        self.lengths.append(length)
+        return len(self.lengths) >= self.count
+
+    def take(self) -> list[int]:
+        """The places of the oldest ones among those that waited."""
+        places = list(range(min(self.count, len(self.lengths))))
+        take_out(self.lengths, places)
+        return places
+
+
 def take_out(items: Any, places: Sequence[int]) -> list[Any]:
     """Pop the items at ascending places, in their order."""
     return [items.pop(place) for place in reversed(places)][::-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
 from data_pipeline.errors import DatasetError
-from data_pipeline.streams.packing import Waiting, take_out
+from data_pipeline.streams.packing import InOrder, Waiting, take_out
 from dualtoken.unified_model.sequence import PackedBatch, TokenizedDocument
 
 _MOST_LEFT_OUT_IN_A_ROW = 100_000
@@ -42,6 +42,8 @@ class Pack:
 class PackingDataset(BaseWrapperDataset[DocumentSample, Pack]):
     """Packs documents as they come: of those that wait, the oldest and what fills a context best with it.
 
+    With `documents_per_pack`, so many in the order they come, however long they are together.
+
     Energon's own packing empties its whole buffer at a time, the last packs of which are then badly filled;
     here the buffer is filled up before each pack. What waits is saved as restore keys and read again, so that
     a restored stream goes on with the same packs.
@@ -55,6 +57,7 @@ class PackingDataset(BaseWrapperDataset[DocumentSample, Pack]):
         pack: Callable[[list[TokenizedDocument]], PackedBatch],
         context_length: int,
         contexts_held: int,
+        documents_per_pack: int = 0,
         *,
         worker_config: WorkerConfig,
     ) -> None:
@@ -64,9 +67,12 @@ class PackingDataset(BaseWrapperDataset[DocumentSample, Pack]):
             raise ValueError(
                 f"context_length is {context_length} and contexts_held {contexts_held}, expected at least 1"
             )
+        if documents_per_pack < 0:
+            raise ValueError(f"documents_per_pack is {documents_per_pack}, expected 1 or more, or 0")
         self.pack = pack
         self.context_length = context_length
         self.contexts_held = contexts_held
+        self.documents_per_pack = documents_per_pack
         self.reset_state_own()
 
     def reset_state_own(self) -> None:
@@ -83,7 +89,7 @@ class PackingDataset(BaseWrapperDataset[DocumentSample, Pack]):
     def __iter__(self) -> Iterator[Pack]:
         self._samples.worker_start()
         lengths = (len(sample.document) for sample in self._samples.buffer if sample.document is not None)
-        waiting = Waiting(self.context_length, self.contexts_held, lengths)
+        waiting = self._waiting(lengths)
         for sample in self.dataset:
             if sample.document is None:
                 self._left_out.append((sample.__key__, sample.reason))
@@ -101,7 +107,12 @@ class PackingDataset(BaseWrapperDataset[DocumentSample, Pack]):
             left_out, self._left_out = self._left_out, []
             yield Pack(None, [], left_out)
 
-    def _next_pack(self, waiting: Waiting) -> Pack:
+    def _waiting(self, lengths: Iterable[int]) -> Waiting | InOrder:
+        if self.documents_per_pack:
+            return InOrder(self.documents_per_pack, lengths)
+        return Waiting(self.context_length, self.contexts_held, lengths)
+
+    def _next_pack(self, waiting: Waiting | InOrder) -> Pack:
         """Take a pack's documents out of those that wait."""
         samples = take_out(self._samples, waiting.take())
         left_out, self._left_out = self._left_out, []
@@ -119,4 +130,5 @@ class PackingDataset(BaseWrapperDataset[DocumentSample, Pack]):
             "dataset": self.dataset.config(),
             "context_length": self.context_length,
             "contexts_held": self.contexts_held,
+            **({"documents_per_pack": self.documents_per_pack} if self.documents_per_pack else {}),
         }

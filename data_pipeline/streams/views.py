@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,21 +22,10 @@ class LeftOut(Exception):
     """A sample that makes no document in this view; the message is the reason it is counted under."""
 
 
-def caption_document(
-    codes: np.ndarray,
-    language: str,
-    caption: str,
-    key: str = "",
-    features: np.ndarray | None = None,
-    size: tuple[int, int] | None = None,
-) -> Document:
-    """Make the document that teaches to caption an image [P, Q, D]: the image, `English:`, the caption.
-
-    `features` and `size` are those of the image, as `CodeSample.features_of` and `size_of` return them.
-    """
+def caption_document(image: ImagePart, language: str, caption: str, key: str = "") -> Document:
+    """Make the document that teaches to caption an image: the image, `English:`, the caption."""
     prompt = TextPart(caption_prompt(language), loss=False)
-    image = ImagePart(codes, loss=False, features=_tensor(features), size=size)
-    return Document([image, prompt, TextPart(f" {caption}")], key)
+    return Document([replace(image, loss=False), prompt, TextPart(f" {caption}")], key)
 
 
 def generation_document(codes: np.ndarray, prompt: str, key: str = "") -> Document:
@@ -53,17 +44,28 @@ def _tensor(features: np.ndarray | None) -> torch.Tensor | None:
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
+def image_parts(sample: CodeSample) -> list[ImagePart]:
+    """Return what a shard keeps of a sample's images, as documents hold it."""
+    return [
+        ImagePart(codes, features=_tensor(sample.features_of(image)), size=sample.size_of(image))
+        for image, codes in enumerate(sample.codes)
+    ]
+
+
 def parts_document(sample: CodeSample) -> Document:
     """Make the document of a sample's parts as they stand."""
-    parts: list[TextPart | ImagePart] = []
-    for part in sample.parts:
+    return document_of(sample.parts, image_parts(sample), sample.key)
+
+
+def document_of(parts: Sequence[Mapping[str, Any]], images: Sequence[ImagePart], key: str = "") -> Document:
+    """Make the document of parts, as `CodeSample` describes them, and of the images that they name."""
+    made: list[TextPart | ImagePart] = []
+    for part in parts:
         if "image" in part:
-            index = part["image"]
-            seen = _tensor(sample.features_of(index)), sample.size_of(index)
-            parts.append(ImagePart(sample.codes[index], part.get("loss", False), *seen))
+            made.append(replace(images[part["image"]], loss=part.get("loss", False)))
         else:
-            parts.append(TextPart(part["text"], part.get("loss", True), part.get("markup", False)))
-    return Document(parts, sample.key)
+            made.append(TextPart(part["text"], part.get("loss", True), part.get("markup", False)))
+    return Document(made, key)
 
 
 def build_document(
@@ -101,7 +103,6 @@ def build_document(
         raise LeftOut("no caption" if not captions else "no caption in the languages asked for")
     language = draw.choice(usable)
     if view == "caption":
-        seen = sample.features_of(0), sample.size_of(0)
-        return caption_document(sample.codes[0], language, captions[language], sample.key, *seen)
+        return caption_document(image_parts(sample)[0], language, captions[language], sample.key)
     dropped = draw.random() < prompt_dropout
     return generation_document(sample.codes[0], "" if dropped else captions[language], sample.key)

@@ -3,7 +3,7 @@
 Documents are written side by side in rows (`rows.py`); what comes out of one does not depend on its
 neighbours.
 
-Shapes: N documents, R rows (2 N with guidance), P positions per image, Q = 2 codebooks, D depths, H width.
+Shapes: N documents, R rows (2 N with guidance), P positions per image, Q codebooks, D depths, H width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from dualtoken.generation.rows import Rows
 from dualtoken.generation.sampling import Sampling, row_noise
-from dualtoken.unified_model.model import CODEBOOKS, DualTokenForCausalLM
+from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.unified_model.sequence import (
     IGNORE_INDEX,
     Document,
@@ -50,11 +50,11 @@ def write_images(
     with evaluating(model):
         rows = Rows(model, opened)
         device = rows.hidden.device
-        noise = row_noise(seed, count, (positions, len(CODEBOOKS), config.num_quantizers), device)
+        noise = row_noise(seed, count, config.code_shape, device)
         codes = torch.empty(noise.shape, dtype=torch.int64, device=device)
         features = model.new_feature_cache()
         for position in range(positions):
-            for q in range(len(CODEBOOKS)):
+            for q in range(config.num_codebooks):
                 codes[:, position, q] = _write_codes(
                     model, q, rows.hidden, guidance_scale, sampling, noise[:, position, q]
                 )
@@ -75,23 +75,31 @@ def _write_codes(
     noise: torch.Tensor,  # [N, D]
 ) -> torch.Tensor:
     """Choose one position's codes of codebook q, depth by depth: [N, D]."""
-    projector, head = model.visual_heads()[q]
     guided = len(hidden) != len(noise)
+    if model.config.codes_in_vocabulary:
+        logits = _guided(model.code_logits(hidden), guided, guidance_scale)
+        return sampling.choose(logits, noise[:, 0])[:, None]
+    projector, head = model.visual_heads()[q]
     cache = head.new_cache(len(hidden))
     inputs = projector(hidden)
     codes: list[torch.Tensor] = []
     total = None
     for depth in range(noise.shape[1]):
-        logits = head.step(inputs, cache).float()
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + guidance_scale * (conditional - unconditional)
+        logits = _guided(head.step(inputs, cache), guided, guidance_scale)
         code = sampling.choose(logits, noise[:, depth])
         codes.append(code)
         vector = model.codebooks.look_up(q, depth, code)
         total = vector if total is None else total + vector
         inputs = total.repeat(2, 1) if guided else total
     return torch.stack(codes, dim=1)
+
+
+def _guided(logits: torch.Tensor, guided: bool, guidance_scale: float) -> torch.Tensor:
+    """Guide logits [2 N, K] of rows with prompts by those without, which lie behind them: [N, K]."""
+    if not guided:
+        return logits.float()
+    conditional, unconditional = logits.float().chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def text_steps(

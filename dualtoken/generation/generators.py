@@ -236,7 +236,7 @@ def open_document(prompt: Prompt, text_tokenizer: Any, model: DualTokenForCausal
     for index, part in enumerate(part for part in prompt.parts if isinstance(part, ImagePart)):
         if part.codes is None and not (part.loss or layout.codes):
             continue
-        require_image_codes(part.codes, config.positions_per_image, config.num_quantizers, index)
+        require_image_codes(part.codes, config.code_shape, index)
     return tokenize_document(prompt, text_tokenizer, config.special, end=False, layout=layout)
 
 

@@ -90,7 +90,7 @@ class Rows:
         borders = pack.cu_seqlens.long()
         rows = torch.arange(len(documents), device=borders.device) + len(self.lengths)
         hidden = self._run(
-            self.model.embed(pack.input_ids, self.model.codebooks(codes), **seen),
+            self.model.embed(pack.input_ids, codes, **seen),
             rows.repeat_interleave(borders.diff(), output_size=pack.input_ids.shape[1])[None],
             pack.position_ids,
             needed=(len(self.lengths) + len(documents), pack.max_seqlen),

@@ -12,9 +12,10 @@ from transformers.configuration_utils import PretrainedConfig, SubConfigSpec
 from dualtoken.unified_model.sequence import FEATURE_SPECIAL, SPECIAL, ImageLayout, SpecialTokens
 from dualtoken.unified_model.tiles import Tiles
 from dualtoken.unified_model.vision_tower import VisionTower, features_per_image
+from dualtoken.unified_model.visual_embedder import CODEBOOKS
 
 if TYPE_CHECKING:
-    from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+    from dualtoken.visual_tokenizer.loading import VisualTokenizer
 
 
 HEAD_PRESETS: dict[str, dict[str, Any]] = {
@@ -29,7 +30,7 @@ HEAD_PRESETS: dict[str, dict[str, Any]] = {
 }
 """Sizes of the visual heads by name, for `preset` among a recipe's `model.heads`."""
 
-WITH_FEATURES = ("features", "codes_and_features")
+WITH_FEATURES = ("features", "codes_and_features", "pixel_and_features")
 """Values of `visual_input` by which continuous features are read."""
 
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -43,15 +44,21 @@ class DualTokenConfig(PretrainedConfig):
         text_config: config of the decoder, of a kind that `AutoModelForCausalLM` builds.
         codebook_size: K.
         codebook_dim: E, width of a code vector.
+        num_codebooks: Q, 2 of the dual tokenizer, 1 of a VQ model of others, whose codes are of pixels.
         num_quantizers: D.
         codebook_depths: 1 if all depths share a codebook, else D.
         positions_per_image: P.
         image_size: pixels a side of the visual tokenizer's images.
         visual_input: what the decoder reads of an image, in training, in prompts and while it draws: the
             vectors of one codebook, "pixel" or "semantic", or of "both"; "features", the continuous features
-            of a vision tower; or "codes_and_features", first both codebooks' vectors, then the features, as
-            UniToken does. It writes both codebooks in any case, and reads what it writes as codes until it
-            is complete; there are no weights for vectors that are not read.
+            of a vision tower; "codes_and_features", first both codebooks' vectors, then the features, as
+            UniToken does; or "pixel_and_features", before them the pixel codebook's vectors alone, a dual
+            encoder. Of a single codebook, "both" is that one. It writes all codebooks in any case, and reads
+            what it writes as codes until it is complete; there are no weights for vectors that are not read.
+        codes_as: what codes are to the language model: "vectors", which the embedder reads and the visual
+            heads write; or "vocabulary", rows of its vocabulary beside those of text, which its embedding
+            reads and its output layer writes, as in Chameleon and UniToken. Needs one codebook of one depth.
+        first_code: row of code 0 in the vocabulary; None for vectors. `make_room` sets it.
         vision_config: settings of the vision tower in the model (`vision_tower.tower_settings`); None
             without features, and where they come precomputed.
         feature_dim: C, width of a continuous feature; None without.
@@ -85,10 +92,13 @@ class DualTokenConfig(PretrainedConfig):
     text_config: dict | PretrainedConfig | None = None
     codebook_size: int = 16384
     codebook_dim: int = 32
+    num_codebooks: int = 2
     num_quantizers: int = 8
     codebook_depths: int = 1
     positions_per_image: int = 729
     image_size: int = 384
+    codes_as: str = "vectors"
+    first_code: int | None = None
     visual_input: str = "both"
     vision_config: dict[str, Any] | None = None
     feature_dim: int | None = None
@@ -121,12 +131,20 @@ class DualTokenConfig(PretrainedConfig):
             ("visual_input", ("both", "pixel", "semantic", *WITH_FEATURES)),
             ("embedder", ("concat_mlp", "mlp_concat")),
             ("visual_features", ("code_vectors", "post_quantization")),
+            ("codes_as", ("vectors", "vocabulary")),
+            ("num_codebooks", (1, 2)),
             ("codebook_depths", (1, self.num_quantizers)),
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(
                     f"{field}={getattr(self, field)!r}; expected one of {', '.join(map(repr, choices))}"
                 )
+        if self.num_codebooks == 1 and self.visual_input == "semantic":
+            raise ValueError(
+                "visual_input='semantic', but the visual tokenizer has one codebook, of pixels; expected "
+                "'both', 'features' or 'codes_and_features'"
+            )
+        self._check_vocabulary()
         self._check_features()
         if not isinstance(self.place_embedding, bool):
             raise ValueError(f"place_embedding={self.place_embedding!r}; expected true or false")
@@ -134,7 +152,8 @@ class DualTokenConfig(PretrainedConfig):
             raise ValueError(
                 f"visual_features={self.visual_features!r} with post_quantization_dim="
                 f"{self.post_quantization_dim}; expected the width of the visual tokenizer's tower for "
-                "'post_quantization' and None for 'code_vectors'; DualTokenConfig.for_tokenizers fills it in"
+                "'post_quantization', which a VQ model of others lacks, and None for 'code_vectors'; "
+                "DualTokenConfig.for_tokenizers fills it in"
             )
         require_plain_logits(self.text_config)
         if self.head_hidden_size % self.head_num_attention_heads:
@@ -152,13 +171,42 @@ class DualTokenConfig(PretrainedConfig):
                 "take them from SpecialTokens.from_tokenizer(text_tokenizer)"
             )
 
+    def _check_vocabulary(self) -> None:
+        if not self.codes_in_vocabulary:
+            return
+        if self.code_shape[1:] != (1, 1):
+            raise ValueError(
+                f"codes_as='vocabulary' with {self.num_codebooks} codebook(s) of {self.num_quantizers} "
+                "depth(s); expected one code at a position, as VQ models of others have it, or 'vectors'"
+            )
+        for field, plain in (("visual_features", "code_vectors"), ("place_embedding", False)):
+            if getattr(self, field) != plain:
+                raise ValueError(
+                    f"codes_as='vocabulary' with {field}={getattr(self, field)!r}; expected {plain!r}, for "
+                    "rows of the vocabulary are read by the language model's own embedding"
+                )
+
+    def make_room(self, tokens: int) -> None:
+        """Enlarge the decoder's vocabulary for so many tokens of text, and behind them for codes if need be.
+
+        A vocabulary with rows to spare keeps its size, and one that grows does so to a multiple of 64. What
+        has room for codes already stays as it is.
+        """
+        if self.first_code is not None:
+            return
+        decoder: Any = self.text_config
+        decoder.vocab_size = padded_vocabulary(decoder.vocab_size, tokens)
+        if self.codes_in_vocabulary:
+            self.first_code = decoder.vocab_size
+            decoder.vocab_size = padded_vocabulary(0, self.first_code + self.codebook_size)
+
     def _check_features(self) -> None:
         sizes = (bool(self.feature_dim), self.features_per_image > 0)
         if sizes != (self.reads_features,) * 2 or (self.vision_config and not self.reads_features):
             raise ValueError(
                 f"visual_input={self.visual_input!r} with feature_dim={self.feature_dim}, features_per_image="
                 f"{self.features_per_image} and {'a' if self.vision_config else 'no'} vision_config; "
-                f"expected those of a vision tower for {' and '.join(map(repr, WITH_FEATURES))} alone; "
+                f"expected those of a vision tower for {', '.join(map(repr, WITH_FEATURES))} alone; "
                 "feature_fields fills them in"
             )
         if self.tiles:
@@ -186,6 +234,27 @@ class DualTokenConfig(PretrainedConfig):
                 f"special_tokens lacks {' and '.join(FEATURE_SPECIAL)}, which visual_input="
                 f"{self.visual_input!r} needs; call add_special_tokens(text_tokenizer, features=True) first"
             )
+
+    @property
+    def code_shape(self) -> tuple[int, int, int]:
+        """Shape [P, Q, D] of the codes of an image."""
+        return (self.positions_per_image, self.num_codebooks, self.num_quantizers)
+
+    @property
+    def codes_in_vocabulary(self) -> bool:
+        """Whether codes are rows of the decoder's vocabulary."""
+        return self.codes_as == "vocabulary"
+
+    @property
+    def codebooks(self) -> tuple[str, ...]:
+        """Names of the codebooks, in the order of Q."""
+        return CODEBOOKS[: self.num_codebooks]
+
+    @property
+    def codebooks_read(self) -> tuple[str, ...]:
+        """Names of those whose code vectors are embedded wherever there are codes of an image."""
+        one = self.visual_input.removesuffix("_and_features")
+        return (one,) if one in CODEBOOKS else self.codebooks
 
     @property
     def reads_features(self) -> bool:
@@ -217,13 +286,12 @@ class DualTokenConfig(PretrainedConfig):
         cls,
         text_config: dict[str, Any] | PretrainedConfig,
         text_tokenizer: Any,
-        visual_tokenizer: DualTokenVisualTokenizer,
+        visual_tokenizer: VisualTokenizer,
         **overrides: Any,
     ) -> DualTokenConfig:
         """Build the config of a model that speaks the codes and tokens of two tokenizers.
 
-        If the decoder's vocabulary is smaller than the text tokenizer's, it is enlarged to the next
-        multiple of 64.
+        The decoder's vocabulary is enlarged where it lacks rows (`make_room`).
 
         Raises:
             ValueError: an override is no field of this class, or has a value that does not fit.
@@ -233,15 +301,14 @@ class DualTokenConfig(PretrainedConfig):
             "tokenizer_fingerprint": visual_tokenizer.fingerprint(),
         }
         config = cls.for_visual_tokenizer(text_config, visual_tokenizer, **{**fields, **overrides})
-        decoder: Any = config.text_config
-        decoder.vocab_size = padded_vocabulary(decoder.vocab_size, len(text_tokenizer))
+        config.make_room(len(text_tokenizer))
         return config
 
     @classmethod
     def for_visual_tokenizer(
         cls,
         text_config: dict[str, Any] | PretrainedConfig,
-        visual_tokenizer: DualTokenVisualTokenizer,
+        visual_tokenizer: VisualTokenizer,
         **overrides: Any,
     ) -> DualTokenConfig:
         """Build the config of a model around a visual tokenizer, which may lie on the meta device.
@@ -264,15 +331,17 @@ class DualTokenConfig(PretrainedConfig):
                 )
         visual = visual_tokenizer.config
         reads_features = overrides.get("visual_features") == "post_quantization"
+        tower = getattr(visual, "vision", None) if reads_features else None
         fields = {
             "text_config": text_config,
             "codebook_size": visual.codebook_size,
             "codebook_dim": visual.codebook_dim,
+            "num_codebooks": visual.num_codebooks,
             "num_quantizers": visual.num_quantizers,
             "codebook_depths": visual_tokenizer.codebooks().shape[1],
             "positions_per_image": visual.positions,
             "image_size": visual.image_size,
-            "post_quantization_dim": visual.vision.hidden_size if reads_features else None,
+            "post_quantization_dim": tower and tower.hidden_size,
         }
         return cls(**{**fields, **overrides})
 

@@ -4,12 +4,13 @@ At each image position the decoder reads the summed code vectors of the pixel an
 the visual tokenizer's causal features of them, through a small MLP. Text targets meet the decoder's own
 output layer; at visual targets two depth transformers, one per codebook, predict the D codes of each from
 the hidden state of the position before (arXiv 2503.14324, section 3.3). Only supervised positions meet a
-classifier.
+classifier. Codes of one depth of a single codebook may instead be rows of the decoder's vocabulary, read by
+its embedding and predicted by its output layer, among all tokens (Chameleon, arXiv 2405.09818).
 
 A model may also, or instead, read continuous features of complete images, through an adapter, made by a
 vision tower that is a part of it or brought along (UniToken, arXiv 2504.04423). They are never targets.
 
-Shapes: T tokens of a pack, V visual positions in it, Q = 2 codebooks (0 pixel, 1 semantic), D depths, K
+Shapes: T tokens of a pack, V visual positions in it, Q codebooks (0 pixel, 1 semantic, if any), D depths, K
 codes, E dimensions of a code vector, H width of the decoder, N selected positions; I images with continuous
 features, or crops of images in tiles, F features of each, C their width, S pixels a side.
 """
@@ -17,10 +18,12 @@ features, or crops of images in tiles, F features of each, C their width, S pixe
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
@@ -30,8 +33,13 @@ from transformers.utils import ModelOutput
 from dualtoken.projection import AttentionProjection
 from dualtoken.strict_loading import load_strictly
 from dualtoken.unified_model.attention import DOCUMENT_ATTENTION
-from dualtoken.unified_model.chunked_loss import TextHead
-from dualtoken.unified_model.config import DualTokenConfig, padded_vocabulary, require_plain_logits
+from dualtoken.unified_model.chunked_loss import Scores, TextHead
+from dualtoken.unified_model.config import (
+    WITH_FEATURES,
+    DualTokenConfig,
+    padded_vocabulary,
+    require_plain_logits,
+)
 from dualtoken.unified_model.depth_transformer import VisualHead
 from dualtoken.unified_model.sequence import IGNORE_INDEX
 from dualtoken.unified_model.vision_tower import VisionTower
@@ -110,8 +118,11 @@ class DualTokenForCausalLM(PreTrainedModel):
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["codebooks"]
     _no_split_modules = ["VisualHead"]
+    part_names = PARTS
 
     config: DualTokenConfig
+    codebooks: Codebooks  # None, as the embedder, where codes are rows of the vocabulary
+    visual_embedder: VisualEmbedder
 
     def __init__(self, config: DualTokenConfig, llm: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -122,26 +133,24 @@ class DualTokenForCausalLM(PreTrainedModel):
             llm.set_output_embeddings(TextHead(llm.get_output_embeddings(), config.chunk_size))
         self.llm = llm
         width = self.decoder_config.hidden_size
-        self.codebooks = Codebooks(config.codebook_depths, config.codebook_size, config.codebook_dim)
+        has_vectors = not config.codes_in_vocabulary
+        if not has_vectors:
+            _require_code_rows(config, llm)
+        self.register_module("codebooks", _codebooks(config) if has_vectors else None)
         self.post_quantization = None
         if config.post_quantization_dim is not None:
             self.post_quantization = PostQuantization(config.codebook_dim, config.post_quantization_dim)
-        self.visual_embedder = VisualEmbedder(
-            config.visual_input,
-            config.embedder,
-            config.post_quantization_dim or config.codebook_dim,
-            width,
-            config.positions_per_image if config.place_embedding else 0,
-        )
+        self.register_module("visual_embedder", _visual_embedder(config, width) if has_vectors else None)
         self.feature_adapter = self.vision_tower = None
         if config.feature_dim is not None:
             self.feature_adapter = FeatureAdapter(config.feature_dim, width, ends_rows=bool(config.tiles))
         if config.vision_config is not None:
             self.vision_tower = VisionTower(config.vision_config)
-        self.pixel_projector = GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
-        self.semantic_projector = GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
-        self.pixel_head = _visual_head(config)
-        self.semantic_head = _visual_head(config)
+        heads = config.codebooks if has_vectors else ()
+        for name in CODEBOOKS:
+            self.register_module(f"{name}_projector", _projector(config, width) if name in heads else None)
+        for name in CODEBOOKS:
+            self.register_module(f"{name}_head", _visual_head(config) if name in heads else None)
         self._codebooks_checked = False
         self.post_init()
 
@@ -177,7 +186,8 @@ class DualTokenForCausalLM(PreTrainedModel):
                 for what is trained is drawn and kept in fp32.
 
         The embedding is enlarged (to a multiple of 64 rows) if the special tokens do not fit into it; rows
-        beyond the text tokenizer's length, as Qwen's checkpoints have, are used as they are.
+        beyond the text tokenizer's length, as Qwen's checkpoints have, are used as they are. Rows for codes
+        are added behind, drawn as the decoder draws its own.
 
         Raises:
             ValueError: the decoder's weights do not fit its config (`load_strictly`).
@@ -195,13 +205,18 @@ class DualTokenForCausalLM(PreTrainedModel):
             llm: the decoder; weights other than those of its embedding and output layer may be on the meta
                 device.
         """
+        tokens = max(config.special.ids()) + 1
+        if config.first_code is not None:  # room for the whole text tokenizer, as `for_tokenizers` made it
+            tokens, config.first_code = max(tokens, config.first_code), None
         rows = llm.get_input_embeddings().num_embeddings
-        needed = padded_vocabulary(rows, max(config.special.ids()) + 1)
-        if needed > rows:
+        if (needed := padded_vocabulary(rows, tokens)) > rows:
             llm.resize_token_embeddings(needed)
+        config.text_config = llm.config
+        config.make_room(tokens)
+        if (needed := llm.config.vocab_size) > llm.get_input_embeddings().num_embeddings:
+            llm.resize_token_embeddings(needed, mean_resizing=False)
         for module in llm.modules():
             module._is_hf_initialized = True  # what was just loaded is not to be drawn anew
-        config.text_config = llm.config
         config.tie_word_embeddings = bool(llm.config.tie_word_embeddings)
         return cls._from_config(config, dtype=llm.dtype, llm=llm)
 
@@ -233,16 +248,21 @@ class DualTokenForCausalLM(PreTrainedModel):
         return self.llm.get_output_embeddings()
 
     def set_codebooks(self, vectors: torch.Tensor, fingerprint: str | None = None) -> None:
-        """Take over the visual tokenizer's codebooks, [Q, Dc, K, E] as its `codebooks()` returns them."""
-        expected = tuple(self.codebooks.vectors.shape)
+        """Take over the visual tokenizer's codebooks, [Q, Dc, K, E] as its `codebooks()` returns them.
+
+        Where codes are rows of the vocabulary their vectors are not kept.
+        """
+        config = self.config
+        expected = (config.num_codebooks, config.codebook_depths, config.codebook_size, config.codebook_dim)
         if tuple(vectors.shape) != expected:
             raise ValueError(
                 f"codebooks have shape {tuple(vectors.shape)}, the config asks for {expected} "
                 "[codebooks, depths, codes, dimensions]; build the config with DualTokenConfig.for_tokenizers"
             )
-        self.codebooks.set(vectors)
+        if self.codebooks is not None:
+            self.codebooks.set(vectors)
         if fingerprint is not None:
-            self.config.tokenizer_fingerprint = fingerprint
+            config.tokenizer_fingerprint = fingerprint
 
     def set_post_quantization(self, pixel: AttentionProjection, semantic: AttentionProjection) -> None:
         """Take over the visual tokenizer's `postquant_pixel` and `postquant_semantic`.
@@ -269,8 +289,8 @@ class DualTokenForCausalLM(PreTrainedModel):
         """
         if self.vision_tower is None:
             raise ValueError(
-                "this model has no vision tower; build its config with visual_input='features' or "
-                "'codes_and_features' and feature_fields(tower)"
+                "this model has no vision tower; build its config with feature_fields(tower) and one of "
+                f"visual_input={', '.join(map(repr, WITH_FEATURES))}"
             )
         self.vision_tower.set(vision_model)
 
@@ -280,8 +300,9 @@ class DualTokenForCausalLM(PreTrainedModel):
         return {name: part for name, part in parts if part is not None}
 
     def visual_heads(self) -> list[tuple[GeluMLP, VisualHead]]:
-        """Return projector and head of each codebook, in the order of Q."""
-        return [(self.pixel_projector, self.pixel_head), (self.semantic_projector, self.semantic_head)]
+        """Return projector and head of each codebook, in the order of Q; none for rows of the vocabulary."""
+        parts = [(getattr(self, f"{name}_projector"), getattr(self, f"{name}_head")) for name in CODEBOOKS]
+        return [(projector, head) for projector, head in parts if head is not None]
 
     def forward(
         self,
@@ -372,7 +393,7 @@ class DualTokenForCausalLM(PreTrainedModel):
         hidden = self.decoder(
             inputs_embeds=self._embed(
                 input_ids[:, start:stop],
-                self.codebooks(codes[images]),  # [V', Q, D, E]
+                codes[images],
                 visual_positions[images] - start,
                 slice(first - images.start, last - images.start),
                 features,
@@ -400,28 +421,44 @@ class DualTokenForCausalLM(PreTrainedModel):
     def embed(
         self,
         input_ids: torch.Tensor,
-        vectors: torch.Tensor,
+        codes: torch.Tensor,
         features: torch.Tensor | None = None,
         feature_order: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embed tokens [B, T], code vectors [V, Q, D, E] and continuous features at their places: [B, T, H].
+        """Embed tokens [B, T], codes [V, Q, D] and continuous features at their places: [B, T, H].
 
         `features` and `feature_order` as of `forward`.
         """
-        positions = self.visual_positions(input_ids.flatten(), len(vectors))
-        return self._embed(input_ids, vectors, positions, features=features, feature_order=feature_order)
+        positions = self.visual_positions(input_ids.flatten(), len(codes))
+        return self._embed(input_ids, codes, positions, features=features, feature_order=feature_order)
 
     def _embed(
         self,
         input_ids: torch.Tensor,
-        vectors: torch.Tensor,
+        codes: torch.Tensor,
         positions: torch.Tensor,
         here: slice = slice(None),  # noqa: B008
         features: torch.Tensor | None = None,
         feature_order: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `embed`, of code vectors whose `positions` [V] are in `input_ids` for those `here` alone."""
-        embeddings = self.get_input_embeddings()(input_ids)
+        """As `embed`, of codes whose `positions` [V] are in `input_ids` for those `here` alone."""
+        if self.config.codes_in_vocabulary:
+            rows = self._code_rows(codes[here])
+            ids = input_ids.flatten().index_copy(0, positions[here], rows).view_as(input_ids)
+            embeddings = self.get_input_embeddings()(ids)
+        else:
+            embeddings = self.get_input_embeddings()(input_ids)
+            embeddings = _put(embeddings, positions[here], self._embedded(codes, positions)[here])
+        if self.feature_adapter is None:
+            return embeddings
+        count = self._feature_positions(features, feature_order)
+        positions = _places(input_ids.flatten() == self.config.special.image_feature, count)
+        adapted = self._adapted(self.feature_adapter, features, feature_order, embeddings.device)
+        return _put(embeddings, positions, adapted)
+
+    def _embedded(self, codes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Embed codes [V, Q, D] at `positions` [V] by their vectors, [V, H]; one of zeros without codes."""
+        vectors = self.codebooks(codes)  # [V, Q, D, E]
         images = vectors[None]
         per_image = self.config.positions_per_image
         if len(vectors) == 0:
@@ -431,12 +468,18 @@ class DualTokenForCausalLM(PreTrainedModel):
             images = vectors.unflatten(0, (-1, per_image))
         sums = self._features(images).flatten(0, 1)
         places = torch.arange(len(sums), device=sums.device) % per_image
-        embeddings = _put(embeddings, positions[here], self.visual_embedder(sums, places)[here])
-        if self.feature_adapter is None:
-            return embeddings
-        count = self._feature_positions(features, feature_order)
-        positions = _places(input_ids.flatten() == self.config.special.image_feature, count)
-        return _put(embeddings, positions, self._adapted(self.feature_adapter, features, feature_order))
+        return self.visual_embedder(sums, places)
+
+    def _code_rows(self, codes: torch.Tensor) -> torch.Tensor:
+        """Rows of the vocabulary [N] of codes [N, 1, 1]."""
+        return codes.flatten() + cast(int, self.config.first_code)
+
+    def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [N, K] of the rows of codes in the vocabulary, of hidden states [N, H] before them."""
+        first = cast(int, self.config.first_code)
+        layer: Any = self.get_output_embeddings()
+        rows = slice(first, first + self.config.codebook_size)
+        return F.linear(hidden, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
 
     def _feature_positions(self, features: torch.Tensor | None, order: torch.Tensor | None) -> int:
         if features is None:
@@ -444,16 +487,20 @@ class DualTokenForCausalLM(PreTrainedModel):
         return len(features) * self.config.features_per_image if order is None else len(order)
 
     def _adapted(
-        self, adapter: FeatureAdapter, features: torch.Tensor | None, order: torch.Tensor | None
+        self,
+        adapter: FeatureAdapter,
+        features: torch.Tensor | None,
+        order: torch.Tensor | None,
+        device: torch.device,
     ) -> torch.Tensor:
         """Bring features to the width of the decoder, [I * F or M, H]; those of a blank image for None."""
         if self.vision_tower is not None:
             if features is None:
                 size = self.vision_tower.settings["image_size"]
-                features = torch.zeros(1, 3, size, size, device=self.codebooks.vectors.device)
+                features = torch.zeros(1, 3, size, size, device=device)
             features = self.vision_tower(features)
         elif features is None:
-            features = self.codebooks.vectors.new_zeros(1, cast(int, self.config.feature_dim))
+            features = torch.zeros(1, cast(int, self.config.feature_dim), device=device)
         if order is None:
             return adapter(features.flatten(0, -2))
         crops, places = order.unbind(1)
@@ -467,6 +514,8 @@ class DualTokenForCausalLM(PreTrainedModel):
 
     def embed_next(self, codes: torch.Tensor, place: int, cache: FeatureCache | None) -> torch.Tensor:
         """Embed the codes [N, Q, D] at one place, from 0, of N images that are being generated: [N, H]."""
+        if self.config.codes_in_vocabulary:
+            return self.get_input_embeddings()(self._code_rows(codes))
         places = torch.full((len(codes),), place, device=codes.device)
         return self.visual_embedder(self._features(self.codebooks(codes)[:, None], cache)[:, 0], places)
 
@@ -505,31 +554,33 @@ class DualTokenForCausalLM(PreTrainedModel):
     ) -> dict[str, torch.Tensor | None]:
         """Loss of target codes [N, Q, D]; `positions` and `start` as of `_text_loss`."""
         count, chosen = len(positions), positions - 1 - start
-        vectors = self.codebooks(codes)  # [N, Q, D, E]
         if count == 0:
             chosen = positions.new_zeros(1)
-            codes = codes.new_zeros(1, len(CODEBOOKS), self.config.num_quantizers)
-            vectors = self._no_vectors(1)
-        prefix = vectors[:, :, :-1].cumsum(dim=2)  # [N, Q, D - 1, E]
-        before = hidden[chosen]
-        scores = [
+            codes = codes.new_zeros(1, *self.config.code_shape[1:])
+        scores = self._code_scores(hidden[chosen], codes, z_loss)
+        return {
+            "visual_nll": _sum(scores.nll, count),
+            "visual_count": torch.full((), count, device=hidden.device),
+            "visual_correct": scores.correct[:count].sum(dim=0),
+            "visual_z_loss": None if scores.z_loss is None else _sum(scores.z_loss, count),
+            "visual_positions": positions,
+            "visual_position_nll": scores.nll.detach()[:count],
+        }
+
+    def _code_scores(self, before: torch.Tensor, codes: torch.Tensor, z_loss: float) -> Scores:
+        """Score codes [N, Q, D] by the hidden states [N, H] before them: scores [N, Q, D]."""
+        if self.config.codes_in_vocabulary:
+            found = self.get_output_embeddings()(before, self._code_rows(codes), z_loss)
+            return _each(lambda parts: parts[0].view(codes.shape), found)
+        prefix = self.codebooks(codes)[:, :, :-1].cumsum(dim=2)  # [N, Q, D - 1, E]
+        by_codebook = [
             head(projector(before), prefix[:, q], codes[:, q], z_loss)
             for q, (projector, head) in enumerate(self.visual_heads())
         ]
-        nll = torch.stack([score.nll for score in scores], dim=1)  # [N, Q, D]
-        correct = torch.stack([score.correct for score in scores], dim=1)[:count]
-        z_losses = [score.z_loss for score in scores]
-        return {
-            "visual_nll": _sum(nll, count),
-            "visual_count": torch.full((), count, device=hidden.device),
-            "visual_correct": correct.sum(dim=0),
-            "visual_z_loss": _sum(torch.stack(z_losses, dim=1), count) if z_loss else None,
-            "visual_positions": positions,
-            "visual_position_nll": nll.detach()[:count],
-        }
+        return _each(lambda parts: torch.stack(parts, dim=1), *by_codebook)
 
     def _no_vectors(self, positions: int) -> torch.Tensor:
-        shape = (positions, len(CODEBOOKS), self.config.num_quantizers, self.config.codebook_dim)
+        shape = (positions, *self.config.code_shape[1:], self.config.codebook_dim)
         return self.codebooks.vectors.new_zeros(shape)
 
     def visual_positions(self, input_ids: torch.Tensor, count: int) -> torch.Tensor:
@@ -552,7 +603,7 @@ class DualTokenForCausalLM(PreTrainedModel):
             ValueError: the codes or features do not fit the tokens, or there are no codebooks yet.
         """
         self._check_features(features, feature_order)
-        expected = (len(CODEBOOKS), self.config.num_quantizers)
+        expected = self.config.code_shape[1:]
         if codes is None or len(codes) == 0:
             codes = torch.zeros(0, *expected, dtype=torch.int64, device=input_ids.device)
         if tuple(codes.shape[1:]) != expected:
@@ -582,7 +633,7 @@ class DualTokenForCausalLM(PreTrainedModel):
                 f"codes go from {smallest} to {largest}, expected 0 to {size - 1}: the codebooks have "
                 f"{size} codes; take the codes from the visual tokenizer the model was trained with"
             )
-        if places and not self._codebooks_checked:
+        if places and self.codebooks is not None and not self._codebooks_checked:
             if not bool(self.codebooks.vectors.any()):
                 raise ValueError(
                     "the codebooks are not set: call set_codebooks(visual_tokenizer.codebooks())"
@@ -655,6 +706,34 @@ def require_decoder(llm: PreTrainedModel) -> None:
         )
 
 
+def _codebooks(config: DualTokenConfig) -> Codebooks:
+    return Codebooks(config.codebook_depths, config.codebook_size, config.codebook_dim, config.num_codebooks)
+
+
+def _visual_embedder(config: DualTokenConfig, width: int) -> VisualEmbedder:
+    return VisualEmbedder(
+        config.codebooks_read,
+        config.embedder,
+        config.post_quantization_dim or config.codebook_dim,
+        width,
+        config.positions_per_image if config.place_embedding else 0,
+    )
+
+
+def _require_code_rows(config: DualTokenConfig, llm: PreTrainedModel) -> None:
+    rows = llm.config.vocab_size
+    if config.first_code is None or config.first_code + config.codebook_size > rows:
+        raise ValueError(
+            f"codes_as='vocabulary' with first_code={config.first_code} and {config.codebook_size} codes, "
+            f"but the decoder's vocabulary has {rows} rows; build the config with "
+            "DualTokenConfig.for_tokenizers, or call its make_room"
+        )
+
+
+def _projector(config: DualTokenConfig, width: int) -> GeluMLP:
+    return GeluMLP(width, config.head_hidden_size, config.head_hidden_size)
+
+
 def _visual_head(config: DualTokenConfig) -> VisualHead:
     return VisualHead(
         hidden_size=config.head_hidden_size,
@@ -676,6 +755,16 @@ def _sum(scores: torch.Tensor, count: int) -> torch.Tensor:
     """
     total = scores.sum(dim=0)
     return total if count else (0.0 * total.sum()).expand_as(total)
+
+
+def _each(function: Callable[[list[torch.Tensor]], torch.Tensor], *scores: Scores) -> Scores:
+    """Make one of several scores, each of its fields of theirs."""
+    z_losses = [one.z_loss for one in scores if one.z_loss is not None]
+    return Scores(
+        function([one.nll for one in scores]),
+        function([one.correct for one in scores]),
+        function(z_losses) if z_losses else None,
+    )
 
 
 def _put(embeddings: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,9 @@ image it writes always has its codes and the separator, and features only if som
 written they do not exist. `ImageLayout` says which. Of images in tiles (`Tiles`) ``<|image_feature|>`` also
 holds the places of the ends of rows, and as many as the image's size asks for.
 
-Shapes: T tokens, V visual positions of a document or pack, P positions per image, Q = 2 codebooks (0 pixel,
-1 semantic), D quantizers, I images with features, N features per image, C their width, S pixels a side; of
-images in tiles, F crops with N features each, m features that are read of them at M positions.
+Shapes: T tokens, V visual positions of a document or pack, P positions per image, Q codebooks (0 pixel, 1
+semantic, if any), D quantizers, I images with features, N features per image, C their width, S pixels a side;
+of images in tiles, F crops with N features each, m features that are read of them at M positions.
 """
 
 from __future__ import annotations
@@ -175,9 +175,8 @@ class ImagePart:
     size: tuple[int, int] | None = None
 
 
-def require_image_codes(codes: Any, positions: int, num_quantizers: int, index: int) -> None:
+def require_image_codes(codes: Any, expected: tuple[int, int, int], index: int) -> None:
     """Raise ValueError unless the codes of image `index` have the model's shape [P, Q, D]."""
-    expected = (positions, 2, num_quantizers)
     if tuple(codes.shape) != expected:
         raise ValueError(
             f"codes of image {index} have shape {tuple(codes.shape)}, expected {expected} "
@@ -237,7 +236,7 @@ def tokenize_document(
         layout: what stands for an image (`DualTokenConfig.image_layout`); its codes by default.
 
     Raises:
-        ValueError: on codes that are not [P, 2, D] or differ in shape between the images of the document, on
+        ValueError: on codes that are not [P, Q, D] or differ in shape between the images of the document, on
             features likewise, or on an image that lacks what the layout asks for.
     """
     builder = _Builder(text_tokenizer, special, layout or ImageLayout())
@@ -319,16 +318,16 @@ class _Builder:
     def add_codes(self, part: ImagePart, key: str) -> None:
         if part.codes is None:
             raise ValueError(
-                f"document {key!r}: an image has no codes, expected [positions, 2 (pixel, semantic), "
-                "quantizers]; encode it with the visual tokenizer"
+                f"document {key!r}: an image has no codes, expected [positions, codebooks, quantizers]; "
+                "encode it with the visual tokenizer"
             )
         # Several times as fast as `as_tensor`, which a stream of documents feels.
         is_array = isinstance(part.codes, np.ndarray)
         codes = torch.from_numpy(part.codes) if is_array else torch.as_tensor(part.codes)
-        if codes.dim() != 3 or codes.shape[1] != 2 or 0 in codes.shape:
+        if codes.dim() != 3 or 0 in codes.shape:
             raise ValueError(
                 f"document {key!r}: codes of an image have shape {tuple(codes.shape)}, expected "
-                "[positions, 2 (pixel, semantic), quantizers]"
+                "[positions, codebooks, quantizers]"
             )
         if codes.is_floating_point():
             raise ValueError(f"document {key!r}: codes are {codes.dtype}, expected integers")

@@ -16,10 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # shards are read and checked, and their settings, without torch
+    import torch
 
 Size = tuple[int, int]
 """Height and width."""
@@ -34,7 +36,9 @@ class Tiles:
     size: int
 
     def __post_init__(self) -> None:
-        grids = tuple(tuple(grid) for grid in self.grids)  # lists in JSON, which are not equal to them
+        grids = tuple(  # lists in JSON, which are not equal to them
+            tuple(grid) if isinstance(grid, list | tuple) else (grid,) for grid in self.grids
+        )
         object.__setattr__(self, "grids", grids)
         numbers = [number for grid in grids for number in grid]
         if not (
@@ -94,6 +98,7 @@ class Tiles:
 
         Crop -1 stands for the end of a row. `features` is N, of each crop; its places count row by row.
         """
+        import torch
         from transformers.models.llava_next.modeling_llava_next import unpad_image
 
         (rows, columns), side = self.grid(picture), math.isqrt(features)
@@ -131,6 +136,8 @@ def in_order(features: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 def order_of_ordered(order: torch.Tensor) -> torch.Tensor:
     """Return the order [M, 2] of what `in_order` gave: each feature is a crop of its own, with one place."""
+    import torch
+
     is_feature = order[:, 0] >= 0
     number = torch.where(is_feature, is_feature.cumsum(0) - 1, -1)
     return torch.stack([number, torch.zeros_like(number)], dim=1)

@@ -1,24 +1,20 @@
 """Code vectors on their way into the language model: frozen codebooks and the MLPs that embed them.
 
-Shapes: N or V visual positions, Q = 2 codebooks (0 pixel, 1 semantic), D depths, Dc codebooks per
+Shapes: N or V visual positions, Q codebooks (0 pixel, 1 semantic, if any), D depths, Dc codebooks per
 vocabulary (1 if all depths share it, else D), K codes, E dimensions of a code vector, H width of the
 decoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 CODEBOOKS = ("pixel", "semantic")
-
-
-def codebooks_read(visual_input: str) -> tuple[str, ...]:
-    """Return whose code vectors a model with this `visual_input` embeds wherever it has an image's codes."""
-    return (visual_input,) if visual_input in CODEBOOKS else CODEBOOKS
+"""Names of the codebooks, in the order of Q; a VQ model of others has the first alone."""
 
 
 class Codebooks(nn.Module):
@@ -29,13 +25,15 @@ class Codebooks(nn.Module):
     tokenizer.
     """
 
-    def __init__(self, codebook_depths: int, codebook_size: int, codebook_dim: int) -> None:
+    def __init__(
+        self, codebook_depths: int, codebook_size: int, codebook_dim: int, num_codebooks: int = 2
+    ) -> None:
         super().__init__()
         # Converted, not created, as fp32: DeepSpeed's zero.Init turns created tensors into the training
         # precision.
-        vectors = torch.zeros(len(CODEBOOKS), codebook_depths, codebook_size, codebook_dim).float()
+        vectors = torch.zeros(num_codebooks, codebook_depths, codebook_size, codebook_dim).float()
         self.register_buffer("vectors", vectors)
-        self.register_buffer("scale", torch.ones(len(CODEBOOKS)).float())  # [Q]
+        self.register_buffer("scale", torch.ones(num_codebooks).float())  # [Q]
         self.vectors: torch.Tensor
         self.scale: torch.Tensor
 
@@ -101,13 +99,16 @@ class FeatureAdapter(GeluMLP):
 
 
 class VisualEmbedder(nn.Module):
-    """Summed code vectors [V, Q, E] -> inputs of the decoder [V, H]; of `places` P, also by place."""
+    """Summed code vectors [V, Q, E] -> inputs of the decoder [V, H]; of `places` P, also by place.
+
+    Those of the codebooks named by `read` are embedded.
+    """
 
     def __init__(
-        self, visual_input: str, embedder: str, codebook_dim: int, hidden_size: int, places: int = 0
+        self, read: Sequence[str], embedder: str, codebook_dim: int, hidden_size: int, places: int = 0
     ) -> None:
         super().__init__()
-        self.read = [q for q, name in enumerate(CODEBOOKS) if name in codebooks_read(visual_input)]
+        self.read = [CODEBOOKS.index(name) for name in read]
         self.joined = embedder == "concat_mlp" or len(self.read) == 1
         mlps, width = (1, len(self.read) * codebook_dim) if self.joined else (len(self.read), codebook_dim)
         if hidden_size % mlps:

@@ -5,7 +5,10 @@ from dualtoken.public_names import imported_on_first_use
 _HOMES = {
     "DualTokenVisualTokenizer": "model",
     "DualTokenVisualTokenizerConfig": "config",
+    "VQTokenizer": "vq_tokenizer",
+    "VQTokenizerConfig": "vq_config",
     "VisualTokenizerOutput": "model",
+    "load_visual_tokenizer": "loading",
     "preset_config": "config",
 }
 

@@ -130,6 +130,11 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
         return cast(SiglipTextConfig | None, self.text_config)
 
     @property
+    def num_codebooks(self) -> int:
+        """Codebooks that codes are of, Q: pixel and semantic."""
+        return 2
+
+    @property
     def image_size(self) -> int:
         """Height and width of the input in pixels."""
         return cast(int, self.vision.image_size)
@@ -172,18 +177,7 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
 
     def image_processor_settings(self) -> dict[str, Any]:
         """Return the ``preprocessor_config.json`` of this tokenizer: bicubic resizing, values to [-1, 1]."""
-        return {
-            "image_processor_type": "SiglipImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"height": self.image_size, "width": self.image_size},
-            "resample": 3,  # bicubic
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-        }
+        return image_processor_settings(self.image_size)
 
     def backbone_config(self) -> SiglipConfig:
         """Return the config of a SigLIP model with these towers, to train or load one that fits.
@@ -194,6 +188,22 @@ class DualTokenVisualTokenizerConfig(PretrainedConfig):
         if self.text is None:
             raise ValueError("text_config is None: a SigLIP model needs a text tower")
         return SiglipConfig(vision_config=self.vision.to_dict(), text_config=self.text.to_dict())
+
+
+def image_processor_settings(size: int) -> dict[str, Any]:
+    """Return a ``preprocessor_config.json``: bicubic resizing to `size` pixels a side, values to [-1, 1]."""
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
 
 
 # What a vision tower's config has to share with a tokenizer's for its weights to fit.

@@ -38,11 +38,12 @@ def fingerprint_of_codes(config: DualTokenVisualTokenizerConfig, state: Mapping[
     settings = {name: values[name] for name in _SETTINGS}
     settings["vision"] = {name: values["vision_config"][name] for name in _VISION_SETTINGS}
     return sha256_of(
-        settings, {name: tensor for name, tensor in state.items() if _changes_codes(name, config)}
+        settings, {name: tensor for name, tensor in state.items() if changes_codes(name, config)}
     )
 
 
-def _changes_codes(name: str, config: DualTokenVisualTokenizerConfig) -> bool:
+def changes_codes(name: str, config: DualTokenVisualTokenizerConfig) -> bool:
+    """Whether the weight of this name lies between an image and its codes."""
     prefix = "backbone.vision_model."
     if name.startswith(prefix + "encoder.layers."):
         deepest = max(config.reconstruction_layer, config.semantic_layer, config.shortcut_layer or 0)

@@ -26,12 +26,12 @@ def decode_codes(tokenizer: DualTokenVisualTokenizer, codes: Tensor) -> Tensor:
 def write_captions(
     model: DualTokenForCausalLM,
     text_tokenizer: PreTrainedTokenizerBase,
-    images: Sequence[Tensor],
+    images: Sequence[ImagePart],
     language: str,
     max_new_tokens: int = CAPTION_TOKENS,
 ) -> list[str]:
-    """The likeliest caption, word by word, for the codes [P, Q, D] of each image."""
+    """The likeliest caption, word by word, for each image."""
     question = TextPart(caption_prompt(language), loss=False)
-    prefixes = [Document([ImagePart(codes), question]) for codes in images]
+    prefixes = [Document([image, question]) for image in images]
     written = generate_text(model, text_tokenizer, prefixes, max_new_tokens=max_new_tokens, temperature=0.0)
     return [text.strip() for text in written]

@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from data_pipeline.shards.code_shards import CodeSample
 from data_pipeline.shards.conversations import IMAGE_TAG, TEMPLATES, conversation_parts
 from data_pipeline.sources.scenes.parts import Scene
 from data_pipeline.sources.scenes.questions import (
@@ -23,11 +22,11 @@ from data_pipeline.sources.scenes.questions import (
     is_there,
     lettered,
 )
-from data_pipeline.streams.views import parts_document
+from data_pipeline.streams.views import document_of
 from dualtoken.generation.generators import generate_text
 from dualtoken.generation.likelihood import option_log_likelihoods
 from dualtoken.unified_model.model import DualTokenForCausalLM
-from dualtoken.unified_model.sequence import Document
+from dualtoken.unified_model.sequence import Document, ImagePart
 from eval.scenes.samples import SceneSamples
 
 TEMPLATE = "qwen"
@@ -74,12 +73,10 @@ def questions_about(scenes: Sequence[Scene], trained: Sequence[Scene], draw: ran
     return asked
 
 
-def prompt_document(codes: Any, question: str) -> Document:
-    """A question about an image [P, Q, D] up to where the answer begins."""
+def prompt_document(image: ImagePart, question: str) -> Document:
+    """A question about an image up to where the answer begins."""
     turns = [{"from": "human", "value": f"{IMAGE_TAG}\n{question}"}]
-    return parts_document(
-        CodeSample("question", codes, conversation_parts(turns, 1, TEMPLATE, answered=False))
-    )
+    return document_of(conversation_parts(turns, 1, TEMPLATE, answered=False), [image], "question")
 
 
 def measure_answers(
@@ -99,7 +96,7 @@ def measure_answers(
         seed: of the questions.
     """
     asked = questions_about(samples.scenes, trained, random.Random(seed))
-    prompts = [prompt_document(samples.samples[one.scene].codes, one.text) for one in asked]
+    prompts = [prompt_document(samples.images[one.scene], one.text) for one in asked]
     # Long and short prompts apart, so that none waits for another.
     order = sorted(range(len(asked)), key=lambda place: len(asked[place].text))
     written = generate_text(

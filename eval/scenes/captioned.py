@@ -28,7 +28,7 @@ def measure_captions(
     languages = list(dict.fromkeys(name for sample in samples.samples for name in sample.captions or {}))
     found: dict[str, Any] = {}
     for language in languages:
-        written = write_captions(model, text_tokenizer, list(samples.codes), language, MOST_TOKENS)
+        written = write_captions(model, text_tokenizer, samples.images, language, MOST_TOKENS)
         scenes = [read_caption(text, language) for text in written]
         read = [None if scene is None else Found.of(scene) for scene in scenes]
         judged = judge(samples.scenes, read)

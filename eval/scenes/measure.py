@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +19,10 @@ from eval.scenes.captioned import measure_captions
 from eval.scenes.detector import SceneDetector
 from eval.scenes.drawn import measure_detector, measure_drawn
 from eval.scenes.samples import load_scenes, read_scenes
+from eval.seeing import load_sight
 
 SCENES = {"held_out": 144, "seen": 48}  # at most
+MEASURED = ("drawn", "answers", "captions")
 GUIDANCE_SCALE = 1.0
 
 
@@ -36,17 +40,29 @@ def held_out_combinations(sample_data: Path) -> frozenset[Combination]:
 
 
 @torch.no_grad()
-def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict:
+def run(
+    paths: EvaluationPaths,
+    count: int | None = None,
+    seed: int = 0,
+    measured: Collection[str] = MEASURED,
+) -> dict:
     """Measure scenes of held-out and of trained combinations; write `scenes.json` and the pictures.
+
+    Args:
+        paths: of the models and the data.
+        count: scenes of each split at most; None for the measure's own number.
+        seed: of which scenes and questions.
+        measured: what is measured of `MEASURED`: a model that never learned to draw may be spared it.
 
     Raises:
         FileNotFoundError: a model or the sample data are missing.
-        ValueError: model, codes and visual tokenizer do not belong together, or a sample says no scene.
+        ValueError: model, codes, visual tokenizer and vision tower do not belong together, or a sample says
+            no scene.
     """
     model, text_tokenizer, tokenizer = load_models(paths.model, paths.visual_tokenizer)
+    sight = load_sight(model.config, text_tokenizer, tokenizer, paths.vision_tower)
     held_out = held_out_combinations(paths.sample_data)
-    size = tokenizer.config.image_size
-    detector = SceneDetector(size)
+    detector = SceneDetector(sight.image_size)
     trained = [scene for _, scene in read_scenes(paths.scenes()["seen"])]
     result: dict = {"training_scenes": len(trained), "detector": {}, "splits": {}}
     for name, folder in paths.codes().items():
@@ -54,7 +70,7 @@ def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict
             folder, DatasetManifest.load(folder).fingerprint, model.config.tokenizer_fingerprint
         )
         most = min(count or SCENES[name], SCENES[name])
-        samples = load_scenes(folder, paths.scenes()[name], size, most, seed)
+        samples = load_scenes(folder, paths.scenes()[name], sight, most, seed)
         pictures = paths.output / "scenes" / name
         pictures.mkdir(parents=True, exist_ok=True)
 
@@ -63,12 +79,14 @@ def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict
             return str((pictures / f"{title}.png").relative_to(paths.output))
 
         result["detector"][name] = measure_detector(detector, tokenizer, samples)
-        result["splits"][name] = {
-            "drawn": measure_drawn(
-                model, text_tokenizer, tokenizer, detector, samples, held_out, GUIDANCE_SCALE, save
+        measures = {
+            "drawn": partial(
+                measure_drawn, model, text_tokenizer, tokenizer, detector, samples, held_out, GUIDANCE_SCALE,
+                save,
             ),
-            "answers": measure_answers(model, text_tokenizer, samples, trained, seed),
-            "captions": measure_captions(model, text_tokenizer, samples),
-        }
+            "answers": partial(measure_answers, model, text_tokenizer, samples, trained, seed),
+            "captions": partial(measure_captions, model, text_tokenizer, samples),
+        }  # fmt: skip
+        result["splits"][name] = {part: measures[part]() for part in MEASURED if part in measured}
     write_json(paths.output / "scenes.json", result)
     return result

@@ -1,4 +1,4 @@
-"""Scenes to be measured: what each shows, its picture, its codes and its captions."""
+"""Scenes to be measured: what each shows, its picture, what the model reads of it, and its captions."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from data_pipeline.shards.code_shards import CodeSample
 from data_pipeline.shards.image_text_shards import expand_inputs, read_shard
 from data_pipeline.sources.scenes.parts import Scene
 from data_pipeline.sources.scenes.write import read_scene
-from eval.inputs import load_codes, load_pictures, stack_codes
+from dualtoken.unified_model.sequence import ImagePart
+from eval.inputs import load_codes, pictures_of, stack_codes
 from eval.metrics.images import to_unit_range
+from eval.seeing import Sight
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class SceneSamples:
     scenes: list[Scene]
     samples: list[CodeSample]
     pictures: Tensor  # [N, 3, S, S] in [0, 1]
+    images: list[ImagePart]  # what the model reads of the pictures
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -49,12 +51,13 @@ def read_scenes(images: Path) -> Iterator[tuple[str, Scene]]:
                 raise ValueError(f"{shard}: {key}: {error}") from None
 
 
-def load_scenes(codes: Path, images: Path, size: int, count: int, seed: int) -> SceneSamples:
+def load_scenes(codes: Path, images: Path, sight: Sight, count: int, seed: int) -> SceneSamples:
     """Draw `count` scenes at random from shards of codes, with the pictures they were made from.
 
     Raises:
         DatasetError: `codes` holds no finished data set.
-        ValueError: a sample says no scene, its picture is not in `images`, or it is the only one.
+        ValueError: a sample says no scene, its picture is not in `images`, or it is the only one; a vision
+            tower is missing.
     """
     samples = load_codes(codes, count, seed)
     if len(samples) < 2:
@@ -62,10 +65,7 @@ def load_scenes(codes: Path, images: Path, size: int, count: int, seed: int) -> 
             f"{len(samples)} scene from {codes}, expected at least 2: what is right by chance is what other "
             "scenes have; give a --count of 2 or more, or codes of more scenes"
         )
+    pictures = pictures_of(samples, codes, images, sight.image_size)
     scenes = dict(read_scenes(images))
-    pictures = load_pictures(images, size)
-    place = {key: number for number, key in enumerate(pictures.keys)}
-    if missing := [sample.key for sample in samples if sample.key not in scenes]:
-        raise ValueError(f"{images} lacks the picture {missing[0]} that the codes in {codes} were made from")
-    chosen = torch.stack([pictures.images[place[sample.key]] for sample in samples])
-    return SceneSamples([scenes[sample.key] for sample in samples], samples, to_unit_range(chosen))
+    seen = sight.look_at_samples(codes, samples, lambda: pictures)
+    return SceneSamples([scenes[sample.key] for sample in samples], samples, to_unit_range(pictures), seen)

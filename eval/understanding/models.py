@@ -36,6 +36,7 @@ def load_answerer(
     template: str | None = None,
     precision: str = "fp32",
     at_a_time: int | None = None,
+    vision_tower: str | Path | None = None,
 ) -> Answerer:
     """Load what answers: a unified model's folder, or a model that transformers loads for pictures with text.
 
@@ -46,6 +47,8 @@ def load_answerer(
         precision: fp32 or bf16.
         at_a_time: how many of the questions that it is given together it writes answers to at a time; all by
             default.
+        vision_tower: SigLIP of a unified model that was trained on stored features: a folder, or a name on
+            the hub.
 
     Raises:
         FileNotFoundError: the folder holds no model.
@@ -63,10 +66,12 @@ def load_answerer(
                 f"{model} is no unified model and has a chat template of its own: leave the template "
                 f"{template!r} out"
             )
+        if vision_tower is not None:
+            raise ValueError(f"{model} is no unified model: leave the vision tower {vision_tower} out")
         return TransformersAnswerer(model, precision, at_a_time)
     if visual_tokenizer is None:
         raise ValueError(f"{model} is a unified model: name the visual tokenizer that it was trained with")
-    return UnifiedAnswerer(folder, visual_tokenizer, template, precision, at_a_time)
+    return UnifiedAnswerer(folder, visual_tokenizer, template, precision, at_a_time, vision_tower)
 
 
 def _model_type(folder: Path) -> str | None:

@@ -4,19 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from data_pipeline.images.decoding import build_image_decoder
-from data_pipeline.shards.code_shards import CodeSample
 from data_pipeline.shards.conversations import IMAGE_TAG, conversation_parts
-from data_pipeline.streams.views import parts_document
+from data_pipeline.streams.views import document_of
 from dualtoken.generation.generators import generate_text
 from dualtoken.generation.likelihood import OptionLikelihood, option_log_likelihoods
 from dualtoken.generation.sampling import Sampling
-from dualtoken.unified_model.sequence import Document, TextPart
+from dualtoken.unified_model.sequence import Document, ImagePart, TextPart
 from eval.inputs import load_models
 from eval.model_files import fingerprint_of_files
 from eval.results import versions
+from eval.seeing import load_sight
 from eval.templates import NO_TEMPLATE, default_template, template_named, with_images_first
 from eval.understanding.benchmark import Question
 from eval.understanding.pictures import for_each_picture, picture_bytes, undecodable
@@ -33,7 +30,7 @@ class UnifiedAnswerer:
 
     Raises:
         FileNotFoundError, DatasetError: as `load_models`.
-        ValueError: the template is unknown.
+        ValueError: the template is unknown; the vision tower is not the model's, or it has no use for one.
     """
 
     def __init__(
@@ -43,6 +40,7 @@ class UnifiedAnswerer:
         template: str | None = None,
         precision: str = "fp32",
         at_a_time: int | None = None,
+        vision_tower: str | Path | None = None,
     ) -> None:
         template = template or default_template(model)
         if template not in TEMPLATES_TO_ASK:
@@ -53,10 +51,8 @@ class UnifiedAnswerer:
         self.model, self.text_tokenizer, self.visual_tokenizer = load_models(
             model, visual_tokenizer, precision
         )
-        # On the CPU wherever the model is: the same pixels on every machine.
-        self._decode = build_image_decoder(
-            self.visual_tokenizer.config.image_size, num_threads=DECODING_THREADS
-        )
+        self._sight = load_sight(self.model.config, self.text_tokenizer, self.visual_tokenizer, vision_tower)
+        self._decode = self._sight.decoder(DECODING_THREADS)
         self.fingerprint = fingerprint_of_files(model)
         self.settings: dict[str, Any] = {
             "precision": precision,
@@ -64,6 +60,8 @@ class UnifiedAnswerer:
             "visual_tokenizer": self.visual_tokenizer.fingerprint(),
             "versions": versions(),
         }
+        if self._sight.vision_tower is not None:
+            self.settings["vision_tower"] = self._sight.vision_tower.fingerprint()
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
         """What the model writes up to the mark that ends a turn, without white space around."""
@@ -109,41 +107,41 @@ class UnifiedAnswerer:
         return [
             self.document(
                 [{"from": "human", "value": with_images_first(question.prompt, 1, self.template)}],
-                [codes],
+                [image],
                 f"question {question.question_id}",
             )
-            for question, codes in zip(questions, self.encode(questions), strict=True)
+            for question, image in zip(questions, self.look(questions), strict=True)
         ]
 
-    def document(self, turns: Sequence[dict[str, str]], codes: Sequence[np.ndarray], name: str) -> Document:
+    def document(self, turns: Sequence[dict[str, str]], images: Sequence[ImagePart], name: str) -> Document:
         """A conversation up to where the answer begins.
 
         Args:
             turns: as `conversation_parts` takes them, with an image tag for each picture.
-            codes: of the pictures, in the order of their tags, each [P, Q, D].
+            images: what the model reads of the pictures, in the order of their tags.
             name: what an error calls the conversation.
 
         Raises:
             ConversationError: the tags are not as many as the pictures, or it is not the model's turn.
         """
-        parts = conversation_parts(turns, len(codes), self.template, name=name, answered=False)
-        return parts_document(CodeSample(name, np.asarray(codes), parts))
+        parts = conversation_parts(turns, len(images), self.template, name=name, answered=False)
+        return document_of(parts, images, name)
 
-    def encode(self, questions: Sequence[Question]) -> list[np.ndarray]:
-        """Codes [P, Q, D] of each question's picture; questions about the same one have it encoded once.
+    def look(self, questions: Sequence[Question]) -> list[ImagePart]:
+        """What the model reads of each question's picture; questions about the same one have it made once.
 
         Raises:
             BenchmarkError: a picture cannot be decoded; the message names question and file.
+            ValueError: a vision tower is missing.
         """
-        return for_each_picture(questions, self._encode) if questions else []
+        return for_each_picture(questions, self._look) if questions else []
 
-    def _encode(self, questions: Sequence[Question]) -> list[np.ndarray]:
+    def _look(self, questions: Sequence[Question]) -> list[ImagePart]:
         decoded = self._decode([picture_bytes(question) for question in questions])
         if decoded.rejected:
             bad = decoded.rejected[0]
             raise undecodable(questions[bad.index], bad.reason)
-        codes = self.visual_tokenizer.encode(decoded.images.to(self.visual_tokenizer.device))
-        return list(codes.cpu().numpy())
+        return self._sight.look(decoded)
 
 
 def written_out(prompt: Document) -> str:

@@ -34,7 +34,7 @@ def table_of_counts(counts: np.ndarray, entropies: np.ndarray) -> list[dict]:
         entropies: [N, Q, D + 1], as `entropies_by_depth` gives them.
     """
     rows = []
-    for q, name in enumerate(CODEBOOKS):
+    for q, name in enumerate(CODEBOOKS[: len(counts)]):
         by_depth = [*counts[q], counts[q].sum(axis=0)]
         for d, one in enumerate(by_depth):
             depth = d + 1 if d < len(counts[q]) else None

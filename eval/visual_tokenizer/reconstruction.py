@@ -79,7 +79,7 @@ def untrained_twin(tokenizer: DualTokenVisualTokenizer, seed: int = 0) -> DualTo
     """A tokenizer of the same settings with fresh random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        twin = DualTokenVisualTokenizer(type(tokenizer.config)(**tokenizer.config.to_dict()))
+        twin = type(tokenizer)(type(tokenizer.config)(**tokenizer.config.to_dict()))
     return twin.eval().requires_grad_(False).to(tokenizer.device)
 
 

@@ -11,8 +11,8 @@ from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from eval.inputs import (
     EvaluationPaths,
     Pictures,
+    load_dual_tokenizer,
     load_pictures,
-    load_visual_tokenizer,
     require_export,
 )
 from eval.metrics.recall import recall_at_1
@@ -89,7 +89,7 @@ def run(paths: EvaluationPaths, count: int | None = None, seed: int = 0) -> dict
         FileNotFoundError: a model is missing.
         ValueError: the visual tokenizer was exported without its text tower.
     """
-    tokenizer = load_visual_tokenizer(paths.visual_tokenizer)
+    tokenizer = load_dual_tokenizer(paths.visual_tokenizer)
     if tokenizer.config.text_config is None:
         raise ValueError(
             f"{paths.visual_tokenizer} has no text tower (text_config is null), which retrieval by text needs"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from eval.cases import CASES
-from eval.inputs import load_visual_tokenizer
+from eval.inputs import load_dual_tokenizer
 from eval.metrics.recall import first_hits, recall_at
 from eval.results import Case, TaskResult
 from eval.visual_tokenizer.gathering import Part, gather
@@ -83,7 +83,7 @@ def measure(job: TokenizerJob, siglip: Path | str | None = None, language: str =
         ValueError: the tokenizer has no text tower, or pictures or captions cannot be used.
     """
     pictures = open_captioned(job.data, language).draw(job.count, job.seed)
-    tokenizer = load_visual_tokenizer(job.visual_tokenizer)
+    tokenizer = load_dual_tokenizer(job.visual_tokenizer)
     matchers = load_matchers(tokenizer, job.visual_tokenizer, siglip)
     size = tokenizer.config.image_size
     settings = {

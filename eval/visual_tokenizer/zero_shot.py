@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.cases import CASES
-from eval.inputs import load_visual_tokenizer
+from eval.inputs import load_dual_tokenizer
 from eval.progress import with_progress
 from eval.results import Case, TaskResult
 from eval.visual_tokenizer.class_names import class_names
@@ -99,7 +99,7 @@ def measure(
     everything = open_pictures(job.data).with_labels()
     called = class_names(everything, names)
     pictures = everything.draw(job.count, job.seed)
-    tokenizer = load_visual_tokenizer(job.visual_tokenizer)
+    tokenizer = load_dual_tokenizer(job.visual_tokenizer)
     matchers = load_matchers(tokenizer, job.visual_tokenizer, siglip)
     settings = {
         **job.settings(tokenizer, pictures),

@@ -82,6 +82,27 @@ def convert_tokenizer(
         say(line)
 
 
+@convert.command("vq")
+def convert_vq(
+    model: Annotated[
+        Path,
+        typer.Option(help="Folder of Emu3, Janus or Chameleon of transformers, or of its VQ model alone."),
+    ],
+    output: NewFolderOption,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels a side; by default what its files say.", show_default=False)
+    ] = None,
+) -> None:
+    """Take the VQ model out of a model of others, as a visual tokenizer with pictures of one size.
+
+    Example: [bold]dualtoken convert vq --model Emu3-VQ --image-size 256 --out tokenizer[/]
+    """
+    from launchers.conversions.tokenizer import tokenizer_of_vq
+
+    for line in tokenizer_of_vq(model, image_size, output):
+        say(line)
+
+
 @convert.command("unified")
 def convert_unified(
     llm: Annotated[Path, typer.Option(help="Base language model, a folder such as of Qwen2.5.")],

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launchers.commands.options import RUN, RunOption, say
+from launchers.commands.options import RUN, RunOption, VisionTowerOption, say
 
 commands = typer.Typer()
 
@@ -102,6 +102,7 @@ def evaluate(
     siglip: Annotated[
         Path | None, typer.Option(help="SigLIP instead of the run's.", show_default=False)
     ] = None,
+    vision_tower: VisionTowerOption = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -292,6 +293,7 @@ def evaluate(
         siglip=siglip,
         visual_tokenizer=visual_tokenizer,
         model=model,
+        vision_tower=vision_tower,
         output=output or (Path("evaluation") if named else None),
     )
     asked = Evaluation(

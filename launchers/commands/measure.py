@@ -1,5 +1,6 @@
 """Commands that measure: layers, variants, the state of a run, the report."""
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -37,10 +38,26 @@ class Of(StrEnum):
 
     TOKENIZER = "tokenizer"
     UNIFIED = "unified"
+    INPUTS = "inputs"
+
+
+ABLATIONS = {
+    Of.TOKENIZER: Path("runs/ablation"),
+    Of.UNIFIED: Path("runs/ablation_unified"),
+    Of.INPUTS: Path("runs/ablation_inputs"),
+}
+OF_INPUTS = "Of inputs"
 
 
 @commands.command(rich_help_panel="Measure")
 def ablate(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Of inputs: settings of the recipes to change, those of the model for the first.",
+        ),
+    ] = None,
     of: Annotated[Of, typer.Option(help="What is trained in variants.")] = Of.TOKENIZER,
     run: RunOption = RUN,
     output: Annotated[
@@ -48,7 +65,8 @@ def ablate(
         typer.Option(
             "--out",
             "--output",
-            help="Folder for the runs and the table: by default runs/ablation, or runs/ablation_unified.",
+            help="Folder for the runs and the table: by default runs/ablation, runs/ablation_unified or "
+            "runs/ablation_inputs.",
             show_default=False,
         ),
     ] = None,
@@ -56,12 +74,95 @@ def ablate(
         int | None,
         typer.Option(
             min=1,
-            help="Optimizer steps of each training: by default 200, or those of the unified model's recipe.",
+            help="Optimizer steps of each training: by default 200, or those of the unified model's recipes.",
             show_default=False,
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each variant.")] = 3,
     ranks: RanksOption = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="One to compare, several times for several: semantic, dual, in-layer, continuous, "
+            "dual-encoder; by default all.",
+            show_default=False,
+            rich_help_panel=OF_INPUTS,
+        ),
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Recipe of a unified model, several times for one after the other; by default "
+            "quickstart_inputs.",
+            show_default=False,
+            rich_help_panel=OF_INPUTS,
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Image-text shards, for each --recipe; by default the quickstart's scenes.",
+            show_default=False,
+            rich_help_panel=OF_INPUTS,
+        ),
+    ] = None,
+    visual_tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Visual tokenizer instead of the run's.", show_default=False, rich_help_panel=OF_INPUTS
+        ),
+    ] = None,
+    siglip: Annotated[
+        Path | None,
+        typer.Option(
+            help="The SigLIP that it was built on, instead of the run's.",
+            show_default=False,
+            rich_help_panel=OF_INPUTS,
+        ),
+    ] = None,
+    in_layer_tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Visual tokenizer with one codebook on one layer; by default trained on the run's drawings.",
+            show_default=False,
+            rich_help_panel=OF_INPUTS,
+        ),
+    ] = None,
+    vq: Annotated[
+        Path | None,
+        typer.Option(
+            help="Visual tokenizer of the dual encoder; by default the pixel codes of the other one.",
+            show_default=False,
+            rich_help_panel=OF_INPUTS,
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What is measured, several times for several: benchmarks of `dualtoken evaluate`, or, by "
+            "default, scenes.",
+            show_default=False,
+            rich_help_panel=OF_INPUTS,
+        ),
+    ] = None,
+    benchmarks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder above the benchmarks' files, a folder a task by its name; by default the run's "
+            "small local ones.",
+            show_default=False,
+            rich_help_panel=OF_INPUTS,
+        ),
+    ] = None,
+    pretokenize: Annotated[
+        str,
+        typer.Option(
+            metavar="OPTIONS",
+            help="Further options of pretokenize, in quotes, such as '--chat-template vicuna'.",
+            rich_help_panel=OF_INPUTS,
+        ),
+    ] = "",
 ) -> None:
     """Compare ways to build a model on a quickstart's data, over seeds: do the paper's orderings appear?
 
@@ -70,6 +171,10 @@ def ablate(
     Of the unified model: semantic codes alone, pixel codes alone, or both as what it reads; measured by
     answers, captions and drawn scenes of held-out combinations.
 
+    Of inputs: a recipe with nothing changed but what a picture is to the language model: semantic codes, both
+    codebooks', those of one codebook on one layer, SigLIP's features, or codes and then features; with what
+    each costs. Recipes, data and benchmarks of any size (docs/unitoken.md).
+
     Started again, it goes on after the runs that are done.
 
     Example: [bold]dualtoken ablate --of unified --seeds 3[/] (nine trainings as the quickstart's last)
@@ -77,13 +182,28 @@ def ablate(
     from launchers.ablate import ablate as run_all
     from launchers.ablate_tokenizer import tokenizer_ablation
     from launchers.ablate_unified import unified_ablation
+    from launchers.errors import UserError
     from launchers.processes import default_ranks
 
-    if of is Of.UNIFIED:
-        ablation, folder = unified_ablation(run, steps), Path("runs/ablation_unified")
-    else:
-        ablation, folder = tokenizer_ablation(run, steps), Path("runs/ablation")
-    run_all(ablation, output or folder, seeds, ranks or default_ranks(ablation.recipe), say)
+    tokenizers = {"dual": visual_tokenizer, "in-layer": in_layer_tokenizer, "vq": vq}
+    given = {
+        "inputs": inputs, "recipes": recipe, "data": data, "siglip": siglip, "tasks": task,
+        "benchmarks": benchmarks, "settings": settings, "pretokenize": shlex.split(pretokenize),
+        "tokenizers": {name: folder for name, folder in tokenizers.items() if folder},
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value}
+    if of is Of.INPUTS:
+        from launchers.ablate_inputs import compare_inputs
+        from launchers.inputs import of_quickstart
+
+        asked = of_quickstart(run, steps=steps, **given)
+        ranks = ranks or default_ranks(*asked.recipes, settings=asked.settings)
+        compare_inputs(asked, output or ABLATIONS[of], seeds, ranks, say)
+        return
+    if given:
+        raise UserError(f"--of {of.value} has no use for {', '.join(given)}: these are for --of inputs")
+    ablation = unified_ablation(run, steps) if of is Of.UNIFIED else tokenizer_ablation(run, steps)
+    run_all(ablation, output or ABLATIONS[of], seeds, ranks or default_ranks(ablation.recipe), say)
 
 
 @commands.command(rich_help_panel="Measure")

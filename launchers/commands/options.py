@@ -30,6 +30,14 @@ TokenizerOption = Annotated[
     Path, typer.Option("--visual-tokenizer", help="Exported visual tokenizer, a folder.")
 ]
 ModelOption = Annotated[Path, typer.Option("--model", help="Exported unified model, a folder.")]
+VisionTowerOption = Annotated[
+    str | None,
+    typer.Option(
+        help="SigLIP of a unified model that was trained on stored features, a folder or a name on the hub; "
+        "a model with its tower inside needs none.",
+        show_default=False,
+    ),
+]
 ImagesArgument = Annotated[list[Path], typer.Argument(help="Picture files: PNG, JPEG, WebP, ...")]
 GuidanceOption = Annotated[
     float, typer.Option(help="How closely pictures follow the prompt: 1 as trained, more for closer.")

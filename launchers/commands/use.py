@@ -18,6 +18,7 @@ from launchers.commands.options import (
     TokenizerOption,
     TopKOption,
     TopPOption,
+    VisionTowerOption,
     say,
 )
 
@@ -63,6 +64,7 @@ def generate(
     ] = None,
     model: ModelOption = MODEL,
     visual_tokenizer: TokenizerOption = TOKENIZER,
+    vision_tower: VisionTowerOption = None,
     output: Annotated[Path, typer.Option("--out", "--output", help="Folder for the pictures.")] = Path(
         "generated"
     ),
@@ -79,7 +81,9 @@ def generate(
     from launchers.use import generate_files
 
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    drawn = generate_files(prompts, model, visual_tokenizer, output, guidance_scale, settings, image or [])
+    drawn = generate_files(
+        prompts, model, visual_tokenizer, output, guidance_scale, settings, image or [], vision_tower
+    )
     for line in drawn:
         say(line)
 
@@ -89,6 +93,7 @@ def caption(
     images: ImagesArgument,
     model: ModelOption = MODEL,
     visual_tokenizer: TokenizerOption = TOKENIZER,
+    vision_tower: VisionTowerOption = None,
     language: Annotated[str, typer.Option(help="Language to answer in, such as en, de, es.")] = "en",
     max_new_tokens: Annotated[int, typer.Option(help="Longest caption, in tokens.")] = 32,
 ) -> None:
@@ -98,7 +103,7 @@ def caption(
     """
     from launchers.use import caption_files
 
-    for line in caption_files(images, model, visual_tokenizer, language, max_new_tokens):
+    for line in caption_files(images, model, visual_tokenizer, language, max_new_tokens, vision_tower):
         say(line)
 
 
@@ -110,6 +115,7 @@ def chat(
     ] = None,
     model: ModelOption = MODEL,
     visual_tokenizer: TokenizerOption = TOKENIZER,
+    vision_tower: VisionTowerOption = None,
     chat_template: Annotated[
         Template | None,
         typer.Option(
@@ -153,6 +159,7 @@ def chat(
         settings,
         seed,
         max_new_tokens,
+        vision_tower,
     )
 
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from data_pipeline.shards.code_shards import require_same_codes
 from dualtoken.plain_tensors import read_tensors
 from dualtoken.unified_model.config import DualTokenConfig
-from dualtoken.unified_model.visual_embedder import codebooks_read
-from eval.inputs import load_visual_tokenizer
+from eval.inputs import load_dual_tokenizer
 from eval.progress import with_progress
 from launchers.conversions.decoders import unified_config
 from launchers.conversions.report import FILE, Report, new_folder, require_new, written
@@ -63,7 +62,7 @@ def export_llava(model: Path, visual_tokenizer: Path, output: Path) -> Iterator[
     files = WeightFiles(model)
     read = _codebooks_read(model, config, files)
     settings = _llava_config(model, config, read, files["codebooks.scale"])
-    tokenizer = load_visual_tokenizer(visual_tokenizer).cpu()
+    tokenizer = load_dual_tokenizer(visual_tokenizer).cpu()
     require_same_codes(visual_tokenizer, tokenizer.fingerprint(), config.tokenizer_fingerprint, model)
     report = Report("llava", {"model": str(model), "visual_tokenizer": str(visual_tokenizer)})
     report.renamed = dict(NAMES)
@@ -90,7 +89,12 @@ def _codebooks_read(model: Path, config: DualTokenConfig, files: WeightFiles) ->
             f"{model} has visual_input={config.visual_input!r}, of which LLaVA's layout has no tower here; "
             "expected a model that reads codes alone"
         )
-    read = list(codebooks_read(config.visual_input))
+    if config.codes_in_vocabulary:
+        raise UserError(
+            f"{model} has codes_as='vocabulary', so its codes are read by no embedder that could be LLaVA's "
+            "projector; train a model with codes_as='vectors'"
+        )
+    read = list(config.codebooks_read)
     if config.embedder != "concat_mlp" and len(read) > 1:
         raise UserError(
             f"{model} has embedder={config.embedder!r}, an MLP for each codebook; LLaVA's mlp2x_gelu is one "

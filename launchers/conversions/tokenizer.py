@@ -1,4 +1,4 @@
-"""A visual tokenizer from the layout of the released checkpoints, and back to it."""
+"""A visual tokenizer from the layout of the released checkpoints, and back to it; VQ models of others."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,8 @@ from dualtoken.visual_tokenizer.released import (
     state_to_released,
 )
 from dualtoken.visual_tokenizer.released_config import config_from_released
-from eval.inputs import load_visual_tokenizer
+from dualtoken.visual_tokenizer.vq_tokenizer import VQTokenizer
+from eval.inputs import load_dual_tokenizer
 from launchers.conversions.report import Report, new_folder, require_new, written
 
 
@@ -43,6 +44,32 @@ def tokenizer_from_released(
     yield written(output, f" (fingerprint {model.fingerprint()[:12]})")
 
 
+def tokenizer_of_vq(model: Path, image_size: int | None, output: Path) -> Iterator[str]:
+    """Write the VQ model of others in a folder of transformers as a visual tokenizer; yields lines on it.
+
+    Args:
+        model: folder of the VQ model, or of the whole model that it is a part of.
+        image_size: pixels a side, None for what the files say.
+        output: new folder.
+
+    Raises:
+        FileNotFoundError, ValueError: what is wrong with the folder; nothing is written.
+    """
+    require_new(output)
+    tokenizer = VQTokenizer.from_pretrained(model, image_size=image_size)
+    config = tokenizer.config
+    report = Report("vq", {"model": str(model)})
+    report.renamed = {name.removeprefix("vq."): name for name in tokenizer.state_dict()}
+    report.notes.append(
+        f"{config.vq.model_type}: {config.image_size} pixels a side, {config.positions} positions, "
+        f"{config.codebook_size} codes of {config.codebook_dim} dimensions"
+    )
+    with new_folder(output, report) as folder:
+        tokenizer.save_pretrained(folder)
+    yield from report.lines()
+    yield written(output, f" (fingerprint {tokenizer.fingerprint()[:12]})")
+
+
 def tokenizer_to_released(model: Path, output: Path) -> Iterator[str]:
     """Convert an exported tokenizer to the released layout; yields lines that say what was written.
 
@@ -51,7 +78,7 @@ def tokenizer_to_released(model: Path, output: Path) -> Iterator[str]:
         ValueError: it has something that the released layout cannot express; nothing is written.
     """
     require_new(output)
-    tokenizer = load_visual_tokenizer(model).cpu()
+    tokenizer = load_dual_tokenizer(model).cpu()
     state = tokenizer.state_dict()
     names = names_from_released(state_to_released(state, tokenizer.config.num_quantizers))
     report = Report("tokenizer to released", {"model": str(model)})

@@ -16,6 +16,7 @@ from data_pipeline.sources.scenes.parts import KINDS, hold_out
 from data_pipeline.sources.scenes.pictures import draw_scene
 from data_pipeline.sources.scenes.write import held_out_scenes, scene_samples, training_scenes
 from data_pipeline.streams import prepare_dataset
+from data_pipeline.streams.views import image_parts
 from eval.inputs import load_pictures, load_visual_tokenizer
 from eval.scenes.samples import SceneSamples
 from tests.support.tiny_run import make_tiny_run
@@ -89,4 +90,4 @@ def scenes_in_memory(scenes, size=16, languages=LANGUAGES):
         for number, scene in enumerate(scenes)
     ]
     pictures = torch.stack([pil_to_tensor(draw_scene(scene, size)) for scene in scenes]) / 255
-    return SceneSamples(list(scenes), samples, pictures)
+    return SceneSamples(list(scenes), samples, pictures, [image_parts(sample)[0] for sample in samples])

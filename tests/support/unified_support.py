@@ -24,6 +24,8 @@ from dualtoken.unified_model.vision_tower import VisionTower
 
 POSITIONS, DEPTH, CODES, DIM = 4, 3, 11, 8
 IMAGE_SIZE, SEEN = 32, 9  # pixels a side, continuous features per image
+ONE_CODE = {"num_codebooks": 1, "num_quantizers": 1}  # of a position, as VQ models of others have it
+VOCABULARY = {**ONE_CODE, "codes_as": "vocabulary"}
 TILES = Tiles([[1, 2], [2, 1], [2, 2]], IMAGE_SIZE)
 SIZES = [(40, 60), (33, 90), (64, 64), (70, 31)]  # of pictures in tiles: each grid, with margins and without
 FEATURES = {"visual_features": "post_quantization", "post_quantization_dim": 16}
@@ -67,7 +69,9 @@ def tiny_config(decoder: str = "qwen2", initializer_range: float = 0.02, **overr
         "positions_per_image": POSITIONS, "image_size": IMAGE_SIZE, "head_hidden_size": 24,
         "head_num_layers": 2, "head_num_attention_heads": 3, "chunk_size": 5, "special_tokens": vars(IDS),
     }  # fmt: skip
-    return DualTokenConfig(**{**fields, **overrides})
+    config = DualTokenConfig(**{**fields, **overrides})
+    config.make_room(0)
+    return config
 
 
 def tiny_model(seed: int = 0, sharpen: float = 1.0, **overrides) -> DualTokenForCausalLM:
@@ -75,7 +79,7 @@ def tiny_model(seed: int = 0, sharpen: float = 1.0, **overrides) -> DualTokenFor
     torch.manual_seed(seed)
     config = tiny_config(**overrides)
     model = DualTokenForCausalLM._from_config(config)
-    model.set_codebooks(torch.randn(2, config.codebook_depths, CODES, DIM))
+    model.set_codebooks(torch.randn(config.num_codebooks, config.codebook_depths, CODES, DIM))
     if model.post_quantization is not None:
         model.set_post_quantization(*projections(config.post_quantization_dim))
     if model.vision_tower is not None:
@@ -120,7 +124,8 @@ def in_tiles(document: Document, layout: ImageLayout) -> Document:
     """The document for a layout: with tiles, each image is the base picture of one of `SIZES`."""
     parts = list(document.parts)
     for index, part in enumerate(parts):
-        if layout.tiles and isinstance(part, ImagePart) and part.features is not None:
+        whole = isinstance(part, ImagePart) and part.features is not None and part.size is None
+        if layout.tiles and whole:
             seed = int(part.features.sum())
             size = SIZES[seed % len(SIZES)]
             shape = (layout.tiles.crops(size) - 1, *part.features.shape)
@@ -145,6 +150,14 @@ def generation(text: str, seed: int = 0) -> Document:
     codes = random_codes(torch.Generator().manual_seed(seed))
     image = ImagePart(codes, loss=True, features=random_pixels(seed))
     return Document([TextPart(text, loss=False), image], f"generate {text}")
+
+
+def with_one_code(*documents: Document) -> list[Document]:
+    """The same documents with the first code of every position alone."""
+    images = {
+        id(p): replace(p, codes=p.codes[:, :1, :1]) for d in documents for p in d.parts if hasattr(p, "codes")
+    }
+    return [replace(d, parts=[images.get(id(part), part) for part in d.parts]) for d in documents]
 
 
 def plain(text: str) -> Document:

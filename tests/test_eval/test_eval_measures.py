@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import SiglipModel
 
 from data_pipeline.shards.code_shards import CodeSample
+from data_pipeline.streams.views import image_parts
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from eval import inputs, likelihood
@@ -139,8 +140,12 @@ def test_likelihood(paths):
 def test_likelihood_is_the_mean_over_documents_one_by_one(paths):
     model, words = inputs.load_unified_model(paths.model)
     samples = inputs.load_codes(paths.held_out_codes)
-    together = likelihood.measure_captions(model, words, samples)["en"]
-    alone = [likelihood.measure_captions(model, words, [sample])["en"] for sample in samples]
+    images = [image_parts(sample)[0] for sample in samples]
+    together = likelihood.measure_captions(model, words, samples, images)["en"]
+    alone = [
+        likelihood.measure_captions(model, words, [sample], [image])["en"]
+        for sample, image in zip(samples, images, strict=True)
+    ]
     for name in ("with_image", "image_removed"):
         mean = sum(row[name] * row["tokens"] for row in alone) / sum(row["tokens"] for row in alone)
         assert together[name] == pytest.approx(mean, rel=1e-5)

@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from data_pipeline.shards.code_shards import CodeSample
 from data_pipeline.shards.conversations import conversation_parts
-from data_pipeline.streams.views import parts_document
+from data_pipeline.streams.views import document_of
 from eval import lmms_eval_adapter
 from eval.lmms_eval_adapter import DualTokenChat, DualTokenSimple
 from eval.lmms_eval_requests import picture_file
@@ -231,9 +230,9 @@ def test_pictures_between_texts_and_answers_before(found, answerer):
             {"from": "assistant", "value": "black"},
             {"from": "user", "value": "<image>\nblue"},
         ]
-        (codes,) = answerer.encode(questions()[index : index + 1])
+        (image,) = answerer.look(questions()[index : index + 1])
         parts = conversation_parts(turns, 3, "qwen", answered=False)
-        (whole,) = answerer.write([parts_document(CodeSample("0", codes[None].repeat(3, 0), parts))], 4)
+        (whole,) = answerer.write([document_of(parts, [image] * 3)], 4)
         expected.append(whole.split("English")[0].strip())
     assert answers["tiny_pictures"] == expected
     assert len(set(expected)) > 1 and min(len(answer.split()) for answer in expected) < 4

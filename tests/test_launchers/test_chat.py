@@ -13,7 +13,8 @@ from data_pipeline.shards.conversations import TEMPLATES
 from dualtoken.generation.generators import generate, generate_images
 from dualtoken.generation.sampling import Sampling
 from dualtoken.unified_model.sequence import Document, ImagePart, TextPart, tokenize_document
-from eval.inputs import load_unified_model, load_visual_tokenizer
+from eval.inputs import load_models
+from eval.seeing import load_sight
 from eval.templates import NO_TEMPLATE, views_learned
 from launchers.chat import choose_template
 from launchers.conversation import Chat
@@ -31,8 +32,8 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(run):
-    model, words = load_unified_model(run / "mllm" / "export")
-    return model, words, load_visual_tokenizer(run / "tokenizer" / "export")
+    model, words, tokenizer = load_models(run / "mllm" / "export", run / "tokenizer" / "export")
+    return model, words, load_sight(model.config, words, tokenizer)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_answers_are_what_generate_returns_and_pictures_are_saved(typed, models,
         expected += answer
     chat.attach(tmp_path / "red one.png")
     before = chat.ask("what is it")
-    assert [type(part) for part in before.parts].count(ImagePart) == 1 + len(chat.codes)
+    assert [type(part) for part in before.parts].count(ImagePart) == 1 + len(chat.images)
     expected += generate(*models[:2], before, **settings)
     list(chat.say("what is it"))
     expected.append(ImagePart(generate_images(*models[:2], [chat.ask("black")], 1.5, 0.0)[0]))
@@ -88,7 +89,7 @@ def test_answers_are_what_generate_returns_and_pictures_are_saved(typed, models,
     saved = [line[len("[picture: ") : -1] for line in out.splitlines() if line.startswith("[picture: ")]
     codes = [part.codes for part in expected if isinstance(part, ImagePart)]
     assert len(saved) == len(codes) and saved[-1] == "generated/black.png"
-    tokenizer = models[2]
+    tokenizer = models[2].visual_tokenizer
     for name, drawn in zip(saved, codes, strict=True):
         with Image.open(tmp_path / name) as image:
             pixels = torch.from_numpy(np.array(image)).float() / 127.5 - 1
@@ -97,22 +98,23 @@ def test_answers_are_what_generate_returns_and_pictures_are_saved(typed, models,
 
 
 def test_pictures_drawn_within_an_answer_are_kept_in_their_places(run):
-    model, words = load_unified_model(run / "mllm" / "export")
+    model, words, tokenizer = load_models(run / "mllm" / "export", run / "tokenizer" / "export")
     head, special = model.get_output_embeddings(), model.config.special
     head.bias = torch.nn.Parameter(torch.full((head.out_features,), -100.0), requires_grad=False)
     for token in (words.convert_tokens_to_ids("red"), special.image_gen_start):
         head.bias[token] = 0.0
-    tokenizer = load_visual_tokenizer(run / "tokenizer" / "export")
-    chat = Chat(model, words, tokenizer, sampling=Sampling(1.0), max_new_tokens=TOKENS, seed=1)
+    sight = load_sight(model.config, words, tokenizer)
+    chat = Chat(model, words, sight, sampling=Sampling(1.0), max_new_tokens=TOKENS, seed=1)
     said = joined(list(chat.say("red")))
     drawn = [piece for piece in said if isinstance(piece, torch.Tensor)]
     assert len(drawn) == 4 and len(said) > 4  # four at most, words between or after them
     answer = "".join("<image>" if isinstance(piece, torch.Tensor) else piece for piece in said)
-    assert chat.turns[1] == {"from": "gpt", "value": answer} and same(chat.codes, drawn)
+    assert chat.turns[1] == {"from": "gpt", "value": answer}
+    assert same([image.codes for image in chat.images], drawn)
     parts = [part for part in chat.ask("blue").parts if isinstance(part, ImagePart)]
     assert all(part.loss for part in parts)
     assert same([torch.as_tensor(part.codes) for part in parts], drawn)
-    again = Chat(model, words, tokenizer, sampling=Sampling(1.0), max_new_tokens=TOKENS, seed=1)
+    again = Chat(model, words, sight, sampling=Sampling(1.0), max_new_tokens=TOKENS, seed=1)
     assert same(joined(list(again.say("red"))), said)
 
 
@@ -132,14 +134,15 @@ def test_the_history_is_laid_out_as_in_training(models):
     from data_pipeline.shards.conversations import conversation_parts
     from data_pipeline.streams.views import parts_document
 
-    model, words, tokenizer = models
+    model, words, _ = models
     for name, template in TEMPLATES.items():
         chat = Chat(*models, template)
-        chat.attached = [torch.zeros(model.config.positions_per_image, 2, 2, dtype=torch.long)]
-        chat._keep("look: <image>", "a red <image> one", [chat.attached[0] + 1])
+        blank = torch.zeros(model.config.positions_per_image, 2, 2, dtype=torch.long)
+        chat.attached = [ImagePart(blank)]
+        chat._keep("look: <image>", "a red <image> one", [ImagePart(blank + 1)])
         asked = chat.ask("blue")
         turns = [*chat.turns, {"from": "human", "value": "blue"}, {"from": "gpt", "value": "yes"}]
-        codes = torch.stack(chat.codes).numpy()
+        codes = torch.stack([image.codes for image in chat.images]).numpy()
         trained = parts_document(CodeSample("k", codes, conversation_parts(turns, 2, name)))
         ids, whole = (
             tokenize_document(document, words, model.config.special, end=False).input_ids.tolist()
@@ -155,7 +158,7 @@ def test_without_a_template_it_asks_as_captions_and_prompts_were_learned(models,
     picture(0).save(tmp_path / "a.png")
     chat.attach(tmp_path / "a.png")
     image, question = chat.ask("English:").parts
-    assert torch.equal(torch.as_tensor(image.codes), chat.attached[0]) and not image.loss
+    assert image == chat.attached[0] and not image.loss
     assert question == TextPart("English:", loss=False)
 
 
@@ -206,7 +209,7 @@ def test_an_interrupted_answer_is_forgotten(typed, monkeypatch):
 
 
 def test_a_conversation_that_does_not_fit_is_named(models):
-    model, words, tokenizer = models
+    model = models[0]
     chat = Chat(*models, NO_TEMPLATE)
     limits = model.decoder_config
     before = limits.max_position_embeddings

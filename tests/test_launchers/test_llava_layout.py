@@ -80,7 +80,7 @@ def test_llava_computes_what_the_model_reads(folders, tower, tmp_path, capsys, k
     with torch.no_grad():
         codes = tokenizer.encode(images).flatten(0, 1)
         ids = torch.full((1, len(codes)), model.config.special.image_pad)
-        expected = model.embed(ids, model.codebooks(codes))[0]
+        expected = model.embed(ids, codes)[0]
         features = eyes(images)
         assert torch.equal(features, eyes.half().to(device="cpu", dtype=torch.float16)(images))
         found = projector(features).flatten(0, 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from launchers import processes, quickstart
 from launchers.errors import UserError
@@ -142,6 +143,17 @@ def test_environment_shares_cores(monkeypatch):
     monkeypatch.setattr(processes, "available_cores", lambda: 8)
     assert processes.environment(2)["OMP_NUM_THREADS"] == "4"
     assert processes.environment(16)["OMP_NUM_THREADS"] == "1"
+
+
+def test_kernels_kept_on_a_cpu_are_few_unless_the_user_says_how_many(monkeypatch):
+    """oneDNN's own number, 1024, is half a gigabyte of kernels a rank in bf16."""
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    for has_gpu, kept in ((False, "256"), (True, None)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        assert processes.environment(2).get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") == kept
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
+    assert processes.environment(2)["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "1024"
 
 
 def test_memory_of_a_command_is_measured():

@@ -35,6 +35,7 @@ from tests.support.unified_support import (
     FEATURE_IDS,
     POSITIONS,
     SEEN,
+    TILES,
     random_codes,
     random_pixels,
     seeing,
@@ -320,12 +321,15 @@ def test_packs_hold_documents_by_their_shares():
         expected_pack(data, ImageLayout(), 960, 64, 98)
 
 
-@pytest.mark.parametrize("codes", [True, False])
-def test_packs_of_models_that_read_features_hold_what_such_documents_do(codes):
-    """One document of each view, laid out, in a context that holds just these."""
-    layout, words = ImageLayout(codes=codes, features=SEEN), "w" * 10  # a token a byte
+@pytest.mark.parametrize(("codes", "tiles"), [(True, None), (False, None), (True, TILES)])
+def test_packs_of_models_that_read_features_hold_what_such_documents_do(codes, tiles):
+    """One document of each view in a context that holds just these; the largest picture in tiles."""
+    layout, words = ImageLayout(codes=codes, features=SEEN, tiles=tiles), "w" * 10  # a token a byte
+    image = ImagePart(random_codes(), features=random_pixels(0))
+    if tiles is not None:
+        image = ImagePart(random_codes(), False, image.features.expand(5, -1, -1, -1), tiles.largest)
     documents = tokenized(
-        Document([ImagePart(random_codes(), features=random_pixels(0)), TextPart(words)]),
+        Document([image, TextPart(words)]),
         Document([TextPart(words, loss=False), ImagePart(random_codes(), loss=True)]),
         Document([TextPart("w" * 7)]),
         layout=layout,

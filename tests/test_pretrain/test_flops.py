@@ -25,17 +25,23 @@ from pretrain.tokenizer_flops import (
     teacher_flops,
     tokenizer_flops,
 )
+from tests.support import tiny_vq
 from tests.support.unified_support import (
+    FEATURE_IDS,
     FEATURES,
     IDS,
+    ONE_CODE,
     POSITIONS,
     SEEN,
+    TILES,
+    VOCABULARY,
     caption,
     generation,
     plain,
     seeing,
     tiny_model,
     tokenized,
+    with_one_code,
 )
 
 TOLERANCE = 0.02
@@ -63,13 +69,18 @@ def counted(run) -> tuple[float, float]:
         (seeing("codes_and_features"), []),
         (seeing("features"), ["llm.*", "vision_tower.*"]),
         (seeing("features", inside=False), []),
+        (seeing("codes_and_features", tiles=TILES), []),
+        (ONE_CODE, []),
+        (VOCABULARY, []),
     ],
 )
 def test_unified_model(overrides, frozen):
     model = tiny_model(chunk_size=64, **overrides)
     freeze_parameters(model, frozen)
     documents = [caption("a red cat"), generation("a blue dog, large and fierce"), plain("some words")]
-    batch = pack_documents(tokenized(*documents, layout=model.config.image_layout), 110)
+    if model.config.num_codebooks == 1:
+        documents = with_one_code(*documents)
+    batch = pack_documents(tokenized(*documents, layout=model.config.image_layout), 160)
     if model.feature_adapter is not None and model.vision_tower is None:
         batch.features = torch.rand(len(batch.features), SEEN, 16)
     lengths = batch.cu_seqlens.diff().tolist()
@@ -85,7 +96,8 @@ def test_unified_model(overrides, frozen):
         visual_positions=len(batch.codes),
         text_targets=int((batch.labels != -100).sum()),
         visual_targets=POSITIONS,
-        feature_pictures=0 if batch.features is None else 1,
+        feature_pictures=0 if batch.features is None else len(batch.features),
+        feature_positions=int((batch.input_ids == FEATURE_IDS.image_feature).sum()),
     )
     parts = unified_model_flops(model, pack)
     _, total = counted(run)
@@ -126,6 +138,16 @@ def test_parts_of_the_unified_model():
     for part, flops in parts.items():
         assert flops.forward == pytest.approx(by_module[modules.get(part, part)], rel=TOLERANCE), part
     assert {"llm", "text_head", "visual_embedder", "pixel_head", "semantic_head"} <= parts.keys()
+
+
+@pytest.mark.parametrize("kind", tiny_vq.KINDS)
+def test_encoding_by_vq_models_of_others(kind):
+    tokenizer = tiny_vq.vq_tokenizer(kind)
+    size = tiny_vq.SIZE
+    with torch.no_grad():
+        _, latents = counted(lambda: tokenizer.latents(torch.zeros(1, 3, size, size)).sum())
+    search = 2 * tiny_vq.POSITIONS * tiny_vq.CODES * tiny_vq.DIM
+    assert encode_flops(tokenizer.to("meta")) == latents + search > search
 
 
 def test_sharded_parameters_count_by_their_whole_shapes():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from data_pipeline.pretokenize.command import main
-from data_pipeline.shards.code_shards import CodeGeometry
+from data_pipeline.shards.code_shards import CodeGeometry, expected_features
 from data_pipeline.streams import document_loader
 from dualtoken.generation.generators import generate_text
 from dualtoken.unified_model.sequence import ImageLayout
@@ -19,7 +19,7 @@ from dualtoken.visual_tokenizer.backbone import load_backbone
 from eval.inputs import load_unified_model, load_visual_tokenizer
 from pretrain.config import load_job_config
 from pretrain.job_budget import expected_pack
-from pretrain.mllm_task import MllmTask, expected_features
+from pretrain.mllm_task import MllmTask
 from pretrain.optim import freeze_parameters
 from pretrain.runtime import Runtime
 from pretrain.tower_collapse import effective_rank, mean_cosine
@@ -259,8 +259,7 @@ def test_an_export_reads_pictures_by_its_processor(runs):
     ("visual_input", "words", "message"),
     [
         ("features", ["model.vision_tower=null"], "vision_tower=None with model.heads.visual_input=features"),
-        ("both", [], "visual_input=both: expected a SigLIP for features and codes_and_features, and none"),
-        ("features", [f"model.heads.tiles={TILES}"], "an image in tiles takes up to "),
+        ("both", [], "visual_input=both: expected a SigLIP for features, codes_and_features, pixel_and_"),
         ("features", ["model.heads.tiles=[[2]]"], r"tiles are \[\[2\]\]; expected grids \[rows, columns\]"),
     ],
 )

@@ -29,6 +29,7 @@ from tests.support.unified_support import (
     FEATURES,
     IDS,
     POSITIONS,
+    VOCABULARY,
     caption,
     generation,
     plain,
@@ -36,6 +37,7 @@ from tests.support.unified_support import (
     tiny_config,
     tiny_model,
     tokenized,
+    with_one_code,
 )
 from tests.test_pretrain.test_trainer import figures
 from tests.test_pretrain.test_world_sizes import train_on
@@ -50,12 +52,15 @@ CASES = {
     "the same, with places, checkpointed": ({"place_embedding": True}, True, 24),
     "images behind the split alone": (FEATURES, False, 25),
     "one key for both": ({"text_config": ONE_KEY}, False, 24),
+    "codes as rows of the vocabulary": (VOCABULARY, False, 24),
 }
 
 
-def pack(letters):
+def pack(letters, codebooks=2):
     """An image to be drawn that begins `letters` + 7 tokens from the start, one to be read behind it."""
     documents = [plain("a" * letters), generation("dog", 1), caption("a cat")]
+    if codebooks == 1:
+        documents = with_one_code(*documents)
     return pack_documents(tokenized(*documents), T)
 
 
@@ -68,7 +73,8 @@ def scored(name, shared):
     if shared:
         share_attention(model, 2)
     stretch = own_stretch(T, 2) if shared else None
-    output = model(**pack(letters).model_inputs(), z_loss=1e-2, stretch=stretch)
+    inputs = pack(letters, model.config.num_codebooks).model_inputs()
+    output = model(**inputs, z_loss=1e-2, stretch=stretch)
     loss = output.text_nll + 2 * output.visual_nll.sum() + output.text_z_loss + output.visual_z_loss.sum()
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}

@@ -209,7 +209,7 @@ def test_sizes_that_do_not_fit_are_refused(folder: Path) -> None:
         with pytest.raises(ValueError, match="expected a size of each of 2 images, and as many features as"):
             check_sample(wrong, manifest.geometry, manifest.features)
     with pytest.raises(
-        ValueError, match=r"features are \(\(7, 3, 16, 16\), 'uint8'\), expected \(\(8, 3, 16, 16"
+        ValueError, match=r"features are \(\(5, 3, 16, 16\), 'uint8'\), expected \(\(6, 3, 16, 16"
     ):
         check_sample(replace(sample, features=sample.features[1:]), manifest.geometry, manifest.features)
 

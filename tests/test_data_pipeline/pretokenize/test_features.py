@@ -12,7 +12,13 @@ from data_pipeline.errors import DatasetError
 from data_pipeline.images.decoding import build_image_decoder
 from data_pipeline.pretokenize.command import main, pretokenize
 from data_pipeline.pretokenize.shard_tokenizer import Settings
-from data_pipeline.shards.code_shards import CodeGeometry, DatasetManifest, iterate_shard, verify_dataset
+from data_pipeline.shards.code_shards import (
+    CodeGeometry,
+    DatasetManifest,
+    expected_features,
+    iterate_shard,
+    verify_dataset,
+)
 from data_pipeline.streams import BlendEntry, DocumentStreamConfig, document_loader
 from dualtoken.unified_model.config import feature_fields
 from dualtoken.unified_model.model import DualTokenForCausalLM
@@ -20,7 +26,6 @@ from dualtoken.unified_model.tiles import Tiles
 from dualtoken.unified_model.vision_tower import VisionTower
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
-from pretrain.mllm_task import expected_features
 from tests.support.unified_support import FEATURE_IDS, FEATURE_TOKENIZER, tiny_config, tiny_model
 from tests.test_data_pipeline.pretokenize.test_pretokenize import (
     SIZE,

@@ -44,7 +44,9 @@ SIZE = 16
 class StandInTokenizer:
     """Codes that are a hash of each quarter of the image: exact, quick, different for different images."""
 
-    config = SimpleNamespace(positions=4, num_quantizers=3, codebook_size=50, image_size=SIZE)
+    config = SimpleNamespace(
+        positions=4, num_codebooks=2, num_quantizers=3, codebook_size=50, image_size=SIZE
+    )
 
     def __init__(self, delay: float = 0.0) -> None:
         self.delay = delay

@@ -232,6 +232,39 @@ def test_resume_at_every_pack(pairs: Path) -> None:
         assert all(same(a, b) for a, b in zip(batches[step:], take(stream, 12 - step), strict=True))
 
 
+def test_packs_of_so_many_documents_hold_the_same_ones_however_long_they_are(
+    pairs: Path, tmp_path: Path
+) -> None:
+    longer = [pair(index) for index in range(SAMPLES)]
+    for index, sample in enumerate(longer):
+        sample.captions = {name: text + " and more" * (index % 3) for name, text in sample.captions.items()}
+    others = write_code_shards(tmp_path / "longer", longer)
+
+    def packs(folder: Path, *arguments: object, **changes: object) -> list[PackedBatch]:
+        return take(loader(config(BlendEntry(str(folder), "generate"), **changes), *arguments), 9)
+
+    for ranks in ((0, 1), (1, 2)):
+        short, long = (packs(folder, *ranks, documents_per_pack=3) for folder in (pairs, others))
+        assert [pack.keys for pack in short] == [pack.keys for pack in long]
+        assert all(len(pack.keys) == 3 for pack in short)
+        assert all(torch.equal(a.codes, b.codes) for a, b in zip(short, long, strict=True))
+        for pack in (*short, *long):
+            assert pack.padding == 0 and pack.input_ids.shape == (1, int(pack.cu_seqlens[-1]))
+    filled = [[pack.keys for pack in packs(folder)] for folder in (pairs, others)]
+    assert filled[0] != filled[1]
+    with pytest.raises(ValueError, match="documents_per_pack is -1, expected 1 or more, or 0"):
+        packs(pairs, documents_per_pack=-1)
+    # A pass ends with what is left, and goes on where it was.
+    settings = config(BlendEntry(str(pairs), "generate"), documents_per_pack=7)
+    ends = [len(pack.keys) for pack in loader(settings, split="val")]
+    assert sum(ends) == SAMPLES and ends[:-1] == [7] * (SAMPLES // 7)
+    stream = loader(settings)
+    take(stream, 2)
+    state, expected = stream.save_state(), take(stream, 4)
+    stream.restore_states([state])
+    assert all(same(a, b) for a, b in zip(expected, take(stream, 4), strict=True))
+
+
 def test_two_workers_read_what_two_ranks_read(pairs: Path, texts: Path) -> None:
     entries = [BlendEntry(str(pairs), "generate"), BlendEntry(str(texts), "text")]
     one_rank = loader(config(*entries, num_workers=2, prompt_dropout=0.5))

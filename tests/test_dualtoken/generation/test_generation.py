@@ -31,8 +31,8 @@ def model():
 
 def hidden_states(model, ids, codes):
     """The decoder on one whole row, nothing cached: [T, H]."""
-    vectors = model.codebooks(torch.tensor(codes, dtype=torch.long).reshape(-1, 2, DEPTH))
-    embedded = model.embed(torch.tensor(ids)[None], vectors)
+    codes = torch.tensor(codes, dtype=torch.long).reshape(-1, *model.config.code_shape[1:])
+    embedded = model.embed(torch.tensor(ids)[None], codes)
     return model.llm.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
 
 

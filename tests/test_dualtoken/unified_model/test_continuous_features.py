@@ -177,6 +177,25 @@ def test_the_loss_is_the_sum_written_out(model):
     assert_same_gradients(*({n: g for n, g in each.items() if n not in noise} for each in (got, expected)))
 
 
+def test_pixel_codes_beside_features_are_read_without_semantic_ones():
+    """A dual encoder: laid out as codes and features, and the loss is the sum written out."""
+    model = tiny_model(sharpen=8.0, initializer_range=0.3, **seeing("pixel_and_features"))
+    assert model.config.image_layout == LAYOUTS["codes_and_features"]
+    document = tokenized(caption("cat", 3), layout=model.config.image_layout)[0]
+
+    def loss_of(**changed):
+        with torch.no_grad():
+            return float(model(**pack_documents([replace(document, **changed)]).model_inputs()).text_nll)
+
+    expected, _ = naive_losses(model, precomputed(model, document))
+    assert loss_of() == pytest.approx(float(expected.detach()), rel=1e-5)
+    for book, is_read in ((0, True), (1, False)):
+        codes = document.codes.clone()
+        codes[:, book] = (codes[:, book] + 1) % 11
+        assert (loss_of(codes=codes) != loss_of()) == is_read
+    assert loss_of(features=255 - document.features) != loss_of()
+
+
 def test_packed_documents_equal_single_ones(model):
     given = documents(model.config.image_layout)
     packed = model(**pack_documents(given, 490).model_inputs())
@@ -300,8 +319,9 @@ def test_written_text_is_that_of_the_whole_sequence(model):
     for row, tokens in zip(rows, written, strict=True):
         for place, token in enumerate(tokens):
             so_far = append(row, tokens[:place])
-            vectors = model.codebooks(so_far.codes) if len(so_far.codes) else model._no_vectors(0)
-            embedded = model.embed(so_far.input_ids[None], vectors, so_far.features, so_far.feature_order)
+            embedded = model.embed(
+                so_far.input_ids[None], so_far.codes, so_far.features, so_far.feature_order
+            )
             hidden = model.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, -1]
             logits = model.get_output_embeddings()(hidden)
             logits[never] = float("-inf")

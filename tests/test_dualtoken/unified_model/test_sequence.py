@@ -129,7 +129,10 @@ def test_a_qwen_keeps_its_end_of_text_whatever_its_eos_is():
 @pytest.mark.parametrize(
     "parts, message",
     [
-        ([ImagePart(np.zeros((4, 3), np.uint16))], r"shape \(4, 3\), expected \[positions, 2"),
+        (
+            [ImagePart(np.zeros((4, 3), np.uint16))],
+            r"shape \(4, 3\), expected \[positions, codebooks, quantizers",
+        ),
         ([ImagePart(np.zeros((4, 2, 3), np.float32))], "float32, expected integers"),
         ([ImagePart(image(4)), ImagePart(image(5))], r"\(4, 2, 3\) and \(5, 2, 3\)"),
         (["text"], "a part is a str, expected TextPart or ImagePart"),

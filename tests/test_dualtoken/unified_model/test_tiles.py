@@ -1,6 +1,8 @@
 """Tiles of large pictures: the grid, the cut and the order, each beside a naive one written out."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +84,7 @@ def test_any_size_and_grids(height, width, grids, side):
     tiles = Tiles(grids, 30)
     order = tiles.order((height, width), side * side)
     assert_is(order, naive_order((height, width), tiles, side))
+    assert len(order) <= len(tiles.order(tiles.largest, side * side))
     features = order[order[:, 0] >= 0]
     assert len(torch.unique(features, dim=0)) == len(features)  # each is read once, the base picture's all
     assert (features[:, 0] == 0).sum() == side * side
@@ -157,13 +160,33 @@ def test_features_in_order_and_the_order_of_those():
             assert torch.equal(crops[before[0], before[1]], read[after[0]]) and after[1] == 0
 
 
+def test_the_table_of_sizes_is_true():
+    """Positions and bytes at SO400M/14, 384 px, with the paper's grids."""
+    lines = (
+        (Path(__file__).resolve().parents[3] / "docs" / "unitoken.md")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
+    rows = [[cell.strip().replace(",", "") for cell in line.strip("|").split("|")] for line in lines]
+    rows = [row for row in rows if re.fullmatch(r"\d+ x \d+", row[0])]
+    assert len(rows) > 5
+    for picture, grid, *numbers in rows:
+        height, width = map(int, picture.split(" x "))
+        order = PAPER.order((height, width), 729)
+        positions, crops = len(order), PAPER.crops((height, width))
+        read = int((order[:, 0] >= 0).sum())
+        assert grid == "{} x {}".format(*PAPER.grid((height, width)))
+        expected = [positions, positions + 729 + 3, crops * 3 * 384 * 384, read * 1152 * 2]
+        assert list(map(int, numbers)) == expected, picture
+
+
 def test_mistakes_are_named():
     assert parse_grids(["1x2", "3x1"]) == [[1, 2], [3, 1]]
     assert Tiles([[1, 2]], 4) == Tiles(((1, 2),), 4)
     for wrong in ("2", "2x", "ax2", "1x2x3", "-1x2"):
         with pytest.raises(ValueError, match=f"tiles '{wrong}'; expected rows x columns, such as 1x2"):
             parse_grids([wrong])
-    for grids in ([], [[0, 1]], [[1, 2], [1, 2]], [[1, 2, 3]]):
+    for grids in ([], [[0, 1]], [[1, 2], [1, 2]], [[1, 2, 3]], [1, 2], ["1x2"]):
         with pytest.raises(ValueError, match=r"expected grids \[rows, columns\] of 1 or more, each once"):
             Tiles(grids, 4)
     with pytest.raises(ValueError, match="tiles of 0 pixels a side"):

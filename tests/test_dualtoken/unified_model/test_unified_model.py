@@ -190,16 +190,14 @@ def test_all_that_is_read_goes_through_one_embedding():
         (mlp,) = model.visual_embedder.mlps
         expected = mlp.down(torch.nn.functional.gelu(mlp.up(joined)))
         ids = torch.tensor([[IDS.image_pad] * POSITIONS])
-        torch.testing.assert_close(model.embed(ids, model.codebooks(codes))[0], expected)
+        torch.testing.assert_close(model.embed(ids, codes)[0], expected)
         drawn = torch.stack(
             [model.embed_next(code[None], place, None)[0] for place, code in enumerate(codes)]
         )
         torch.testing.assert_close(drawn, expected)
         assert mlp.up.in_features == len(read) * DIM
         if visual_input == "both":
-            assert torch.equal(
-                default.embed(ids, default.codebooks(codes))[0], model.embed(ids, model.codebooks(codes))[0]
-            )
+            assert torch.equal(default.embed(ids, codes)[0], model.embed(ids, codes)[0])
 
 
 def test_places_are_embedded_alike_in_prompts_and_while_drawing():
@@ -210,15 +208,15 @@ def test_places_are_embedded_alike_in_prompts_and_while_drawing():
     codes = random_codes(torch.Generator().manual_seed(4))
     two = torch.cat([codes, codes])
     ids = torch.tensor([[IDS.image_pad] * POSITIONS + [1] + [IDS.image_pad] * POSITIONS])
-    embedded = model.embed(ids, model.codebooks(two))[0]
+    embedded = model.embed(ids, two)[0]
     first, second = embedded[:POSITIONS], embedded[POSITIONS + 1 :]
     assert torch.equal(first, second)  # places are counted anew in each image
-    alone = without.embed(ids[:, :POSITIONS], without.codebooks(codes))[0]
+    alone = without.embed(ids[:, :POSITIONS], codes)[0]
     torch.testing.assert_close(first - alone, model.visual_embedder.place_embedding.weight)
     drawn = torch.stack([model.embed_next(code[None], place, None)[0] for place, code in enumerate(codes)])
     torch.testing.assert_close(drawn, first)
     with pytest.raises(ValueError, match="places need whole images"):
-        model.embed(ids[:, :3], model.codebooks(codes[:3]))
+        model.embed(ids[:, :3], codes[:3])
     with pytest.raises(ValueError, match="place_embedding='yes'; expected true or false"):
         tiny_model(place_embedding="yes")
 

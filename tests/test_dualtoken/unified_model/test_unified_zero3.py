@@ -13,12 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dualtoken.unified_model.config import DualTokenConfig
 from dualtoken.unified_model.model import DualTokenForCausalLM, DualTokenOutput
-from dualtoken.unified_model.sequence import Document, ImageLayout, PackedBatch, TextPart, pack_documents
+from dualtoken.unified_model.sequence import Document, PackedBatch, TextPart, pack_documents
 from tests.support.distributed import run_module
 from tests.support.unified_support import (
+    CODES,
     FEATURES,
     TILES,
+    VOCABULARY,
     caption,
     generation,
     plain,
@@ -28,6 +31,7 @@ from tests.support.unified_support import (
     tiny_model,
     tokenized,
     vision_model,
+    with_one_code,
 )
 
 STEPS, RATE, CONTEXT = 3, 1e-2, 128
@@ -39,12 +43,13 @@ SCENARIOS = {
     "features": (FEATURES, ("llm",), True),
     "vision_tower": (seeing("codes_and_features"), (), True),
     "frozen_tower": (seeing("features"), ("vision_tower",), False),
+    "vocabulary": (VOCABULARY, (), True),
     "tiles": (seeing("codes_and_features", tiles=TILES), (), True),
     "heads_only": ({}, ("llm", "visual_embedder", "pixel_projector", "semantic_projector"), False),
 }
 
 
-def batch(rank: int, step: int, layout: ImageLayout) -> PackedBatch:
+def batch(rank: int, step: int, config: DualTokenConfig) -> PackedBatch:
     """Rank 0 sees images, more than a chunk of them; rank 1 has only text, at last without a target."""
     if rank == 0:
         documents = [
@@ -54,15 +59,17 @@ def batch(rank: int, step: int, layout: ImageLayout) -> PackedBatch:
         ]
     else:
         documents = [plain("only words")] if step < 2 else [Document([TextPart("none", loss=False)])]
-    return pack_documents(tokenized(*documents, layout=layout), CONTEXT)
+    if config.num_codebooks == 1:
+        documents = with_one_code(*documents)
+    return pack_documents(tokenized(*documents, layout=config.image_layout), CONTEXT)
 
 
 def loss_of(output: DualTokenOutput, text: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     return output.text_nll / text + output.visual_nll.sum() / visual
 
 
-def counts(step: int, layout: ImageLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    packs = [batch(rank, step, layout) for rank in range(2)]
+def counts(step: int, config: DualTokenConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    packs = [batch(rank, step, config) for rank in range(2)]
     text = sum((pack.labels != -100).sum() for pack in packs)
     return text, sum(pack.visual_loss_mask.sum() for pack in packs)
 
@@ -100,16 +107,16 @@ def worker(output: Path) -> None:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(tiny_config(**overrides))
         assert all(p.ds_numel == 0 or p.numel() == 0 for p in model.parameters()), "not sharded"
-        assert model.codebooks.vectors.dtype == torch.float32
-        vectors = model.codebooks.vectors
-        model.set_codebooks(torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1)))
+        if model.codebooks is not None:
+            assert model.codebooks.vectors.dtype == torch.float32
+            vectors = model.codebooks.vectors
+            model.set_codebooks(torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1)))
         if model.post_quantization is not None:
             with gathered_for_writing(model.post_quantization):
                 model.set_post_quantization(*projections())
         if model.vision_tower is not None:
             with gathered_for_writing(model.vision_tower):
                 model.set_vision_tower(tower)
-        layout = model.config.image_layout
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         freeze(model, frozen)
@@ -117,8 +124,8 @@ def worker(output: Path) -> None:
         start = full_state(model)
         losses = []
         for step in range(STEPS):
-            result = engine(**batch(rank, step, layout).model_inputs())
-            loss = loss_of(result, *counts(step, layout))
+            result = engine(**batch(rank, step, model.config).model_inputs())
+            loss = loss_of(result, *counts(step, model.config))
             losses.append(loss.item())
             engine.backward(2 * loss)  # the engine takes the mean over ranks
             engine.step()
@@ -128,6 +135,7 @@ def worker(output: Path) -> None:
     sharded = {
         "pretrained": DualTokenForCausalLM.from_pretrained(output / "unified"),
         "base": DualTokenForCausalLM.from_base(tiny_config(), str(output / "base")),
+        "rows": DualTokenForCausalLM.from_base(tiny_config(**VOCABULARY), str(output / "base")),
     }
     for name, model in sharded.items():
         state = {**full_state(model), **dict(model.named_buffers())}
@@ -171,8 +179,9 @@ def test_two_ranks_of_which_one_has_no_images_train_like_one_process(runs, name)
     saved = [torch.load(runs / f"{name}_{rank}.pt") for rank in range(2)]
     overrides, frozen, _ = SCENARIOS[name]
     model = DualTokenForCausalLM._from_config(tiny_config(**overrides))
-    vectors = model.codebooks.vectors
-    model.set_codebooks(torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1)))
+    if model.codebooks is not None:
+        vectors = model.codebooks.vectors
+        model.set_codebooks(torch.randn(vectors.shape, generator=torch.Generator().manual_seed(1)))
     if model.post_quantization is not None:
         model.set_post_quantization(*projections())
         for key, value in model.post_quantization.named_parameters():
@@ -181,7 +190,6 @@ def test_two_ranks_of_which_one_has_no_images_train_like_one_process(runs, name)
         model.set_vision_tower(vision_model())
         for key, value in model.vision_tower.named_parameters():
             assert torch.equal(saved[0]["start"][f"vision_tower.{key}"], value), key
-    layout = model.config.image_layout
     missing, unexpected = model.load_state_dict(saved[0]["start"], strict=False)
     buffers = {key for key, _ in model.named_buffers()}
     assert not unexpected and set(missing) <= buffers | {"llm.lm_head.weight"}
@@ -189,8 +197,8 @@ def test_two_ranks_of_which_one_has_no_images_train_like_one_process(runs, name)
     freeze(model, frozen)
     optimizer = optimizer_for(model)
     for step in range(STEPS):
-        packs = [batch(rank, step, layout) for rank in range(2)]
-        losses = [loss_of(model(**pack.model_inputs()), *counts(step, layout)) for pack in packs]
+        packs = [batch(rank, step, model.config) for rank in range(2)]
+        losses = [loss_of(model(**pack.model_inputs()), *counts(step, model.config)) for pack in packs]
         for rank in range(2):
             assert saved[rank]["losses"][step] == pytest.approx(losses[rank].item(), rel=1e-5), (step, rank)
         optimizer.zero_grad()
@@ -220,6 +228,10 @@ def test_sharded_loading(runs):
         assert torch.equal(state[f"llm.{name}"][: len(value)], value), name
     assert state["llm.model.embed_tokens.weight"].shape == (320, 32)
     assert 0 < state["pixel_head.classifier"].std() < 0.1
+    rows = torch.load(runs / "rows_0.pt")["llm.model.embed_tokens.weight"]
+    base = load_file(runs / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    assert rows.shape == (384, 32) and torch.equal(rows[:258], base)
+    assert rows[320 : 320 + CODES].std() == pytest.approx(0.1, rel=0.3)
 
 
 def test_sharded_loading_is_strict(runs):

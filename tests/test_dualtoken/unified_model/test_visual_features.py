@@ -64,7 +64,7 @@ def test_they_are_the_visual_tokenizers_own():
     codes = torch.randint(size, (2, tokenizer.config.positions, 2, depth))
     document = Document([ImagePart(image) for image in codes])
     pack = pack_documents([tokenize_document(document, TOKENIZER, config.special)])
-    embedded = model.embed(pack.input_ids, model.codebooks(pack.codes))[0]
+    embedded = model.embed(pack.input_ids, pack.codes)[0]
     expected = model.visual_embedder(torch.cat([features_of(tokenizer, image) for image in codes]))
     at = pack.input_ids[0] == config.special.image_pad
     torch.testing.assert_close(embedded[at], expected, rtol=1e-4, atol=1e-5)
@@ -116,7 +116,7 @@ def naive_image(model, prompt, guidance_scale):
             image = torch.tensor([IDS.image_gen_start] + [IDS.image_pad] * POSITIONS)
             ids = torch.cat([row.input_ids, image])
             all_codes = torch.cat([row.codes, codes]) if len(row.codes) else codes
-            embedded = model.embed(ids[None], model.codebooks(all_codes))
+            embedded = model.embed(ids[None], all_codes)
             states = model.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
             hidden.append(states[len(row.input_ids) + position])
         for q, (projector, head) in enumerate(model.visual_heads()):

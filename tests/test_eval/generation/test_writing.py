@@ -2,6 +2,7 @@
 
 import torch
 
+from dualtoken.unified_model.sequence import ImagePart
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from eval.generation import writing
@@ -16,8 +17,8 @@ def test_captions_answer_in_the_language_asked(monkeypatch):
         return [" rot "] * len(prefixes)
 
     monkeypatch.setattr(writing, "generate_text", answer)
-    codes = torch.zeros(16, 2, 2, dtype=torch.long)
-    assert writing.write_captions(None, None, [codes, codes], "de", 5) == ["rot", "rot"]
+    image = ImagePart(torch.zeros(16, 2, 2, dtype=torch.long))
+    assert writing.write_captions(None, None, [image, image], "de", 5) == ["rot", "rot"]
     assert asked == [("German:", False)] * 2
 
 

@@ -99,7 +99,7 @@ def test_questions_follow_the_seed():
 
 def test_a_question_is_put_as_in_training():
     samples = scenes_in_memory(SCENES[:2])
-    document = prompt_document(samples.samples[1].codes, "What?")
+    document = prompt_document(samples.images[1], "What?")
     assert "".join(getattr(part, "text", "[picture]") for part in document.parts) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         "[picture]\nWhat?<|im_end|>\n<|im_start|>assistant\n"

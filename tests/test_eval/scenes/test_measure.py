@@ -20,12 +20,20 @@ from eval.scenes import measure
 from eval.scenes.answered import CHOICE, YES_NO
 from eval.scenes.correctness import ALL, PARTS
 from eval.scenes.samples import load_scenes, read_scenes
+from eval.seeing import load_sight
 from tests.support.tiny_scenes import LANGUAGES, make_scene_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return make_scene_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def sight(run):
+    paths = EvaluationPaths.from_run(run)
+    model, words, tokenizer = measure.load_models(paths.model, paths.visual_tokenizer)
+    return load_sight(model.config, words, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +100,9 @@ def test_a_true_picture_is_saved_as_it_is(run, measured):
             assert torch.equal(pil_to_tensor(saved), pil_to_tensor(expected))
 
 
-def test_scenes_pictures_codes_and_captions_belong_together(run):
+def test_scenes_pictures_codes_and_captions_belong_together(run, sight):
     paths = EvaluationPaths.from_run(run)
-    load = partial(load_scenes, paths.held_out_codes, paths.scenes()["held_out"], 16)
+    load = partial(load_scenes, paths.held_out_codes, paths.scenes()["held_out"], sight)
     found = load(5, 1)
     scenes = dict(read_scenes(paths.scenes()["held_out"]))
     assert len(found) == 5 and found.codes.shape[0] == 5
@@ -111,7 +119,7 @@ def test_no_more_scenes_than_were_asked_for(measured, monkeypatch):
     paths, _ = measured
     asked = []
 
-    def noticed(codes, images, size, count, seed):
+    def noticed(codes, images, sight, count, seed):
         asked.append(count)
         raise InterruptedError
 
@@ -125,10 +133,10 @@ def test_no_more_scenes_than_were_asked_for(measured, monkeypatch):
     assert asked == [measure.SCENES["held_out"], 3, measure.SCENES["held_out"]]
 
 
-def test_one_scene_has_no_other_beside_it(run):
+def test_one_scene_has_no_other_beside_it(run, sight):
     paths = EvaluationPaths.from_run(run)
     with pytest.raises(ValueError, match="1 scene from .*, expected at least 2: .*; give a --count of 2"):
-        load_scenes(paths.held_out_codes, paths.scenes()["held_out"], 16, 1, 0)
+        load_scenes(paths.held_out_codes, paths.scenes()["held_out"], sight, 1, 0)
 
 
 def test_without_the_sample_data_nothing_is_held_out(tmp_path):
@@ -143,8 +151,8 @@ def test_pictures_of_no_scene_are_refused(run):
         list(read_scenes(drawings))
 
 
-def test_codes_of_other_pictures_are_refused(run):
+def test_codes_of_other_pictures_are_refused(run, sight):
     paths = EvaluationPaths.from_run(run)
     other = paths.scenes()["seen"]
     with pytest.raises(ValueError, match="lacks the picture scene-val-0000. that the codes in .* were made"):
-        load_scenes(paths.held_out_codes, other, 16, 3, 0)
+        load_scenes(paths.held_out_codes, other, sight, 3, 0)
