@@ -19,7 +19,7 @@ from dualtoken.unified_model.sequence import ImagePart
 from dualtoken.unified_model.tiles import Size
 from dualtoken.unified_model.vision_tower import VisionTower
 from dualtoken.visual_tokenizer.backbone import load_backbone
-from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer.loading import VisualTokenizer
 from eval.inputs import READ_BATCH, default_device
 
 
@@ -37,7 +37,7 @@ class Sight:
         self,
         config: DualTokenConfig,
         text_tokenizer: Any,
-        visual_tokenizer: DualTokenVisualTokenizer,
+        visual_tokenizer: VisualTokenizer,
         vision_tower: VisionTower | None = None,
     ) -> None:
         self.visual_tokenizer, self.vision_tower = visual_tokenizer, vision_tower
@@ -124,7 +124,7 @@ class Sight:
 def load_sight(
     config: DualTokenConfig,
     text_tokenizer: Any,
-    visual_tokenizer: DualTokenVisualTokenizer,
+    visual_tokenizer: VisualTokenizer,
     vision_tower: str | Path | None = None,
 ) -> Sight:
     """Build the `Sight` of a loaded model; on the GPU if there is one.

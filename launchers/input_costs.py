@@ -15,9 +15,10 @@ from data_pipeline.streams import document_loader
 from dualtoken.unified_model.config import DualTokenConfig
 from dualtoken.unified_model.sequence import PackedBatch
 from dualtoken.unified_model.vision_tower import VisionTower
-from dualtoken.visual_tokenizer.config import DualTokenVisualTokenizerConfig
-from dualtoken.visual_tokenizer.fingerprint import changes_codes
+from dualtoken.visual_tokenizer.loading import load_visual_tokenizer_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from dualtoken.visual_tokenizer.vq_config import VQTokenizerConfig
+from dualtoken.visual_tokenizer.vq_tokenizer import VQTokenizer
 from eval.results import read_json
 from pretrain.config import load_job_config
 from pretrain.flops import Chain, PackContents, run_tower, unified_model_flops
@@ -81,7 +82,9 @@ def first_packs(job: MllmJobConfig, config: DualTokenConfig, text_tokenizer: Pat
     loader = document_loader(
         job.data,
         AutoTokenizer.from_pretrained(text_tokenizer),
-        CodeGeometry(config.positions_per_image, config.num_quantizers, config.codebook_size),
+        CodeGeometry(
+            config.positions_per_image, config.num_quantizers, config.codebook_size, config.num_codebooks
+        ),
         config.tokenizer_fingerprint,
         seed=job.seed,
         layout=config.image_layout,
@@ -106,11 +109,11 @@ def seeing_costs(
     """Parameters and FLOPs between a picture's pixels and what the decoder reads of it."""
     parameters = flops = 0.0
     if config.image_layout.codes:
-        visual = DualTokenVisualTokenizerConfig.from_pretrained(visual_tokenizer)
+        visual = load_visual_tokenizer_config(visual_tokenizer)
+        is_vq = isinstance(visual, VQTokenizerConfig)
         with torch.device("meta"):
-            tokenizer = DualTokenVisualTokenizer(visual)
-        state = tokenizer.state_dict().items()
-        parameters += sum(tensor.numel() for name, tensor in state if changes_codes(name, visual))
+            tokenizer = VQTokenizer(visual) if is_vq else DualTokenVisualTokenizer(visual)
+        parameters += sum(tensor.numel() for tensor in tokenizer.encoding_state().values())
         flops += encode_flops(tokenizer)
     if tower is not None:
         chain = Chain()

@@ -367,7 +367,7 @@ class MllmTask:
         text, visual = output.text_nll, output.visual_nll
         if weights.z_loss:
             text, visual = text + output.text_z_loss, visual + output.visual_z_loss
-        branches = zip(self.model.config.codebooks, visual.sum(dim=1))  # [Q, D] -> [Q]
+        branches = zip(CODEBOOKS, visual.sum(dim=1))  # [Q, D] -> [Q]
         return weights.text * text + sum(getattr(weights, name) * nll for name, nll in branches)
 
     def validate(self) -> dict[str, float]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron.energon import (
-    DefaultTaskEncoder,
     SavableDataset,
+    TaskEncoder,
     WorkerConfig,
-    stateless,
 )
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode
 
@@ -30,7 +29,7 @@ from data_pipeline.shards.index import check_index
 from data_pipeline.shards.reader import RawSample
 from data_pipeline.streams.loader import StreamLoader, drawn_entries, is_training, load_blend, require_samples
 from data_pipeline.streams.packing import split_document
-from data_pipeline.streams.packing_dataset import DocumentSample, Pack, PackingDataset
+from data_pipeline.streams.packing_dataset import EncodedSample, Pack, PackingDataset
 from data_pipeline.streams.reader import worker_config
 from data_pipeline.streams.states import added_up
 from data_pipeline.streams.text_encoding import TextEncoder
@@ -114,7 +113,7 @@ class StreamStatistics:
         return {"left_out": sum(self.left_out.values())}
 
 
-class _DocumentTaskEncoder(DefaultTaskEncoder):
+class _DocumentTaskEncoder(TaskEncoder):
     """Samples to tokenized documents to packs."""
 
     def __init__(
@@ -138,38 +137,29 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
         self.training = training
         self.layout = layout
 
-    def _draw(self, key: str, entry: int) -> random.Random:
+    def _draw(self, key: str, entry: int, count: int) -> random.Random:
         """Return the source of this sample's random choices.
 
         It depends on the sample and on how many the reader has seen, not on a running generator: restoring
-        needs no more than the count, which Energon keeps, and another split over ranks draws the same.
+        needs no more than the count, which is saved, and another split over ranks draws the same.
         """
-        count = self.current_sample_index if self.training else 0
-        return random.Random(f"{self.seed}/{entry}/{key}/{count}")
+        return random.Random(f"{self.seed}/{entry}/{key}/{count if self.training else 0}")
 
-    @stateless
-    def encode_sample(self, sample: RawSample) -> Iterator[DocumentSample]:
-        """Make the document of a sample; several where a long one is split, a reason where there is none."""
+    def encode(self, sample: RawSample, count: int) -> EncodedSample:
+        """Make the document of a sample, read as number `count`; several where a long one is split."""
         entry = self.entries[sample.entry]
-        common = {"__restore_key__": sample.__restore_key__, "entry": sample.entry}
         try:
-            document = self._document(sample, entry)
+            document = self._document(sample, entry, count)
         except LeftOut as reason:
-            yield DocumentSample(__key__=sample.__key__, **common, reason=str(reason))
-            return
+            return EncodedSample(left_out=[str(reason)])
         tokenized = tokenize_document(document, self.text_tokenizer, self.special, layout=self.layout)
         context = self.config.context_length
         if len(tokenized) > context and entry.view in ("caption", "generate"):
-            yield DocumentSample(__key__=sample.__key__, **common, reason=f"longer than {context} tokens")
-            return
+            return EncodedSample(left_out=[f"longer than {context} tokens"])
         pieces, images = split_document(tokenized, context, self.special)
-        for piece in pieces:
-            yield DocumentSample(__key__=piece.key, **common, document=piece)
-        too_long = f"an image longer than {context} tokens"
-        for _ in range(images):
-            yield DocumentSample(__key__=sample.__key__, **common, reason=too_long)
+        return EncodedSample(pieces, [f"an image longer than {context} tokens"] * images)
 
-    def _document(self, sample: RawSample, entry: BlendEntry) -> Document:
+    def _document(self, sample: RawSample, entry: BlendEntry, count: int) -> Document:
         if entry.view == "text":
             if "txt" not in sample.parts:
                 raise ValueError(f"no txt among its parts {sorted(sample.parts)}, as the view text needs")
@@ -183,7 +173,7 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
         return build_document(
             codes,
             entry.view,
-            self._draw(sample.__key__, sample.entry),
+            self._draw(sample.__key__, sample.entry, count),
             entry.languages,
             entry.default_language,
             self.config.prompt_dropout if self.training else 0.0,
@@ -208,12 +198,13 @@ class _DocumentTaskEncoder(DefaultTaskEncoder):
         return pack_documents(documents, whole)
 
     def build_batch(
-        self, dataset: SavableDataset[DocumentSample], *, worker_config: WorkerConfig, **unused: Any
+        self, dataset: SavableDataset[RawSample], *, worker_config: WorkerConfig, **unused: Any
     ) -> SavableDataset[Pack]:
-        """Pack, in place of Energon's batching."""
+        """Encode and pack, in place of Energon's batching."""
         config = self.config
         return PackingDataset(
             dataset,
+            self.encode,
             self._pack,
             config.context_length,
             config.contexts_held,

@@ -23,19 +23,23 @@ def fullest_pack(lengths: Sequence[int], capacity: int) -> list[int]:
     Raises:
         ValueError: An item is empty or longer than a pack.
     """
-    for item, length in enumerate(lengths):
-        if not 0 < length <= capacity:
-            raise ValueError(f"item {item} has length {length}, expected 1 to the capacity {capacity}")
+    if not 0 < min(lengths) <= max(lengths) <= capacity:
+        item, length = next((i, n) for i, n in enumerate(lengths) if not 0 < n <= capacity)
+        raise ValueError(f"item {item} has length {length}, expected 1 to the capacity {capacity}")
     within = (1 << capacity + 1) - 1
-    sums = [1 << lengths[0]]  # bit n: some of the items so far, the first among them, have the length n
+    some = 1 << lengths[0]  # bit n: some of the items so far, the first among them, have the length n
+    sums = [some]
     for length in lengths[1:]:
-        sums.append(sums[-1] | sums[-1] << length & within)
-    total = sums[-1].bit_length() - 1
+        if some.bit_length() > capacity:  # full: later items cannot do better
+            break
+        some |= some << length & within
+        sums.append(some)
+    total = 1 << some.bit_length() - 1
     chosen = []
-    for item in range(len(lengths) - 1, 0, -1):
-        if not sums[item - 1] >> total & 1:  # cannot be had without this one
+    for item in range(len(sums) - 1, 0, -1):
+        if not sums[item - 1] & total:  # cannot be had without this one
             chosen.append(item)
-            total -= lengths[item]
+            total >>= lengths[item]
     return [0, *reversed(chosen)]
 
 
@@ -54,10 +58,14 @@ class Waiting:
         self.lengths = list(lengths)
         self.total = sum(self.lengths)
 
-    def add(self, length: int) -> bool:
-        """Let one more item wait; returns whether there are enough to make a pack."""
+    def add(self, length: int) -> None:
+        """Let one more item wait."""
         self.lengths.append(length)
         self.total += length
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether there are enough to make a pack."""
         return self.total >= self.enough
 
     def take(self) -> list[int]:
@@ -79,9 +87,13 @@ class InOrder:
         self.count = count
         self.lengths = list(lengths)
 
-    def add(self, length: int) -> bool:
-        """Let one more item wait; returns whether there are enough to make a pack."""
+    def add(self, length: int) -> None:
+        """Let one more item wait."""
         self.lengths.append(length)
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether there are enough to make a pack."""
         return len(self.lengths) >= self.count
 
     def take(self) -> list[int]:
@@ -91,7 +103,7 @@ class InOrder:
         return places
 
 
-def take_out(items: Any, places: Sequence[int]) -> list[Any]:
+def take_out(items: list[Any], places: Sequence[int]) -> list[Any]:
     """Pop the items at ascending places, in their order."""
     return [items.pop(place) for place in reversed(places)][::-1]
 
@@ -115,7 +127,8 @@ def pack_lengths(lengths: Sequence[int], capacity: int, contexts_held: int = 8) 
     waiting = Waiting(capacity, contexts_held)
     for item, length in enumerate(lengths):
         held.append(item)
-        if waiting.add(length):
+        waiting.add(length)
+        if waiting.are_enough:
             packs.append(take_out(held, waiting.take()))
     while held:
         packs.append(take_out(held, waiting.take()))

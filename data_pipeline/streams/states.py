@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 def states_for(

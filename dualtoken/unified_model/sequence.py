@@ -364,13 +364,20 @@ class _Builder:
             if loss:
                 labels[start:stop] = input_ids[start:stop]
             start = stop
-        positions = self.codes[0].shape[0] if self.codes else 0
+        if len(self.codes) == 1:
+            codes = self.codes[0]
+        else:
+            codes = torch.cat(self.codes) if self.codes else torch.zeros(0, 2, 0, dtype=torch.int64)
+        visual_loss = np.empty(codes.shape[0], bool)
+        for index, loss in enumerate(self._image_loss):
+            positions = self.codes[index].shape[0]
+            visual_loss[index * positions : (index + 1) * positions] = loss
         features, order = join_features(self.features)
         return TokenizedDocument(
             input_ids=torch.from_numpy(input_ids),
-            codes=torch.cat(self.codes) if self.codes else torch.zeros(0, 2, 0, dtype=torch.int64),
+            codes=codes,
             labels=torch.from_numpy(labels),
-            visual_loss_mask=torch.from_numpy(np.repeat(np.array(self._image_loss, bool), positions)),
+            visual_loss_mask=torch.from_numpy(visual_loss),
             key=key,
             features=features,
             feature_order=order,
@@ -506,7 +513,7 @@ def pack_documents(documents: Sequence[TokenizedDocument], context_length: int |
             f"{len(documents)} documents of together {total} tokens do not fit the context of "
             f"{context_length}; pack fewer, split the longest or raise context_length"
         )
-    codes = [document.codes for document in documents if len(document.codes)]
+    codes = [document.codes for document in documents if document.codes.shape[0]]
     depths = {given.shape[1:] for given in codes}
     if len(depths) > 1:
         raise ValueError(

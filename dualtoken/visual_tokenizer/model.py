@@ -32,7 +32,7 @@ from dualtoken.visual_tokenizer.backbone import (
     pool,
 )
 from dualtoken.visual_tokenizer.config import VISION_SIZES, DualTokenVisualTokenizerConfig
-from dualtoken.visual_tokenizer.fingerprint import fingerprint_of_codes
+from dualtoken.visual_tokenizer.fingerprint import changes_codes, fingerprint_of_codes
 from dualtoken.visual_tokenizer.nearest import NonFiniteError
 from dualtoken.visual_tokenizer.pixel_decoder import PixelDecoder, ResidualBlock
 from dualtoken.visual_tokenizer.quantizer import EMACodebooks, MultiCodebookVQ, QuantizerStats, ResidualVQ
@@ -304,6 +304,11 @@ class DualTokenVisualTokenizer(PreTrainedModel):
     def fingerprint(self) -> str:
         """Return the sha256 over everything that can change a code: settings and weights on the way there."""
         return fingerprint_of_codes(self.config, self.state_dict())
+
+    def encoding_state(self) -> dict[str, Tensor]:
+        """Return the weights and codebooks between an image and its codes, by name."""
+        state = self.state_dict().items()
+        return {name: value for name, value in state if changes_codes(name, self.config)}
 
     def parameters_per_part(self) -> dict[str, int]:
         """Return the number of parameters (and codebook entries) of each part; works on the meta device."""

@@ -172,12 +172,15 @@ class VQTokenizer(PreTrainedModel):
         config = self.config
         settings = {name: getattr(config, name) for name in SCALING + ("image_size",)}
         settings["vq"] = {name: getattr(config.vq, name, None) for name in _SETTINGS}
-        state = {
+        return sha256_of(settings, self.encoding_state())
+
+    def encoding_state(self) -> dict[str, Tensor]:
+        """Return the weights between an image and its codes, by their names in the VQ model."""
+        return {
             name: value
             for name, value in self.vq.state_dict().items()
             if name.startswith(_ENCODING) and not name.endswith("num_batches_tracked")
         }
-        return sha256_of(settings, state)
 
     def save_pretrained(
         self, save_directory: str | PathLike, is_main_process: bool = True, *args, **kwargs

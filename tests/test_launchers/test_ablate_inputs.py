@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from dualtoken.unified_model.model import DualTokenForCausalLM
@@ -10,13 +11,14 @@ from dualtoken.unified_model.vision_tower import name_in_siglip
 from dualtoken.visual_tokenizer.backbone import load_backbone
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+from eval.inputs import load_visual_tokenizer
 from eval.results import read_json, write_json
 from launchers.ablate_inputs import COSTS, require_same_documents, stage
 from launchers.ablate_unified import UNDERSTANDING, figures_of
 from launchers.bars import plot_bars
 from launchers.errors import UserError
 from launchers.input_codes import codes_folder, make_codes
-from launchers.input_costs import positions_of_picture
+from launchers.input_costs import positions_of_picture, seeing_costs
 from launchers.input_scores import claims, headlines, scores
 from launchers.inputs import IN_LAYER_WORDS, INPUTS, WITH_VQ, check, of_quickstart
 from pretrain.config import load_job_config
@@ -26,6 +28,7 @@ from tests.support.distributed import run_module
 from tests.support.forked_inputs import INPUTS as TRAINED
 from tests.support.tiny_pope import write_pope
 from tests.support.tiny_run import make_tiny_run
+from tests.support.tiny_vq import vq_tokenizer
 from tests.support.unified_support import POSITIONS, SEEN, seeing, tiny_config
 from tests.test_launchers.test_ablate import scenes_json
 
@@ -121,6 +124,31 @@ def test_positions_of_a_picture():
         "semantic": POSITIONS + 2, "dual": POSITIONS + 2, "continuous": SEEN + 2,
         "dual-encoder": POSITIONS + SEEN + 3,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["ours", "vq"])
+@torch.no_grad()
+def test_what_sees_is_all_that_codes_need(run, tmp_path, kind):
+    """Counted is what codes are made of: they stay as they are whatever becomes of the rest."""
+    folder = run / "tokenizer" / "export"
+    if kind == "vq":
+        folder = tmp_path / "vq"
+        vq_tokenizer("emu3_vqgan").save_pretrained(folder)
+    found = seeing_costs(folder, tiny_config(), None)
+    tokenizer = load_visual_tokenizer(folder)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    before = tokenizer.encode(images)
+    needed = {tensor.data_ptr() for tensor in tokenizer.encoding_state().values()}
+    kept = 0
+    for tensor in tokenizer.state_dict().values():
+        if tensor.data_ptr() in needed:
+            kept += tensor.numel()
+        elif tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+    assert torch.equal(tokenizer.encode(images), before)
+    assert found["tower_parameters"] == kept < sum(one.numel() for one in tokenizer.state_dict().values())
+    assert found["tower_flops"] > 0
+    assert seeing_costs(folder, tiny_config(**seeing("features")), None) == dict.fromkeys(found, 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,6 @@ def zero3_steps():
         for compiled in ([], ["all"]):
             torch.manual_seed(0)
             model, parts = unified_model("nothing")
-            layout = model.config.image_layout
             zero3.freeze(model, frozen)
             compile_parts(parts, compiled, backend=BACKEND)
             engine, *_ = deepspeed.initialize(
@@ -183,8 +182,8 @@ def zero3_steps():
             )
             losses, gradients = [], {}
             for step in range(2):
-                output = engine(**zero3.batch(rank, step, layout).model_inputs())
-                loss = zero3.loss_of(output, *zero3.counts(step, layout))
+                output = engine(**zero3.batch(rank, step, model.config).model_inputs())
+                loss = zero3.loss_of(output, *zero3.counts(step, model.config))
                 losses.append(loss.item())
                 engine.backward(loss)
                 trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

@@ -232,6 +232,25 @@ def test_resume_at_every_pack(pairs: Path) -> None:
         assert all(same(a, b) for a, b in zip(batches[step:], take(stream, 12 - step), strict=True))
 
 
+def test_resume_between_the_pieces_of_a_document_and_behind_bad_samples(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = [{"image": index} for index in range(8)] + [{"text": "x" * 30}]
+    samples = [CodeSample(f"long{index}", codes_of(index, 8), parts) for index in range(3)]
+    folder = write_code_shards(tmp_path / "a", [*samples, *(pair(index) for index in range(4))], 1)
+    entries = [BlendEntry(str(folder), "document"), BlendEntry(str(folder), "caption")]
+    stream = loader(config(*entries, context_length=20, on_bad_sample="skip"))
+    states, batches = [], []
+    for _ in range(40):
+        states.append(stream.save_state())
+        batches.append(next(stream))
+    assert any("#" in key for batch in batches for key in batch.keys)
+    assert "8 images, the view caption takes one" in caplog.text
+    for step in (1, 2, 3, 7, 19, 39):
+        stream.restore_states([json.loads(json.dumps(states[step]))])
+        assert all(same(a, b) for a, b in zip(batches[step:], take(stream, 40 - step), strict=True))
+
+
 def test_packs_of_so_many_documents_hold_the_same_ones_however_long_they_are(
     pairs: Path, tmp_path: Path
 ) -> None:

@@ -211,7 +211,7 @@ def test_states_that_do_not_fit_are_refused_in_one_line(images: Path) -> None:
         ),
         ([later, states[1]], "got 2 loader state.s. that are not of one run and step"),
         ([], "got 0 loader state"),
-        ([{**states[0], "version": 2}, states[1]], "has version 2, expected 3: go on with the program"),
+        ([{**states[0], "version": 2}, states[1]], "has version 2, expected 4: go on with the program"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             alone.restore_states(given_states)
