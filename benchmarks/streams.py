@@ -1,7 +1,8 @@
-"""Streams of codes against reading codes plainly and against reading and decoding the pictures; packing.
+"""Streams of codes against loops of WebDataset, and against reading and decoding the pictures; packing.
 
-Run: python -m benchmarks.streams [--positions 729 --num-quantizers 8] [--samples 2000]
-All rates are samples per second of CPU time of this one process.
+Run: python -m benchmarks.streams [--positions 729 --num-quantizers 8] [--samples 8000]
+All rates are samples per second of CPU time of this one process. What is compared takes turns; a ratio is the
+median of the rounds, in brackets the least and the largest.
 """
 
 import argparse
@@ -11,7 +12,9 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -39,16 +42,10 @@ from data_pipeline.streams import (
 )
 from data_pipeline.streams.packing import pack_lengths
 from data_pipeline.streams.reader import worker_config
-from data_pipeline.streams.text_encoding import TextEncoder
-from data_pipeline.streams.views import build_document
-from dualtoken.unified_model.sequence import (
-    SpecialTokens,
-    add_special_tokens,
-    pack_documents,
-    tokenize_document,
-)
+from dualtoken.unified_model.sequence import SpecialTokens, add_special_tokens
 
 SHARDS = 4
+PROMPT_DROPOUT = 0.1
 CAPTION = (
     "a small wooden boat with a red sail on a calm lake in front of snow-covered mountains, seen from above"
 )
@@ -97,33 +94,66 @@ def write_pictures(folder: Path, side: int, samples: int) -> None:
     prepare_dataset(folder)
 
 
+def tars(folder: Path) -> str:
+    """The shards, as WebDataset names them."""
+    return str(folder / f"{{000000..{SHARDS - 1:06d}}}.tar")
+
+
 def plain_codes(folder: Path) -> Iterator[np.ndarray]:
     """Read codes as one would without this project: WebDataset, numpy, json; for ever."""
     while True:
-        dataset = webdataset.WebDataset(str(folder / f"{{000000..{SHARDS - 1:06d}}}.tar"), shardshuffle=False)
-        for sample in dataset:
+        for sample in webdataset.WebDataset(tars(folder), shardshuffle=False):
             json.loads(sample["json"])
             yield np.load(io.BytesIO(sample["codes.npy"])).astype(np.int64)
 
 
-def plain_packs(folder: Path, tokenizer: PreTrainedTokenizerFast, context: int) -> Iterator[int]:
-    """Read, tokenize and pack documents in order with WebDataset and numpy; yield how many; for ever."""
-    special, encoder = SpecialTokens.from_tokenizer(tokenizer), TextEncoder(tokenizer)
-    documents, used, draw = [], 0, random.Random(0)
+def plain_packs(
+    folder: Path, encode: Callable[[str], list[int]], special: SpecialTokens, context: int, buffer: int
+) -> Iterator[int]:
+    """Make packs of pictures to be drawn, as the stream does, without this project; for ever.
+
+    WebDataset reads and shuffles, json and numpy do the rest; documents are packed in the order they come.
+    Yields the number of documents of each pack.
+    """
+    end, pad = special.end_of_text, special.image_pad
+    start, stop = special.image_gen_start, special.image_gen_end
+    draw = random.Random(0)
+    ids: list[int] = []
+    labels: list[int] = []
+    lengths: list[int] = []
+    codes: list[np.ndarray] = []
     while True:
-        dataset = webdataset.WebDataset(str(folder / f"{{000000..{SHARDS - 1:06d}}}.tar"), shardshuffle=False)
-        for sample in dataset:
+        for sample in webdataset.WebDataset(tars(folder), shardshuffle=SHARDS).shuffle(buffer):
             record = json.loads(sample["json"])
-            codes = np.load(io.BytesIO(sample["codes.npy"])).astype(np.int64)
-            sample = CodeSample(sample["__key__"], codes, record["parts"], record["captions"])
-            document = build_document(sample, "generate", draw, [], "en", 0.1)
-            tokenized = tokenize_document(document, encoder, special)
-            if used + len(tokenized) > context:
-                pack_documents(documents, context)
-                yield len(documents)
-                documents, used = [], 0
-            documents.append(tokenized)
-            used += len(tokenized)
+            image = np.load(io.BytesIO(sample["codes.npy"]))[0]
+            prompt = "" if draw.random() < PROMPT_DROPOUT else draw.choice(list(record["captions"].values()))
+            text = encode(prompt)
+            length = len(text) + len(image) + 4
+            if len(ids) + length > context:
+                as_tensors(ids, labels, lengths, codes, context)
+                yield len(lengths)
+                ids, labels, lengths, codes = [], [], [], []
+            ids += [end, *text, start, *[pad] * len(image), stop, end]
+            labels += [-100] * (len(text) + 1) + [start] + [-100] * (len(image) + 1) + [end]
+            lengths.append(length)
+            codes.append(image)
+
+
+def as_tensors(
+    ids: list[int], labels: list[int], lengths: list[int], codes: list[np.ndarray], context: int
+) -> tuple[torch.Tensor, ...]:
+    """Return what a model takes: ids, positions, borders of documents, labels, codes and where they count."""
+    padding = context - len(ids)
+    positions = [np.arange(length) for length in [*lengths, padding]]
+    joined = np.concatenate(codes).astype(np.int64)
+    return (
+        torch.from_numpy(np.array(ids + [ids[0]] * padding))[None],
+        torch.from_numpy(np.concatenate(positions))[None],
+        torch.from_numpy(np.cumsum([0, *lengths, padding], dtype=np.int32)),
+        torch.from_numpy(np.array(labels + [-100] * padding))[None],
+        torch.from_numpy(joined),
+        torch.ones(len(joined), dtype=torch.bool),
+    )
 
 
 def own_codes(folder: Path) -> Iterator[np.ndarray]:
@@ -136,6 +166,24 @@ def own_codes(folder: Path) -> Iterator[np.ndarray]:
             parts = sample["parts"]
             codes = decode_sample(sample["key"], parts["codes.npy"], parts["json"]).codes
             yield codes.astype(np.int64)
+
+
+def in_turns(contenders: dict[str, Callable[[], int]], samples: int, rounds: int) -> dict[str, list[float]]:
+    """Samples per second of CPU time of each contender in each round of so many samples."""
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, step in contenders.items():
+            count, start = 0, time.process_time()
+            while count < samples:
+                count += step()
+            rates[name].append(count / (time.process_time() - start))
+    return rates
+
+
+def times(first: list[float], second: list[float]) -> str:
+    """How many times as fast the first is: the median of the rounds, the least and the largest."""
+    ratios = [a / b for a, b in zip(first, second)]
+    return f"{median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def rate(step: Callable[[], int], seconds: float) -> float:
@@ -157,18 +205,44 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
 
     entry = BlendEntry(str(folder / "codes"), "generate")
     context = max(1024, 5 * (options.positions + 150))
-    config = DocumentStreamConfig([entry], context_length=context, shuffle_buffer_size=options.buffer)
+    config = DocumentStreamConfig(
+        [entry],
+        context_length=context,
+        shuffle_buffer_size=options.buffer,
+        prompt_dropout=PROMPT_DROPOUT,
+    )
     tokenizer = byte_tokenizer()
     start = time.perf_counter()
     stream = document_loader(config, tokenizer, geometry)
     next(stream)
     print(f"first pack of {context} tokens after {time.perf_counter() - start:.2f} s")
 
-    def pack() -> int:
-        return len(next(stream).keys)
+    special = SpecialTokens.from_tokenizer(tokenizer)
 
-    streamed = rate(pack, options.seconds)
-    print(f"document stream, tokenized and packed: {streamed:,.0f} documents/s")
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def loop(encode: Callable[[str], list[int]]) -> Callable[[], int]:
+        packs = plain_packs(folder / "codes", encode, special, context, options.buffer)
+        return lambda: next(packs)
+
+    packing = {
+        "stream": lambda: len(next(stream).keys),
+        "loop": loop(encode),
+        "remembering": loop(lru_cache(maxsize=1 << 16)(encode)),
+    }
+    in_turns(packing, options.samples // 8, 1)  # to warm up
+    a_round = options.samples // (2 * options.rounds)
+    for captions in ("new", "seen before"):
+        rates = in_turns(packing, a_round, options.rounds)
+        streamed = median(rates["stream"])
+        print(
+            f"documents shuffled, tokenized and packed, captions {captions}: {streamed:,.0f} documents/s; ",
+            end="",
+        )
+        print(f"{times(rates['stream'], rates['loop'])} a loop of WebDataset; ", end="")
+        print(f"{times(rates['stream'], rates['remembering'])} one that remembers the tokens of captions")
+        in_turns(packing, options.samples, 1)  # the rest of the epoch, and some of the next
     print(f"padding: {stream.statistics.padding_share:.2%}")
     start = time.perf_counter()
     state = stream.save_state()
@@ -178,15 +252,10 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     print(f"save {saved:.3f} s, restore to the next pack {time.perf_counter() - start - saved:.2f} s")
 
     plain, own = plain_codes(folder / "codes"), own_codes(folder / "codes")
-    plainly = rate(lambda: len(next(plain)[:1]), options.seconds)
-    read = rate(lambda: len(next(own)[:1]), options.seconds)
-    print(f"reading codes to int64: WebDataset + numpy: {plainly:,.0f} samples/s; ", end="")
-    print(f"our reader alone: {read:,.0f} samples/s, {read / plainly:.1f}x; ", end="")
-    print(f"the trainer's stream, with all its work on text and packs: {streamed / plainly:.1f}x")
-    packs = plain_packs(folder / "codes", tokenizer, context)
-    packed = rate(lambda: next(packs), options.seconds)
-    print(f"the stream's documents by WebDataset + numpy, not shuffled: {packed:,.0f} documents/s; ", end="")
-    print(f"the stream: {streamed / packed:.1f}x")
+    reading = {"plain": lambda: len(next(plain)[:1]), "own": lambda: len(next(own)[:1])}
+    rates = in_turns(reading, options.samples, options.rounds)
+    print(f"reading codes to int64: WebDataset + numpy: {median(rates['plain']):,.0f} samples/s; ", end="")
+    print(f"our reader alone: {times(rates['own'], rates['plain'])}")
 
     pictures = ImageStreamConfig(str(folder / "pictures"), shuffle_buffer_size=50)
     batches = image_loader(pictures, 16)
@@ -221,11 +290,12 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=64)
     parser.add_argument("--num-quantizers", type=int, default=4)
     parser.add_argument("--codebook-size", type=int, default=512)
-    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--samples", type=int, default=8000)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--buffer", type=int, default=1000, help="samples in the shuffle buffer")
     parser.add_argument("--picture-side", type=int, default=512, help="of the JPEG pictures, in pixels")
     parser.add_argument("--image-size", type=int, default=384, help="to which they are decoded")
-    parser.add_argument("--seconds", type=float, default=3.0, help="CPU time per figure")
+    parser.add_argument("--seconds", type=float, default=3.0, help="CPU time per figure of pictures")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

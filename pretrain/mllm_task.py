@@ -171,8 +171,8 @@ class MllmTask:
             share_attention(self.model, config.sequence_parallel_size)
         compile_parts(compiled_parts(self.model), config.compile)
         self.model.to(runtime.device)
+        self.train_loader = self.open_documents(config.data, "train")  # its mistakes come before engines
         self.engines = {"model": build_engine(self.model, config, runtime)}
-        self.train_loader = self.open_documents(config.data, "train")
         self.tower_watch = self.watch_tower()
 
     def build_model(self) -> DualTokenForCausalLM:

@@ -14,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.energon import Sample, SavableDataset, WorkerConfig, edataclass
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.base_webdataset import BaseWebdatasetFactory
 from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
 from megatron.energon.flavors.webdataset.structs import ShardInfo
+from megatron.energon.rng import WorkerRng
 
 from data_pipeline.errors import DatasetError
 from data_pipeline.shards.index import local_index
@@ -118,12 +120,32 @@ class RemoteShardReader(LocalShardReader):
         return RemoteBlocks(path, int(offsets[-1])), offsets
 
 
+class _SliceRng(WorkerRng):
+    """Chooses among slices as its parent does, number for number; adds weights up only when they change."""
+
+    _weights: torch.Tensor | None = None
+    _version = -1
+
+    def choice_idx(self, probs: torch.Tensor) -> int:
+        if self._weights is not probs or self._version != probs._version:
+            self._weights, self._version = probs, probs._version
+            sums = torch.cumsum(probs, dim=0)
+            self._sums, self._total = sums.tolist(), sums[-1]
+        if len(self._sums) == 1:
+            return 0
+        return bisect_right(self._sums, (torch.rand(1, generator=self.rng) * self._total).item())
+
+
 class _ShardDataset(WebdatasetSampleLoaderDataset):
     """Energon's shuffling over slices of shards, yielding `RawSample`."""
 
     def __init__(self, entry: int, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._entry = entry
+
+    def reset_state_own(self) -> None:
+        super().reset_state_own()
+        self._worker_rng = _SliceRng(self.worker_config)
 
     def _raw(self, read: dict[str, Any]) -> RawSample:
         return RawSample(

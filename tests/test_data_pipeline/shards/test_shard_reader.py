@@ -7,16 +7,19 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.structs import ShardInfo
+from megatron.energon.rng import WorkerRng
 
 from data_pipeline.errors import DatasetError
 from data_pipeline.shards.index import prepare_dataset
-from data_pipeline.shards.reader import LocalShardReader
+from data_pipeline.shards.reader import LocalShardReader, _SliceRng
 from data_pipeline.shards.tar_members import TarError, iterate_members, iterate_samples, locate_samples
+from data_pipeline.streams.reader import worker_config
 from data_pipeline.streams.text_encoding import TextEncoder
 from dualtoken.unified_model.sequence import SPECIAL
 from tests.test_data_pipeline.streams.test_document_streams import build_tokenizer
@@ -146,6 +149,20 @@ def test_transient_errors_are_tried_again(
     with caplog.at_level(logging.WARNING):
         assert LocalShardReader(shards, skip_unreadable=True)[1] is None
     assert "stale file handle" in caplog.text
+
+
+def test_slices_are_drawn_as_energon_draws_them() -> None:
+    workers = worker_config(0, 1, 0, seed=3)
+    energons, ours = WorkerRng(workers), _SliceRng(workers)
+    weights = torch.tensor([5.0, 0.0, 100.0, 1.0])
+    drawn = []
+    for step in range(300):
+        if step % 50 == 49:
+            weights[step % 4] = step % 3  # as one slice takes the place of another, or none does
+        drawn.append(ours.choice_idx(weights))
+        assert drawn[-1] == energons.choice_idx(weights)
+    assert len(set(drawn)) > 2
+    assert ours.save_state() == energons.save_state()
 
 
 @settings(max_examples=60, deadline=None)
