@@ -150,7 +150,10 @@ def test_a_plan_counts_it(runs, capsys):
     words = ["--visual-tokenizer", runs / "emu3", "--llm", "qwen2.5-0.5b", "model.init_from=null"]
     heads = "model.heads={codes_as: vocabulary}"
     code, out, err = call(["plan", "mllm_joint", *words, heads], capsys)
-    assert code == 0 and "(16 positions)" in out and "head" not in out.split("llm")[0], err
+    assert code == 0 and "(16 positions)" in " ".join(out.split()), err
+    rows = 151936 + 64  # those of the language model, and a multiple of 64 for the 24 codes
+    assert f"llm {494_032_768 + (rows - 151936) * 896:,} " in " ".join(out.split())
+    assert "text_head" in out and "pixel_head" not in out and "visual_embedder" not in out
 
 
 def test_what_does_not_go_together_is_named(runs, tmp_path, capsys):
