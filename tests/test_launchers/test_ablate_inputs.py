@@ -157,7 +157,8 @@ def compared(run, tmp_path_factory):
     output = tmp_path_factory.mktemp("compared")
     write_pope(output / "benchmarks" / "pope")
     arguments = [str(run), str(output), str(output / "benchmarks")]
-    return output, run_module("tests.support.forked_inputs", arguments, 1).check()
+    # Ten processes one after the other: on a busy machine they take their time.
+    return output, run_module("tests.support.forked_inputs", arguments, 1, timeout=900).check()
 
 
 def test_table_and_bars_of_real_trainings(run, compared):
