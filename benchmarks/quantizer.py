@@ -1,9 +1,8 @@
 """Time and memory of the residual quantizer against a plain transcription and vector-quantize-pytorch.
 
 One training step (forward, backward, codebook update) and the nearest-code search alone, at the paper's sizes
-(2 images of 729 positions, 16384 codes, 32 wide, depth 8), single-threaded CPU time of the best of a few
-runs; every contender runs in its own process, which also gives its peak memory. Run: ``python -m
-benchmarks.quantizer``.
+(2 images of 729 positions, 16384 codes, 32 wide, depth 8), single-threaded CPU time of rounds in which the
+contenders take turns; peak memory of each in a process of its own. Run: ``python -m benchmarks.quantizer``.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import json
 import multiprocessing
 import platform
 import re
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -140,29 +140,50 @@ def best_cpu_seconds(run: Callable, iterations: int) -> float:
     return min(times)
 
 
-def measure(contender: str, args: argparse.Namespace, images: int, queue: multiprocessing.Queue) -> None:
-    """Measure one contender in this process; put a dictionary into ``queue``."""
-    torch.set_num_threads(1)
+def inputs(args: argparse.Namespace, images: int) -> tuple[Tensor, Tensor]:
+    """Return latents [N, C] and a codebook [K, C]."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(images * args.positions, args.width, generator=generator)
     scales = torch.logspace(0, -1, args.codes).unsqueeze(1)  # codes for the early and for the late depths
-    codebook = torch.randn(args.codes, args.width, generator=generator) * scales
+    return latents, torch.randn(args.codes, args.width, generator=generator) * scales
+
+
+def measure_memory(
+    contender: str, args: argparse.Namespace, images: int, queue: multiprocessing.Queue
+) -> None:
+    """Put the peak memory of one contender's step, in this process, into ``queue``, in MiB."""
+    torch.set_num_threads(1)
+    latents, codebook = inputs(args, images)
     warm = build(contender, latents[:8], codebook[:256].clone(), args.depth)
     warm[0]()  # thread pools and kernels' own memory
-    step, search = build(contender, latents, codebook, args.depth)
+    step, _ = build(contender, latents, codebook, args.depth)
     before = reset_peak_memory()
     step()
-    result = {"peak_mib": peak_memory_mib() - before}
-    if args.iterations:
-        result["step_s"] = best_cpu_seconds(step, args.iterations)
+    queue.put(peak_memory_mib() - before)
+
+
+def measure_times(args: argparse.Namespace, queue: multiprocessing.Queue) -> None:
+    """Put CPU seconds and the codes found into ``queue``; the contenders take turns, round by round."""
+    torch.set_num_threads(1)
+    latents, codebook = inputs(args, args.images)
+    works: dict[tuple[str, str], Callable] = {}
+    codes = {}
+    for name in args.contenders:
+        works[name, "step_s"], _ = build(name, latents, codebook.clone(), args.depth)
+        _, search = build(name, latents, codebook.clone(), args.depth)
         if search is not None:
-            step, search = build(contender, latents, codebook, args.depth)
-            result["search_s"] = best_cpu_seconds(search, args.iterations)
-            result["codes"] = search().tolist()
-    queue.put(result)
+            works[name, "search_s"] = search
+            codes[name] = search().tolist()
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in works}
+    for _ in range(1 + args.iterations):
+        for key, work in works.items():
+            start = time.process_time()
+            work()
+            seconds[key].append(time.process_time() - start)
+    queue.put(({key: times[1:] for key, times in seconds.items()}, codes))
 
 
-def in_own_process(measure: Callable, *arguments: Any) -> dict:
+def in_own_process(measure: Callable, *arguments: Any) -> Any:
     """Run a measurement in a fresh process; it puts its result into the queue it gets as last argument."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -187,17 +208,21 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=16384)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--depth", type=int, default=8)
-    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=5, help="rounds")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    results = {name: in_own_process(measure, name, args, args.images) for name in args.contenders}
-    growth_args = argparse.Namespace(**{**vars(args), "iterations": 0})
-    for name in set(args.contenders) & {"ours", "plain"}:
-        more = in_own_process(measure, name, growth_args, args.images + 2)["peak_mib"]
-        results[name]["growth_mib_per_image"] = (more - results[name]["peak_mib"]) / 2
-    codes = {name: result.pop("codes") for name, result in results.items() if "codes" in result}
+    results: dict[str, dict[str, float]] = {}
+    for name in args.contenders:
+        memory = in_own_process(measure_memory, name, args, args.images)
+        results[name] = {"peak_mib": memory}
+        if name in ("ours", "plain"):
+            more = in_own_process(measure_memory, name, args, args.images + 2)
+            results[name]["growth_mib_per_image"] = (more - memory) / 2
+    seconds, codes = in_own_process(measure_times, args)
+    for (name, what), times in seconds.items():
+        results[name][what] = min(times)
 
     print(
         f"{args.images} images x {args.positions} positions, K {args.codes}, width {args.width}, "
@@ -208,10 +233,13 @@ def main() -> None:
     if len(codes) == 2:
         same = sum(a == b for a, b in zip(codes["ours"], codes["plain"])) / len(codes["ours"])
         print(f"same codes as plain: {same:.4%} (plain rounds in fp32, so near ties may differ)")
-    for name, result in results.items():
-        if name != "ours" and "ours" in results:
-            ratios = {key: result[key] / results["ours"][key] for key in result if results["ours"].get(key)}
-            print(f"{name} / ours:", "  ".join(f"{key} {value:.3g}x" for key, value in ratios.items()))
+    for (name, what), times in seconds.items():
+        if name != "ours" and ("ours", what) in seconds:
+            ratios = [other / own for other, own in zip(times, seconds["ours", what], strict=True)]
+            print(
+                f"{name} / ours, {what}: {statistics.median(ratios):.3g}x of the rounds "
+                f"({min(ratios):.3g} to {max(ratios):.3g})"
+            )
     if args.json:
         args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 

@@ -61,12 +61,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def write_codes(folder: Path, geometry: CodeGeometry, samples: int) -> None:
-    """Write random codes with captions as a prepared data set."""
+def write_codes(
+    folder: Path, geometry: CodeGeometry, samples: int, fingerprint: str = "0" * 64
+) -> None:
+    """Write random codes with captions, as of the tokenizer of a fingerprint, as a prepared data set."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     manifest = DatasetManifest(
-        "0" * 64, geometry.codebook_size, geometry.num_quantizers, geometry.positions, 0
+        fingerprint, geometry.codebook_size, geometry.num_quantizers, geometry.positions, 0
     )
     for shard in range(SHARDS):
         with ShardWriter(folder / f"{shard:06d}.tar", geometry) as writer:

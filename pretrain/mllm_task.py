@@ -44,7 +44,7 @@ from pretrain.sequence_parallel import (
     require_same_packs,
     share_attention,
 )
-from pretrain.stepping import backward, take_step
+from pretrain.stepping import NotFiniteError, backward, take_step
 from pretrain.tower_collapse import TowerWatch, packs_with_pictures
 
 
@@ -336,7 +336,11 @@ class MllmTask:
             averages.add(name, total, size / self.runtime.world_size)
         if difference is not None:
             averages.add("difference", difference)
-        figures = take_step(self.engines, averages)
+        try:
+            figures = take_step(self.engines, averages)
+        except NotFiniteError as error:
+            require_same_packs(error.figures.pop("difference", 0.0))
+            raise
         require_same_packs(figures.pop("difference", 0.0))
         return figures
 

@@ -24,8 +24,8 @@ class DaliDecoder(TorchvisionDecoder):
 
     Batches are cut where their images have too many pixels, by their headers, to be decoded at a time.
     A pipeline is no longer valid after an image it cannot decode, and what it decoded of the batch is lost.
-    So what is broken in front of its pixels is found before DALI is given it; what still fails costs a new
-    pipeline. Images with transparency, 16 bits or extended WebP and truncated files go to PIL and torch. The
+    So what is broken in front of its pixels is found before, once, and never given to DALI; what still fails
+    costs a new pipeline. Images with transparency, 16 bits or extended WebP and truncated files go to PIL and torch. The
     GPU path has not been run: it was written without a GPU at hand.
     """
 
@@ -39,6 +39,14 @@ class DaliDecoder(TorchvisionDecoder):
         self.name = f"DALI ({'mixed' if self.on_gpu else 'CPU'})"
         self._pipeline: Any = None
         self._capacity = 32
+
+    def _given(self, encoded: Sequence[bytes], headers: dict[int, ImageHeader]) -> list[int]:
+        """Which images DALI is given: not those that are not for it, or broken in front of their pixels."""
+        taken = [index for index, header in headers.items() if self._takes(header, encoded[index])]
+        jpegs = [[index] for index in taken if headers[index].format == "JPEG"]
+        begun = self._map(lambda one: jpeg_begins(encoded[one[0]]), jpegs)
+        broken = {index for (index,), begins in zip(jpegs, begun, strict=True) if not begins}
+        return [index for index in taken if index not in broken]
 
     def _takes(self, header: ImageHeader, data: bytes) -> bool:
         # A truncated JPEG would cost the pipeline and its whole batch. Without an end marker in its second
@@ -93,14 +101,11 @@ class DaliDecoder(TorchvisionDecoder):
         return pipeline
 
     def _run(self, encoded: list[bytes], headers: list[ImageHeader]) -> Tensor:
-        """One run over a batch: uint8 [n, S, S, 3], a copy; RuntimeError if DALI cannot decode all of it.
+        """One run over a batch: uint8 [n, S, S, 3], a copy.
 
-        Unless that is found before, the pipeline is then gone.
+        Raises:
+            RuntimeError: DALI cannot decode all of it; the pipeline is gone.
         """
-        jpegs = [[position] for position, header in enumerate(headers) if header.format == "JPEG"]
-        for (position,), begins in zip(jpegs, self._map(lambda one: jpeg_begins(encoded[one[0]]), jpegs)):
-            if not begins:
-                raise RuntimeError(f"Failed to decode sample #{position}: its tables or frame are broken")
         if self._pipeline is None or len(encoded) > self._capacity:
             self._capacity = max(self._capacity, 1 << (len(encoded) - 1).bit_length())
             self._pipeline = self._build()
@@ -127,10 +132,8 @@ class DaliDecoder(TorchvisionDecoder):
         slots = {index: slot for slot, index in enumerate(headers)}
         groups: list[list[int]] = []
         room = 0
-        for index, header in headers.items():
-            if not self._takes(header, encoded[index]):
-                continue
-            pixels = header.width * header.height
+        for index in self._given(encoded, headers):
+            pixels = headers[index].width * headers[index].height
             if not groups or pixels > room:
                 groups.append([])
                 room = _PIXELS_TOGETHER

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK = 64  # codes per block of the two-level minimum; half of it below 4096 codes, by timing
+_BLOCK = 32  # codes per block of the two-level minimum, by timing
 _FP64_CODES = 2048  # codes converted to fp64 at once
 _ROUNDING = 2.0**-24  # unit roundoff of fp32
 
@@ -56,8 +56,8 @@ class NearestCodeSearch:
         size, width = codebook.shape
         self.codebook = codebook
         self.tile_rows = tile_rows or (256 if on_cpu else 4096)
-        self.block = min(_BLOCK if size >= 4096 else _BLOCK // 2, size)
-        tile_codes = tile_codes or (2048 if on_cpu else 65536)
+        self.block = min(_BLOCK, size)
+        tile_codes = tile_codes or (1024 if on_cpu else 65536)
         self.tile_codes = max(1, tile_codes // self.block) * self.block
         self.padding = 0 if on_cpu else -(width + 1) % 8  # GPUs want aligned rows
         squares = [part.double().square_().sum(dim=1) for part in codebook.split(_FP64_CODES)]
@@ -97,12 +97,12 @@ class NearestCodeSearch:
         """Return the codes in fp32, and where rounding may have decided or a vector is not finite."""
         queries = F.pad(-vectors, (0, 1 + self.padding))
         queries[:, vectors.shape[1]] = 1.0
-        minima = self._block_minima(queries)  # [N, blocks]
-        _, second_block, winner = _two_smallest(minima)
+        minima = self._block_minima(queries)  # [blocks, N]
+        _, second_block, winner = _two_smallest(minima, dim=0)
         keys = self._scratch(len(queries), self.block, queries.shape[1])
         torch.index_select(self.blocks, 0, winner, out=keys)
         inside = torch.bmm(keys, queries.unsqueeze(2)).squeeze(2)  # [N, block]
-        best, second_inside, offset = _two_smallest(inside)
+        best, second_inside, offset = _two_smallest(inside, dim=1)
         # Rounding error of a score: a sum of C + 1 products, one factor of which was itself rounded.
         scale = vectors.norm(dim=1) * self.largest_norm + self.largest_norm.square()
         bound = (vectors.shape[1] + 4) * _ROUNDING * scale
@@ -118,15 +118,15 @@ class NearestCodeSearch:
         return self._memory[: math.prod(shape)].view(shape)
 
     def _block_minima(self, queries: Tensor) -> Tensor:
-        keys = self.blocks.view(-1, self.blocks.shape[2])
-        minima = queries.new_empty(len(queries), len(self.blocks))
+        keys, rows = self.blocks.view(-1, self.blocks.shape[2]), queries.t()
+        minima = queries.new_empty(len(self.blocks), len(queries))
         for start in range(0, len(keys), self.tile_codes):
             part = keys[start : start + self.tile_codes]
-            scores = self._scratch(len(queries), len(part))
-            torch.mm(queries, part.t(), out=scores)
+            scores = self._scratch(len(part), len(queries))  # vectors side by side: minima of many at a time
+            torch.mm(part, rows, out=scores)
             first = start // self.block
-            blocks = scores.view(len(queries), -1, self.block)
-            torch.amin(blocks, dim=2, out=minima[:, first : first + blocks.shape[1]])
+            blocks = scores.view(-1, self.block, len(queries))
+            torch.amin(blocks, dim=1, out=minima[first : first + len(blocks)])
         return minima
 
     def _search_fp64(self, vectors: Tensor) -> Tensor:
@@ -142,8 +142,11 @@ class NearestCodeSearch:
         return codes
 
 
-def _two_smallest(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the smallest value, the second smallest (infinity if none) and the index of the smallest."""
-    best, index = scores.min(dim=1)
-    others = scores.scatter(1, index.unsqueeze(1), torch.inf)
-    return best, others.amin(dim=1), index
+def _two_smallest(scores: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the smallest value, the second smallest (infinity if none) and the index of the smallest.
+
+    The smallest is taken out of `scores`: a copy would cost more than looking.
+    """
+    best, index = scores.min(dim=dim)
+    scores.scatter_(dim, index.unsqueeze(dim), torch.inf)
+    return best, scores.amin(dim=dim), index

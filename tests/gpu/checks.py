@@ -31,7 +31,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def job_words(folder: Path, job: str) -> list[str]:
-    """A job at the tests' sizes, on one rank, in bf16."""
+    """A job at the tests' sizes, on one rank, in bf16; `JOB_compiled` with its parts compiled."""
     words = {
         "contrastive": [
             *test_contrastive.words(folder, "unused", "global_batch_size=4"),
@@ -41,7 +41,8 @@ def job_words(folder: Path, job: str) -> list[str]:
         "tokenizer": tokenizer_words(folder, "unused", 1),
         "mllm": mllm_words(folder, "unused", 1),
     }
-    return [*words[job], "precision=bf16", "log_every=1"]
+    kind, _, compiled = job.partition("_")
+    return [*words[kind], *(["compile=[all]"] if compiled else []), "precision=bf16", "log_every=1"]
 
 
 def check_job(folder: Path, job: str, device: str, steps: int = STEPS) -> str:

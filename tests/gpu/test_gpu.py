@@ -16,7 +16,7 @@ def test_the_environment_lets_jobs_use_the_gpu():
     assert os.environ["DS_ACCELERATOR"] == "cuda", "start this suite by `make test-gpu`"
 
 
-@pytest.mark.parametrize("job", ["contrastive", "tokenizer", "mllm"])
+@pytest.mark.parametrize("job", ["contrastive", "tokenizer", "mllm", "mllm_compiled"])
 def test_jobs_train_in_bf16_like_on_the_cpu(folder, codes, job):  # noqa: F811
     print("\n" + checks.check_job(folder, job, "cuda"))
 
