@@ -12,7 +12,7 @@ PACKAGES = ("dualtoken", "data_pipeline", "pretrain", "eval", "launchers", "ds_c
 CORE = [
     "torch>=2.14",  # dist.set_timeout
     "torchvision",
-    "transformers>=5.0",
+    "transformers>=5.20",  # SubConfigSpec
     "deepspeed>=0.19",
     "accelerate",  # transformers asks for it when it builds a model sharded under ZeRO-3
     "safetensors",

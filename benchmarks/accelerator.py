@@ -2,9 +2,9 @@
 
 Weights are random, pictures crops of a photograph, codes random: none of it changes the time. Each case runs
 alone, the training jobs as a user starts them (`python -m pretrain.train`, one rank) and are ended once they
-have logged their steps; figures are medians of those after the first `--warm-up`. `matmul` is the bf16 product
-of 8192 x 8192 matrices, what the device can do. Run: ``python -m benchmarks.accelerator [--cases matmul mllm
-pretokenize] [--output figures.json]``; ``--size tiny`` runs the same on a CPU.
+have logged their steps; figures are medians of those after the first `--warm-up`. `matmul` is what the device
+can do: products of 8192 x 8192 matrices. Run: ``python -m benchmarks.accelerator [--cases matmul mllm encode]
+[--output figures.json]``; ``--size tiny`` runs the same on a CPU.
 """
 
 from __future__ import annotations

@@ -47,9 +47,7 @@ SHARDS = 3
 class Accelerator:
     """Sleeps for a batch, and notes when it was at work."""
 
-    config = SimpleNamespace(
-        positions=4, num_codebooks=2, num_quantizers=2, codebook_size=16, image_size=384
-    )
+    config = SimpleNamespace(positions=4, num_codebooks=2, num_quantizers=2, codebook_size=16, image_size=384)
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

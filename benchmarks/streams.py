@@ -61,9 +61,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def write_codes(
-    folder: Path, geometry: CodeGeometry, samples: int, fingerprint: str = "0" * 64
-) -> None:
+def write_codes(folder: Path, geometry: CodeGeometry, samples: int, fingerprint: str = "0" * 64) -> None:
     """Write random codes with captions, as of the tokenizer of a fingerprint, as a prepared data set."""
     folder.mkdir()
     rng = np.random.default_rng(0)

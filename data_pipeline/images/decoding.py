@@ -10,6 +10,7 @@ import io
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -153,7 +154,8 @@ class ImageDecoder:
                         sizes[index] = int(used.shape[0]), int(used.shape[1])
                 except BadImageError as error:
                     bad[index] = error
-            with torch.cuda.stream(stream):  # each thread has a current stream of its own
+            # Each thread has a current stream of its own.
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
                 self._normalise(pixels, images)
             return bad
 
@@ -164,8 +166,10 @@ class ImageDecoder:
         rejected += [Rejected(index, str(error)) for index, error in bad.items()]
         rejected.sort(key=lambda one: one.index)
         kept = [index for index in headers if index not in bad]
-        if bad:
-            images = images[torch.tensor([slots[index] for index in kept], dtype=torch.long).to(self.device)]
+        for place, index in enumerate(kept if bad else ()):  # moved up in place: new memory costs more
+            if place != slots[index]:
+                images[place] = images[slots[index]]
+        images = images[: len(kept)]
         in_tiles = [] if self.tiles is None else kept
         return DecodedImages(
             images, kept, rejected, [tiles[index] for index in in_tiles], [sizes[index] for index in in_tiles]

@@ -145,6 +145,13 @@ def test_environment_shares_cores(monkeypatch):
     assert processes.environment(16)["OMP_NUM_THREADS"] == "1"
 
 
+def test_large_tensors_lie_in_huge_pages_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    assert processes.environment(2)["THP_MEM_ALLOC_ENABLE"] == "1"
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    assert processes.environment(2)["THP_MEM_ALLOC_ENABLE"] == "0"
+
+
 def test_kernels_kept_on_a_cpu_are_few_unless_the_user_says_how_many(monkeypatch):
     """oneDNN's own number, 1024, is half a gigabyte of kernels a rank in bf16."""
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The trainings of docs/unitoken.md at several rates of the tower, on what the quickstart left:
-# bash docs/figures/tower_rate.sh runs/quickstart runs/tower_rate; its sweep.png is docs/figures/tower_rate.png.
+# The sweeps of docs/unitoken.md, on what the quickstart left; their sweep.png are tower_rate.png and generation_ratio.png:
+# bash docs/figures/stage2_sweep.sh runs/quickstart runs/tower_rate "optimizer.lr_scales[vision_tower.*]=0.01,0.1,1,10"
+# bash docs/figures/stage2_sweep.sh runs/quickstart runs/ratio data.blend.1.weight=0.25,0.5,1,2
 set -euo pipefail
-quickstart=$1 output=$2
+quickstart=$1 output=$2 swept=$3
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
 for split in train val; do
@@ -18,7 +19,7 @@ heads="{visual_input: codes_and_features, head_hidden_size: 128, head_num_layers
 head_intermediate_size: 384, place_embedding: true}"
 held_out="[{path: $output/codes/val, view: document}, {path: $output/codes/val, view: generate}]"
 
-dualtoken sweep unitoken_stage2 "optimizer.lr_scales[vision_tower.*]=0.01,0.1,1,10" steps=160 \
+dualtoken sweep unitoken_stage2 "$swept" steps=160 \
   model.init_from=null "model.llm_config=$decoder" "model.heads=$heads" model.vision_tower="$quickstart/siglip/export" \
   model.visual_tokenizer="$quickstart/tokenizer/export" \
   model.text_tokenizer="$quickstart/sample_data/text_tokenizer" \
