@@ -55,9 +55,9 @@ class NearestCodeSearch:
         on_cpu = codebook.device.type == "cpu"
         size, width = codebook.shape
         self.codebook = codebook
-        self.tile_rows = tile_rows or (256 if on_cpu else 4096)
+        self.tile_rows = tile_rows or (512 if on_cpu else 4096)
         self.block = min(_BLOCK, size)
-        tile_codes = tile_codes or (1024 if on_cpu else 65536)
+        tile_codes = tile_codes or (512 if on_cpu else 65536)
         self.tile_codes = max(1, tile_codes // self.block) * self.block
         self.padding = 0 if on_cpu else -(width + 1) % 8  # GPUs want aligned rows
         squares = [part.double().square_().sum(dim=1) for part in codebook.split(_FP64_CODES)]
@@ -68,6 +68,7 @@ class NearestCodeSearch:
             keys = F.pad(keys, (0, self.padding, 0, -size % self.block))
             keys[size:, width] = torch.inf  # codes that only fill up the last block are never near
         self.blocks = keys.view(-1, self.block, keys.shape[1])
+        self._tiles = keys.split(self.tile_codes)
         self._memory: Tensor | None = None
 
     def __call__(self, vectors: Tensor) -> Tensor:
@@ -118,15 +119,12 @@ class NearestCodeSearch:
         return self._memory[: math.prod(shape)].view(shape)
 
     def _block_minima(self, queries: Tensor) -> Tensor:
-        keys, rows = self.blocks.view(-1, self.blocks.shape[2]), queries.t()
-        minima = queries.new_empty(len(self.blocks), len(queries))
-        for start in range(0, len(keys), self.tile_codes):
-            part = keys[start : start + self.tile_codes]
-            scores = self._scratch(len(part), len(queries))  # vectors side by side: minima of many at a time
-            torch.mm(part, rows, out=scores)
-            first = start // self.block
-            blocks = scores.view(-1, self.block, len(queries))
-            torch.amin(blocks, dim=1, out=minima[first : first + len(blocks)])
+        rows, minima = queries.t(), queries.new_empty(len(self.blocks), len(queries))
+        memory = self._scratch(len(self._tiles[0]), len(queries))
+        for tile, best in zip(self._tiles, minima.split(self.tile_codes // self.block), strict=True):
+            scores = memory[: len(tile)]  # vectors side by side: minima of many at a time
+            torch.mm(tile, rows, out=scores)
+            torch.amin(scores.view(len(best), self.block, -1), dim=1, out=best)
         return minima
 
     def _search_fp64(self, vectors: Tensor) -> Tensor:
