@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +21,8 @@ class TextEncoder:
         """Wrap a transformers tokenizer; one without a `tokenizers` backend is called as it is."""
         self.text_tokenizer = text_tokenizer
         self._backend: Any = getattr(text_tokenizer, "backend_tokenizer", None)
+        # Texts come one at a time: handing each to a pool of threads would double what it takes.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._encode)
 
     def __call__(
@@ -36,7 +39,8 @@ class TextEncoder:
     def _encode(self, text: str, split_special_tokens: bool) -> tuple[int, ...]:
         if self._backend.encode_special_tokens != split_special_tokens:
             self._backend.encode_special_tokens = split_special_tokens
-        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)  # no offsets
+        return tuple(encoding.ids)
 
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
         """Return the tokens of ids."""
