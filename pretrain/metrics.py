@@ -179,16 +179,19 @@ def console_line(step: int, steps: int, split: str, numbers: dict[str, float], w
         numbers: figures by name.
         width: columns that the line may have.
     """
-    left = {key: value for key, value in numbers.items() if not is_detail(key)}
+    # NaN is what nobody counted, such as the loss of pictures where none is drawn.
+    left = {key: value for key, value in numbers.items() if not is_detail(key) and not math.isnan(value)}
     line = f"{split:5s} {step:>{len(str(steps))}}/{steps}"
     words = []
     if "loss/total" in left:
         words.append(f"loss {_short(left.pop('loss/total'))}")
         left = {key.removeprefix("loss/"): value for key, value in left.items()}
+    words += [f"{key} {_short(left.pop(key))}" for key in sorted(left) if key.startswith("loss/")]
     if "seconds_per_step" in left:
         words.append(f"{left.pop('seconds_per_step'):.3g} s/step")
     for key in [key for key in left if key.endswith("_per_second")]:
-        words.append(f"{left.pop(key):.3g} {key.removesuffix('_per_second')}/s")
+        rate = left.pop(key)
+        words.append(f"{rate:{',.0f' if rate >= 1000 else '.3g'}} {key.removesuffix('_per_second')}/s")
     if "mfu" in left:
         words.append(f"mfu {left.pop('mfu'):.1%}")
     if (waiting := left.pop("data_wait", 0.0)) >= 0.05:

@@ -1,6 +1,7 @@
 """The loop under DeepSpeed with real ranks: ranks agree, resumes are exact, bad gradients stop it."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -272,6 +273,8 @@ def test_console_line_fits():
     assert wide.startswith(start) and wide.endswith("part19 0.5  gradient_norm/a 78.49  lr/a 0.001")
     assert "codebook" not in wide and "waiting" not in console_line(1, 2, "val", {"data_wait": 0.01})
     assert console_line(2, 2, "val", {"loss/model": 0.5}) == "val   2/2  loss/model 0.5"
+    several = {"accuracy/text": 0.8, "loss/text": 0.4, "loss/pixel": math.nan, "tokens_per_second": 1730.2}
+    assert console_line(2, 9, "val", several) == "val   2/9  loss/text 0.4  1,730 tokens/s  accuracy/text 0.8"
 
 
 def test_a_closed_pipe_ends_no_training(tmp_path):
