@@ -1,7 +1,14 @@
-"""Runs code on several ranks, as the real processes a launcher would start, on this machine and gloo."""
+"""Runs code on several ranks, as the real processes a launcher would start, on this machine and gloo.
 
+Most of what a short job takes is importing. So ranks are forked from a process that has imported already, one
+for each test session, unless a test gives them an environment of their own, which imports may look at.
+"""
+
+import atexit
+import multiprocessing
 import os
 import pickle
+import runpy
 import signal
 import socket
 import subprocess
@@ -12,9 +19,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload(
+    [
+        "data_pipeline.pretokenize.command",
+        "pretrain.contrastive_task",
+        "pretrain.mllm_task",
+        "pretrain.tokenizer_task",
+        "pretrain.trainer",
+    ]
+)
 
 
 @dataclass
@@ -31,6 +48,55 @@ class Finished:
     def check(self) -> "Finished":
         assert not any(self.returncodes), f"exit codes {self.returncodes}\n{self.output[-6000:]}"
         return self
+
+
+def _started(module: str, arguments: list[str], env: dict[str, str], log: IO[str]) -> subprocess.Popen:
+    """`python -m MODULE ARGUMENTS`, as a process of its own."""
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+
+
+class _Forked:
+    """The same from a process that has imported; to be used as a `Popen`."""
+
+    def __init__(self, module: str, arguments: list[str], env: dict[str, str], log: IO[str]) -> None:
+        output = f"/proc/{os.getpid()}/fd/{log.fileno()}"
+        self.process = _FORKED.Process(target=_run_here, args=(module, arguments, env, output))
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int:
+        self.process.join()
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.process.is_alive():
+            os.kill(self.pid, number)
+
+
+def _run_here(module: str, arguments: list[str], env: dict[str, str], output: str) -> None:
+    """Be the process that `python -m MODULE ARGUMENTS` would start."""
+    log = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = [module, *arguments]
+    sys.path[0] = str(ROOT)
+    sys.modules.pop(module, None)  # it is to run, not to have been imported
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:  # a forked process leaves them out
+        atexit._run_exitfuncs()
 
 
 class Ranks:
@@ -54,14 +120,9 @@ class Ranks:
             "MASTER_PORT": str(_free_port()),
             **(env or {}),
         }
+        start = _Forked if env is None else _started
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
-                cwd=ROOT,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+            start(module, arguments, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log)
             for rank, log in enumerate(self.logs)
         ]
 
