@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ class MetricsLog:
 
             logged: dict[str, Any] = {f"{split}/{key}": value for key, value in numbers.items()}
             logged |= {f"{split}/{key}": wandb.Image(str(path)) for key, path in files.items()}
-            self._wandb.log(logged, step=step)
+            self._to_wandb(lambda run: run.log(logged, step=step))
         # A terminal may be narrower; in a wider one a line would be no easier to read.
         columns = shutil.get_terminal_size().columns if self._progress is not None else COLUMNS
         width = min(columns, COLUMNS)
@@ -156,8 +156,16 @@ class MetricsLog:
             self._progress.stop()
             self._progress = None
         if self._wandb is not None:
-            self._wandb.finish()
+            self._to_wandb(lambda run: run.finish())
         self._file.close()
+
+    def _to_wandb(self, send: Callable[[Any], object]) -> None:
+        """Send to wandb, whose process may be gone, ended by the signal that stops this one too."""
+        try:
+            send(self._wandb)
+        except ConnectionError as error:
+            self._wandb = None
+            self.say(f"warning: wandb takes no more figures ({error}); metrics.jsonl has all of them")
 
     def _save_picture(self, step: int, key: str, picture: Tensor) -> Path:
         from PIL import Image

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from pretrain.metrics import console_line
+from pretrain.config import JobConfig, WandbConfig
+from pretrain.metrics import MetricsLog, console_line
 from tests.support.distributed import Ranks, run_function
 from tests.support.measured import is_measured
 from tests.support.toy_words import TOY_WORDS
@@ -275,6 +277,23 @@ def test_console_line_fits():
     assert console_line(2, 2, "val", {"loss/model": 0.5}) == "val   2/2  loss/model 0.5"
     several = {"accuracy/text": 0.8, "loss/text": 0.4, "loss/pixel": math.nan, "tokens_per_second": 1730.2}
     assert console_line(2, 9, "val", several) == "val   2/9  loss/text 0.4  1,730 tokens/s  accuracy/text 0.8"
+
+
+def test_a_wandb_that_is_gone_ends_no_training(tmp_path, capsys):
+    """A signal to all processes of a job ends wandb's too, before the last figures have come."""
+
+    def gone(*_, **__):
+        raise ConnectionResetError("Connection lost")
+
+    config = JobConfig("toy", str(tmp_path), 2, 1, 1, wandb=WandbConfig("disabled"))
+    for last in ("write", "close"):
+        log = MetricsLog(config, tmp_path, is_main=True)
+        log.start(0)
+        log._wandb = SimpleNamespace(log=gone if last == "write" else lambda *_, **__: None, finish=gone)
+        log.write(1, "train", {"loss/model": 0.5})
+        log.close()
+        assert "warning: wandb takes no more figures (Connection lost)" in capsys.readouterr().out
+    assert len((tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) >= 1
 
 
 def test_a_closed_pipe_ends_no_training(tmp_path):
