@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -28,7 +29,7 @@ from transformers import SiglipModel
 
 from benchmarks.decoding import photographs
 from benchmarks.overlap import write_shards
-from benchmarks.quantizer import PlainResidualVQ
+from benchmarks.quantizer import build
 from benchmarks.streams import byte_tokenizer, write_codes
 from benchmarks.visual_heads import plain_loss
 from data_pipeline.images.decoding import build_image_decoder
@@ -41,7 +42,7 @@ from dualtoken.unified_model.depth_transformer import VisualHead
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
-from dualtoken.visual_tokenizer.quantizer import ResidualVQ
+from pretrain.metrics import read_metrics
 from pretrain.planned_models import LLM_PRESETS
 
 _TINY_LLM = {
@@ -79,15 +80,21 @@ class Bench:
         folder = self.work / name
         if not folder.exists():
             torch.manual_seed(0)
-            make(folder)
+            unfinished = self.work / f"{name}.part"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(folder)
         return folder
 
     def pictures(self) -> Path:
         """JPEGs of 512 pixels in three shards."""
         count = self.size["pictures"]
-        files = photographs(min(count, 256))
-        files = (files * -(-count // len(files)))[:count]
-        return self.made("pictures", lambda folder: write_shards(folder, files, with_broken=False))
+
+        def write(folder: Path) -> None:
+            files = photographs(min(count, 256))
+            write_shards(folder, (files * -(-count // len(files)))[:count], with_broken=False)
+
+        return self.made("pictures", write)
 
     def visual_tokenizer(self) -> DualTokenVisualTokenizer:
         """A tokenizer with random weights, on the device."""
@@ -115,11 +122,14 @@ class Bench:
 
     def mllm_words(self) -> list[str]:
         """Stage 2, everything trained, on captions and pictures to draw alike."""
-        model = self.visual_tokenizer()
-        tokenizer = self.made("tokenizer", model.save_pretrained)
+        tokenizer = self.made("tokenizer", lambda folder: self.visual_tokenizer().save_pretrained(folder))
         text = self.made("text_tokenizer", lambda folder: byte_tokenizer().save_pretrained(folder))
-        what = CodeGeometry.of(self.config), self.size["pictures"], model.fingerprint()
-        codes = self.made("codes", lambda folder: write_codes(folder, *what))
+
+        def write(folder: Path) -> None:
+            fingerprint = self.visual_tokenizer().fingerprint()
+            write_codes(folder, CodeGeometry.of(self.config), self.size["pictures"], fingerprint)
+
+        codes = self.made("codes", write)
         words = {
             "visual_tokenizer": tokenizer,
             "text_tokenizer": text,
@@ -158,10 +168,7 @@ class Bench:
                 if process.poll() is not None or time.monotonic() > deadline:
                     why = f"ended with {process.returncode}" if process.poll() is not None else "too slow"
                     raise RuntimeError(f"{name}: {why}\n{log.read_text(encoding='utf-8')[-3000:]}")
-                if metrics.exists():
-                    lines = metrics.read_text(encoding="utf-8").split("\n")[:-1]
-                    records = [json.loads(line) for line in lines]
-                    records = [record for record in records if record["split"] == "train"]
+                records = [record for record in read_metrics(metrics) if record["split"] == "train"]
         finally:
             if process.poll() is None:  # its readers too; nothing is saved
                 os.killpg(process.pid, signal.SIGKILL)
@@ -269,25 +276,14 @@ class Bench:
         config, rows = self.config, self.size["latents"]
         size, width, depth = config.codebook_size, config.codebook_dim, config.num_quantizers
         codebook = torch.randn(size, width, device=self.device)
-        latents = torch.randn(rows, width, device=self.device, requires_grad=True)
-        ours = ResidualVQ(size, width, depth).to(self.device).train()
-        ours.codebook.copy_(codebook)
-        plain = PlainResidualVQ(codebook, depth)
-        plain.cluster_size, plain.embed_sum = (
-            torch.zeros_like(codebook[:, 0]),
-            torch.zeros_like(codebook),
-        )
-
-        def step() -> None:
-            output = ours(latents)
-            (output.quantized.sum() + output.commitment_loss).backward()
-            ours.update()
+        latents = torch.randn(rows, width, device=self.device)
 
         def products() -> None:
             for _ in range(depth):
-                latents.detach() @ codebook.t()
+                latents @ codebook.t()
 
-        times = {"ours": step, "textbook": lambda: plain.step(latents), "products": products}
+        ours, textbook = (build(name, latents, codebook, depth)[0] for name in ("ours", "plain"))
+        times = {"ours": ours, "textbook": textbook, "products": products}
         found = {f"{name}_milliseconds": 1e3 * self.seconds(work) for name, work in times.items()}
         return found | {f"{name}_gib": self.peak_of(work) for name, work in times.items() if name[0] != "p"}
 

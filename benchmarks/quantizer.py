@@ -30,7 +30,7 @@ class PlainResidualVQ:
 
     def __init__(self, codebook: Tensor, depth: int, decay: float = 0.99) -> None:
         self.codebook, self.depth, self.decay = codebook.clone(), depth, decay
-        self.cluster_size = torch.zeros(len(codebook))
+        self.cluster_size = codebook.new_zeros(len(codebook))
         self.embed_sum = torch.zeros_like(codebook)
 
     def search(self, x: Tensor) -> Tensor:
@@ -70,10 +70,11 @@ class PlainResidualVQ:
 def build(contender: str, latents: Tensor, codebook: Tensor, depth: int) -> tuple[Callable, Callable | None]:
     """Return a contender's training step and search, both without arguments; each step sees new latents."""
     size, width = codebook.shape
-    generator = torch.Generator().manual_seed(1)
+    device = latents.device
+    generator = torch.Generator(device).manual_seed(1)
 
     def fresh() -> Tensor:
-        return torch.randn(latents.shape, generator=generator).requires_grad_()
+        return torch.randn(latents.shape, generator=generator, device=device).requires_grad_()
 
     if contender == "plain":
         plain = PlainResidualVQ(codebook, depth)
@@ -82,7 +83,7 @@ def build(contender: str, latents: Tensor, codebook: Tensor, depth: int) -> tupl
         from dualtoken.visual_tokenizer.nearest import NearestCodeSearch
         from dualtoken.visual_tokenizer.quantizer import ResidualVQ
 
-        ours = ResidualVQ(size, width, depth).train()
+        ours = ResidualVQ(size, width, depth).to(device).train()
         ours.codebook.copy_(codebook)
         ours.window.fill_(0.0)  # touch the pages, so that what the quantizer holds all the time is not a peak
         search = NearestCodeSearch(codebook)

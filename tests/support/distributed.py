@@ -1,7 +1,8 @@
 """Runs code on several ranks, as the real processes a launcher would start, on this machine and gloo.
 
 Most of what a short job takes is importing. So ranks are forked from a process that has imported already, one
-for each test session, unless a test gives them an environment of their own, which imports may look at.
+for each test session, unless imports would look at another environment: one that a test gives them, or that
+of a session on a GPU, where these ranks are to compute on the CPU.
 """
 
 import atexit
@@ -120,7 +121,7 @@ class Ranks:
             "MASTER_PORT": str(_free_port()),
             **(env or {}),
         }
-        start = _Forked if env is None else _started
+        start = _Forked if env is None and os.environ.get("DS_ACCELERATOR") == "cpu" else _started
         self.processes = [
             start(module, arguments, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log)
             for rank, log in enumerate(self.logs)
