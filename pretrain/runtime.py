@@ -201,7 +201,7 @@ def free_port() -> int:
 
 
 def choose_precision(config: JobConfig, device: torch.device) -> torch.dtype:
-    """Dtype of parameters and activations: from the recipe or the JSON, else bf16 if the hardware has it.
+    """Dtype of parameters and activations: from the recipe or the JSON, else bf16 where it is quicker.
 
     Raises:
         ConfigError: recipe and JSON both set it.
@@ -216,12 +216,14 @@ def choose_precision(config: JobConfig, device: torch.device) -> torch.dtype:
             )
         precision = "bf16" if in_json else "fp32"
     if precision == "auto":
-        precision = "bf16" if computes_in_bf16(device) else "fp32"
+        precision = "bf16" if gains_by_bf16(device) else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bf16, which is what `precision: auto` asks.
+def gains_by_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bf16 and gains by it, which is what `precision: auto` asks.
+
+    A CPU that does so in AMX's tiles loses at the sizes that CPUs train (docs/performance.md).
 
     The environment variable DUALTOKEN_NATIVE_BF16 (0 or 1) answers in its place: one machine then runs what
     `auto` would choose on another.
@@ -237,7 +239,7 @@ def computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     features = torch.cpu.get_capabilities()
-    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+    return bool(features.get("avx512_bf16")) and not features.get("amx_bf16")
 
 
 def read_deepspeed_file(name: str) -> dict[str, Any]:

@@ -143,6 +143,11 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--batch-size", type=int, default=Settings.batch_size, help="images encoded at a time"
     )
     parser.add_argument(
+        "--precision",
+        default=Settings.precision,
+        help="of the towers, fp32 or bf16 (faster on GPUs, and some codes are others: docs/data.md)",
+    )
+    parser.add_argument(
         "--features",
         default=Settings.features,
         help="for models with continuous features: float16 or bfloat16, those of --vision-tower; "
@@ -233,7 +238,9 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
         num_threads=options.decoding_threads,
         tiles=settings.tiles_of(image_size),
     )
-    report(f"worker {rank} of {world_size}: {decoder.describe()}")
+    report(
+        f"worker {rank} of {world_size}: {decoder.describe()}; encoding in {settings.precision} on {device}"
+    )
     vision_tower = None
     if options.vision_tower is not None:
         from dualtoken.unified_model.vision_tower import VisionTower

@@ -23,6 +23,7 @@ from data_pipeline.pretokenize.shard_tokenizer import (
     DecodedBatch,
     EncodedBatch,
     Rejection,
+    Settings,
     ShardTokenizer,
 )
 from data_pipeline.shards.code_shards import (
@@ -123,7 +124,7 @@ class PretokenizeRun:
         )
         sources = {name: entry.source for name, entry in found.shards.items()}
         if found.settings:  # the decoder of `auto` is that of the machine that asks
-            known = {**self.settings, **found.settings, "decoder": self.settings["decoder"]}
+            known = {**self._as_told(found.settings), "decoder": self.settings["decoder"]}
             difference = self._difference(known, sources)
         else:
             difference = "" if list(sources) == list(self.sources) else "other input shards"
@@ -157,11 +158,16 @@ class PretokenizeRun:
         difference = _first_difference(found, self.description)
         if "settings" not in found:
             difference = difference or "the plan of an older version"
-        if difference := difference or self._difference(found["settings"], found["shards"]):
+        settings = self._as_told(found.get("settings", {}))
+        if difference := difference or self._difference(settings, found["shards"]):
             raise DatasetError(
                 f"{self.output}: holds an unfinished run with {difference}; "
                 "use the same settings and input, or another folder"
             )
+
+    def _as_told(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings of a run; what was no setting yet when it was made has its default."""
+        return {**self.settings, **asdict(Settings()), **settings}
 
     def _difference(self, settings: dict[str, Any], sources: dict[str, str]) -> str:
         """Say in what a run with these settings and inputs differs from this one, "" if in nothing."""

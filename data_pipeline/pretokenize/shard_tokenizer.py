@@ -38,6 +38,9 @@ class Settings(SourceSettings):
     batch_size: int = 64
     """Images encoded at a time; another batch size can change a code where two are equally near."""
 
+    precision: str = "fp32"
+    """Of the towers that encode, `fp32` or `bf16`; the nearest code is searched in fp32 either way."""
+
     features: str = "none"
     """What is kept of images for models that read continuous features: `none`; `float16` or `bfloat16`, the
     features of a vision tower; `pixels`, the images, for a tower in the model."""
@@ -53,6 +56,8 @@ class Settings(SourceSettings):
         super().__post_init__()
         if self.on_bad_shard not in ("stop", "skip"):
             raise ValueError(f"on_bad_shard is {self.on_bad_shard!r}, expected 'stop' or 'skip'")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision is {self.precision!r}, expected 'fp32' or 'bf16'")
         if self.features not in ("none", *FEATURE_TYPES):
             raise ValueError(f"features are {self.features!r}, expected none, {', '.join(FEATURE_TYPES)}")
         if self.tiles and self.features == "none":
@@ -260,7 +265,8 @@ class ShardTokenizer:
         copied = None
         for images in batch.images:
             pictures = images.for_current_stream()
-            made = self.visual_tokenizer.encode(pictures)  # [N, P, Q, D]
+            with self._autocast(pictures.device):
+                made = self.visual_tokenizer.encode(pictures)  # [N, P, Q, D]
             if len(made) != len(images.kept):
                 raise ValueError(f"the visual tokenizer gave {len(made)} codes for {len(images.kept)} images")
             codes.append(made.to("cpu", non_blocking=True))  # into pinned memory
@@ -272,6 +278,11 @@ class ShardTokenizer:
             if made.is_cuda:
                 copied = torch.cuda.current_stream(made.device).record_event()
         return EncodedBatch(batch.results, codes, features, counts, sizes, copied, batch.sent, batch.last)
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        import torch
+
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def _kept(self, pictures: torch.Tensor, images: DecodedImages, geometry: FeatureGeometry) -> torch.Tensor:
         """What is kept of pictures [N, 3, S, S] besides codes, in the type that numpy holds it in."""
@@ -287,7 +298,7 @@ class ShardTokenizer:
             crops = torch.cat([part.to(pictures.device) for group in groups for part in group])
         if geometry.kind == "pixels":
             return crops
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast(pictures.device):
             made = [self.vision_tower(some) for some in crops.split(self.settings.batch_size)]
         features = torch.cat(made).to(getattr(torch, geometry.kind))
         if tiles is not None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launchers.commands.options import RUN, RunOption, VisionTowerOption, say
+from launchers.commands.options import RUN, Precision, RunOption, VisionTowerOption, say
 
 commands = typer.Typer()
 
@@ -49,13 +49,6 @@ class By(StrEnum):
 
     TEXT = "text"
     LIKELIHOOD = "likelihood"
-
-
-class Precision(StrEnum):
-    """How exactly the model computes."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
 
 
 class Cut(StrEnum):

@@ -1,6 +1,7 @@
 """Options that several commands have, and how commands speak."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,14 @@ import typer
 RUN = Path("runs/quickstart")
 TOKENIZER = RUN / "tokenizer" / "export"
 MODEL = RUN / "mllm" / "export"
+
+
+class Precision(StrEnum):
+    """How exactly a model computes."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
 
 RunOption = Annotated[Path, typer.Option("--run", help="Folder of a quickstart.", show_default=True)]
 RanksOption = Annotated[

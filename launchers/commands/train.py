@@ -9,6 +9,7 @@ import typer
 from launchers.commands.options import (
     RUN,
     TOKENIZER,
+    Precision,
     RanksOption,
     RecipeArgument,
     RunOption,
@@ -128,7 +129,11 @@ def pretokenize(
         bool, typer.Option("--dry-run", help="Tell sizes and time from a measured sample; write nothing.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at a time.")] = 64,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the towers; bf16 is faster on GPUs, and some codes are others.")
+    ] = Precision.FP32,
     backend: Annotated[DecodingBackend, typer.Option(help="What decodes pictures.")] = DecodingBackend.AUTO,
+    decoding_threads: Annotated[int, typer.Option(min=1, help="Threads a rank that decode pictures.")] = 1,
     fit: Annotated[Fit, typer.Option(help="Take the whole picture, or its central square.")] = Fit.RESIZE,
     default_language: Annotated[str, typer.Option(help="Language of captions that do not say it.")] = "en",
     prefix_keys: Annotated[
@@ -157,7 +162,8 @@ def pretokenize(
 
     ranks = ranks or default_ranks()
     arguments = pretokenize_arguments(inputs or [str(scenes_to_learn(RUN))], visual_tokenizer, output)
-    arguments += ["--batch-size", str(batch_size), "--backend", backend, "--fit", fit]
+    arguments += ["--batch-size", str(batch_size), "--precision", precision, "--fit", fit]
+    arguments += ["--backend", backend, "--decoding-threads", str(decoding_threads)]
     arguments += ["--default-language", default_language, "--chat-template", chat_template]
     arguments += ["--on-bad-shard", on_bad_shard]
     arguments += ["--prefix-keys"] * prefix_keys + ["--images-first"] * images_first

@@ -86,7 +86,12 @@ def test_precision(tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.delenv("DUALTOKEN_NATIVE_BF16", raising=False)
     assert choose_precision(job(precision="bf16"), cpu) == torch.bfloat16
-    for features, expected in [({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)]:
+    native = {"avx512_bf16": True}
+    for features, expected in [
+        (native, torch.bfloat16),
+        ({**native, "amx_bf16": True}, torch.float32),
+        ({"avx2": True}, torch.float32),
+    ]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
         assert choose_precision(job(), cpu) == expected
     for has_it, expected in [(True, torch.bfloat16), (False, torch.float32)]:

@@ -236,6 +236,7 @@ def test_other_inputs_and_settings_are_refused(tmp_path: Path, monkeypatch: pyte
         {"generate_images": True},
         {"chat_template": "plain"},
         {"images_first": True},
+        {"precision": "bf16"},
     ):
         (name, value), *_ = change.items()
         with pytest.raises(DatasetError, match=rf"finished data set with {name} \w+, not {value};"):
@@ -782,6 +783,33 @@ def test_the_command_with_a_real_tokenizer(tmp_path: Path, capsys: pytest.Captur
         codes = tokenizer.encode(decoder([picture(int(sample.key[1:]))]).images)
         assert (sample.codes == codes.numpy()).mean() > 0.98  # alone or in a batch: up to ties
     assert "5 samples in, 4 out, 1 rejected" in capsys.readouterr().out
+
+
+def test_bf16_is_of_the_towers_and_the_search_stays_fp32(tmp_path: Path) -> None:
+    from dualtoken.visual_tokenizer.config import preset_config
+    from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
+
+    torch.manual_seed(0)
+    model = DualTokenVisualTokenizer(preset_config("tiny")).eval()
+    model.save_pretrained(tmp_path / "tokenizer")
+    write_inputs(tmp_path / "in", shards=1, samples=5)
+    arguments = ["--inputs", str(tmp_path / "in"), "--visual-tokenizer", str(tmp_path / "tokenizer")]
+    made = {}
+    for precision in ("fp32", "bf16"):
+        output = tmp_path / precision
+        assert main([*arguments, "--output", str(output), "--precision", precision]) == 0
+        settings = json.loads((output / "dataset.json").read_text(encoding="utf-8"))["settings"]
+        assert settings["precision"] == precision
+        made[precision] = np.stack([sample.codes for sample in iterate_shard(output / "in-000.tar")])
+    assert 0.6 < (made["fp32"][..., 0] == made["bf16"][..., 0]).mean()
+    # Of the towers' latents in bf16 the codes are those that a search in fp32 finds.
+    images = build_image_decoder(model.config.image_size)([picture(0), picture(1)]).images
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        pixel, semantic = model._latents(images)
+        codes = model.encode(images)
+    assert pixel is not None
+    assert torch.equal(model.quantizer_pixel.encode(pixel.float()), codes[:, :, 0])
+    assert torch.equal(model.quantizer_semantic.encode(semantic.float()), codes[:, :, 1])
 
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
