@@ -238,9 +238,7 @@ def _run_command(options: argparse.Namespace, report: Callable[[str], None]) -> 
         num_threads=options.decoding_threads,
         tiles=settings.tiles_of(image_size),
     )
-    report(
-        f"worker {rank} of {world_size}: {decoder.describe()}; encoding in {settings.precision} on {device}"
-    )
+    report(f"worker {rank} of {world_size}: {decoder.describe()}; encoded in {settings.precision}")
     vision_tower = None
     if options.vision_tower is not None:
         from dualtoken.unified_model.vision_tower import VisionTower
