@@ -45,6 +45,15 @@ class TurnTemplate(StrEnum):
     PLAIN = "plain"
 
 
+class Features(StrEnum):
+    """What pretokenize keeps of pictures besides codes."""
+
+    NONE = "none"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    PIXELS = "pixels"
+
+
 class OnBadShard(StrEnum):
     """What becomes of a run where a shard cannot be read."""
 
@@ -132,6 +141,30 @@ def pretokenize(
     precision: Annotated[
         Precision, typer.Option(help="Of the towers; bf16 is faster on GPUs, and some codes are others.")
     ] = Precision.FP32,
+    features: Annotated[
+        Features,
+        typer.Option(
+            help="For models that read continuous features: those of --vision-tower, or the pixels for a "
+            "tower in the model."
+        ),
+    ] = Features.NONE,
+    vision_tower: Annotated[
+        str | None, typer.Option(help="SigLIP, a folder or a name on the hub.", show_default=False)
+    ] = None,
+    feature_layer: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the tower, after which features are taken; by default the last but one.",
+            show_default=False,
+        ),
+    ] = None,
+    tiles: Annotated[
+        str | None,
+        typer.Option(
+            help="Grids, rows x columns, that pictures are cut into for features: 1x2,2x1,2x2, say.",
+            show_default=False,
+        ),
+    ] = None,
     backend: Annotated[DecodingBackend, typer.Option(help="What decodes pictures.")] = DecodingBackend.AUTO,
     decoding_threads: Annotated[int, typer.Option(min=1, help="Threads a rank that decode pictures.")] = 1,
     fit: Annotated[Fit, typer.Option(help="Take the whole picture, or its central square.")] = Fit.RESIZE,
@@ -164,6 +197,9 @@ def pretokenize(
     arguments = pretokenize_arguments(inputs or [str(scenes_to_learn(RUN))], visual_tokenizer, output)
     arguments += ["--batch-size", str(batch_size), "--precision", precision, "--fit", fit]
     arguments += ["--backend", backend, "--decoding-threads", str(decoding_threads)]
+    arguments += ["--features", features]
+    for option, value in (("vision-tower", vision_tower), ("feature-layer", feature_layer), ("tiles", tiles)):
+        arguments += [] if value is None else [f"--{option}", str(value)]
     arguments += ["--default-language", default_language, "--chat-template", chat_template]
     arguments += ["--on-bad-shard", on_bad_shard]
     arguments += ["--prefix-keys"] * prefix_keys + ["--images-first"] * images_first

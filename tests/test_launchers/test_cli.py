@@ -116,7 +116,8 @@ def test_pretokenize_passes_its_options_on(capsys, monkeypatch, dry_run):
     assert passed_on() == _parse_arguments(own)
     options = shlex.split(
         "--prefix-keys --images-first --generate-images --chat-template vicuna --on-bad-shard skip "
-        "--fit crop --default-language de --batch-size 8 --backend pil"
+        "--fit crop --default-language de --batch-size 8 --backend pil --precision bf16 --decoding-threads 3 "
+        "--features float16 --vision-tower siglip --feature-layer 25 --tiles 1x2,2x1"
     )
     assert passed_on(*options) == _parse_arguments([*own, *options]) != _parse_arguments(own)
 
