@@ -248,7 +248,7 @@ def load_models(
 ) -> tuple[DualTokenForCausalLM, PreTrainedTokenizerBase, VisualTokenizer]:
     """Load a unified model, its text tokenizer and the visual tokenizer whose codes it speaks, for use.
 
-    `precision` is the unified model's; the visual tokenizer computes in fp32, as codes were made in training.
+    `precision` is the unified model's; the visual tokenizer computes in fp32, as codes are made by default.
 
     Raises:
         FileNotFoundError: one of them is missing.

@@ -50,6 +50,7 @@ def chat(
     seed: int,
     max_new_tokens: int,
     vision_tower: str | None = None,
+    precision: str = "fp32",
 ) -> None:
     """Talk until the input ends; pictures go to `output`, notes and mistakes to standard error.
 
@@ -57,7 +58,7 @@ def chat(
         UserError, ValueError, OSError: a model or one of `images` cannot be read.
     """
     chosen = Sampling(**sampling)
-    unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
+    unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer, precision)
     sight = load_sight(unified.config, text_tokenizer, tokenizer, vision_tower)
     style, notes = choose_template(template, model)
     if system and not style.system:

@@ -68,6 +68,7 @@ def generate_files(
     sampling: dict,
     images: Sequence[Path] = (),
     vision_tower: str | None = None,
+    precision: str = "fp32",
 ) -> Iterator[str]:
     """Write a picture for each prompt; yields a line for each.
 
@@ -77,7 +78,7 @@ def generate_files(
     from dualtoken.processing import DualTokenProcessor
     from dualtoken.visual_tokenizer.vq_tokenizer import VQTokenizer
 
-    unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
+    unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer, precision)
     if isinstance(tokenizer, VQTokenizer):
         tokenizer.require_decoder()  # told before anything is drawn
     sight = load_sight(unified.config, text_tokenizer, tokenizer, vision_tower)
@@ -105,11 +106,12 @@ def caption_files(
     language: str,
     max_new_tokens: int,
     vision_tower: str | None = None,
+    precision: str = "fp32",
 ) -> Iterator[str]:
     """Yield a line with a caption for each picture."""
     from eval.generation.writing import write_captions
 
-    unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer)
+    unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer, precision)
     sight = load_sight(unified.config, text_tokenizer, tokenizer, vision_tower)
     seen = sight.look(decode_files(images, sight.decoder()))
     captions = write_captions(unified, text_tokenizer, seen, language, max_new_tokens)

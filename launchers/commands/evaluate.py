@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launchers.commands.options import RUN, Precision, RunOption, VisionTowerOption, say
+from launchers.commands.options import RUN, Precision, PrecisionOption, RunOption, VisionTowerOption, say
 
 commands = typer.Typer()
 
@@ -127,7 +127,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    precision: Annotated[Precision, typer.Option(help="Of the unified model.")] = Precision.FP32,
+    precision: PrecisionOption = Precision.FP32,
     answers: Annotated[
         Path | None,
         typer.Option(

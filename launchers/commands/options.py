@@ -47,6 +47,10 @@ VisionTowerOption = Annotated[
         show_default=False,
     ),
 ]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option(help="Of the unified model; bf16 takes half of the memory, and is faster on GPUs."),
+]
 ImagesArgument = Annotated[list[Path], typer.Argument(help="Picture files: PNG, JPEG, WebP, ...")]
 GuidanceOption = Annotated[
     float, typer.Option(help="How closely pictures follow the prompt: 1 as trained, more for closer.")

@@ -13,6 +13,8 @@ from launchers.commands.options import (
     GuidanceOption,
     ImagesArgument,
     ModelOption,
+    Precision,
+    PrecisionOption,
     SeedOption,
     TemperatureOption,
     TokenizerOption,
@@ -65,6 +67,7 @@ def generate(
     model: ModelOption = MODEL,
     visual_tokenizer: TokenizerOption = TOKENIZER,
     vision_tower: VisionTowerOption = None,
+    precision: PrecisionOption = Precision.FP32,
     output: Annotated[Path, typer.Option("--out", "--output", help="Folder for the pictures.")] = Path(
         "generated"
     ),
@@ -82,7 +85,15 @@ def generate(
 
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     drawn = generate_files(
-        prompts, model, visual_tokenizer, output, guidance_scale, settings, image or [], vision_tower
+        prompts,
+        model,
+        visual_tokenizer,
+        output,
+        guidance_scale,
+        settings,
+        image or [],
+        vision_tower,
+        precision,
     )
     for line in drawn:
         say(line)
@@ -94,6 +105,7 @@ def caption(
     model: ModelOption = MODEL,
     visual_tokenizer: TokenizerOption = TOKENIZER,
     vision_tower: VisionTowerOption = None,
+    precision: PrecisionOption = Precision.FP32,
     language: Annotated[str, typer.Option(help="Language to answer in, such as en, de, es.")] = "en",
     max_new_tokens: Annotated[int, typer.Option(help="Longest caption, in tokens.")] = 32,
 ) -> None:
@@ -103,7 +115,10 @@ def caption(
     """
     from launchers.use import caption_files
 
-    for line in caption_files(images, model, visual_tokenizer, language, max_new_tokens, vision_tower):
+    captions = caption_files(
+        images, model, visual_tokenizer, language, max_new_tokens, vision_tower, precision
+    )
+    for line in captions:
         say(line)
 
 
@@ -116,6 +131,7 @@ def chat(
     model: ModelOption = MODEL,
     visual_tokenizer: TokenizerOption = TOKENIZER,
     vision_tower: VisionTowerOption = None,
+    precision: PrecisionOption = Precision.FP32,
     chat_template: Annotated[
         Template | None,
         typer.Option(
@@ -160,6 +176,7 @@ def chat(
         seed,
         max_new_tokens,
         vision_tower,
+        precision,
     )
 
 

@@ -1,6 +1,9 @@
 """`dualtoken reconstruct`, `generate`, `caption` and `evaluate` on tiny real models and picture files."""
 
+import io
+
 import pytest
+import torch
 from PIL import Image
 
 from tests.support.command import call
@@ -71,6 +74,27 @@ def test_caption(dualtoken):
     code, lines, _ = dualtoken("caption", "red one.png", "green.jpg", "--language", "de")
     assert code == 0
     assert [line.partition(":")[0] for line in lines] == ["red one.png", "green.jpg"]
+
+
+def test_precision_is_of_the_unified_model(dualtoken, run, monkeypatch):
+    from eval import inputs
+    from launchers import chat, use
+
+    loaded = []
+
+    def noting(*words):
+        models = inputs.load_models(*words)
+        loaded.append((models[0].dtype, models[2].dtype))
+        return models
+
+    monkeypatch.setattr(use, "load_models", noting)
+    monkeypatch.setattr(chat, "load_models", noting)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What?\n"))
+    export = [f"--visual-tokenizer={run / 'tokenizer' / 'export'}", f"--model={run / 'mllm' / 'export'}"]
+    for words in (["generate", "red"], ["caption", "green.jpg"], ["chat", *export, "--max-new-tokens", "3"]):
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            assert dualtoken(*words, "--precision", precision)[0] == 0
+            assert loaded.pop() == (dtype, torch.float32)
 
 
 @pytest.mark.parametrize(
