@@ -170,7 +170,7 @@ class JobConfig:
     micro_batch_size: int = MISSING  # of these, per rank and forward pass; 0: all of a rank's in one pass
     seed: int = 0
     deepspeed: str = "zero1.json"  # a path, or a file in ds_configs/
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware computes in it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware gains by it
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     gradient_clipping: float = 1.0  # of the global norm; 0 leaves gradients as they are
     on_nonfinite: Literal["error", "skip"] = "error"
@@ -186,6 +186,7 @@ class JobConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     # Parts that torch.compile takes, [all] for all; what there is depends on the job (docs/performance.md).
     compile: list[str] = field(default_factory=list)
+    garbage_every: int = 50  # steps between collections of Python's garbage, by all ranks; 0: left to Python
     peak_tflops: float = 0.0  # of a rank's device in this precision, for `mfu`; 0: its data sheet, if known
 
     def __post_init__(self) -> None:
@@ -199,6 +200,7 @@ class JobConfig:
             "checkpoint_every",
             "gradient_clipping",
             "seed",
+            "garbage_every",
             "peak_tflops",
         ):
             if getattr(self, name) < 0:

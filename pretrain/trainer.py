@@ -21,6 +21,7 @@ from pretrain.checkpoints.finding import find_checkpoint
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import ConfigError, JobConfig, changed_keys, config_as_yaml
 from pretrain.engine import gradient_norm
+from pretrain.garbage import garbage_collected_every
 from pretrain.health import Health
 from pretrain.lost_ranks import lost_worker
 from pretrain.metrics import MetricsLog, peak_memory_bytes
@@ -131,7 +132,8 @@ class Trainer:
         self._prepare_run_folder()
         self._start_or_resume()
         first = self.runtime.step
-        finished = self._loop()
+        with garbage_collected_every(self.config.garbage_every) as collect_garbage:
+            finished = self._loop(collect_garbage)
         self.tracer.close()
         if first < self.runtime.step or not finished:
             self._save(background=False)
@@ -182,7 +184,7 @@ class Trainer:
             self.log.say(line)
         self.log.say(f"resumed from {checkpoint}" if checkpoint else f"started in {runtime.run_dir}")
 
-    def _loop(self) -> bool:
+    def _loop(self, collect_garbage: Callable[[int], None]) -> bool:
         config, runtime = self.config, self.runtime
         window = Window(config, runtime, self.task.flops)
         while runtime.step < config.steps:
@@ -211,6 +213,7 @@ class Trainer:
                 runtime.clock.wait()  # what is left to do of this step is not to count for what comes
             window.add(time.perf_counter() - begin, figures)
             self.tracer.after_step()
+            collect_garbage(runtime.step)
             self.log.advance(runtime.step)
             if logs:
                 figures = {**window.pop(figures), **rates, **self._engine_figures()}
