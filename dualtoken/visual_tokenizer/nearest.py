@@ -18,7 +18,12 @@ _ROUNDING = 2.0**-24  # unit roundoff of fp32
 @contextmanager
 def full_precision_matmul(device: torch.device) -> Iterator[None]:
     """Switch autocast and reduced-precision fp32 products (TF32, bf16) off for the enclosed block."""
-    previous = torch.get_float32_matmul_precision()
+    products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    precisions = [product.fp32_precision for product in products]
+    try:
+        previous = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by its newer names, those in `torch.backends`
+        previous = None
     with torch.autocast(device_type=device.type, enabled=False):
         if previous == "highest":
             yield
@@ -27,7 +32,10 @@ def full_precision_matmul(device: torch.device) -> Iterator[None]:
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(previous)
+            if previous is not None:
+                torch.set_float32_matmul_precision(previous)
+            for product, precision in zip(products, precisions, strict=True):
+                product.fp32_precision = precision
 
 
 class NonFiniteError(ValueError):
@@ -59,6 +67,7 @@ class NearestCodeSearch:
         self.block = min(_BLOCK, size)
         tile_codes = tile_codes or (512 if on_cpu else 65536)
         self.tile_codes = max(1, tile_codes // self.block) * self.block
+        self.rows_fp64 = 64 if on_cpu else self.tile_rows  # decided in fp64 at once
         self.padding = 0 if on_cpu else -(width + 1) % 8  # GPUs want aligned rows
         squares = [part.double().square_().sum(dim=1) for part in codebook.split(_FP64_CODES)]
         self.half_norms = torch.cat(squares).mul_(0.5)  # fp64
@@ -86,7 +95,7 @@ class NearestCodeSearch:
                 rows = slice(start, start + self.tile_rows)
                 codes[rows], doubtful[rows] = self._search(vectors[rows])
             undecided = doubtful.nonzero().squeeze(1)
-            for part in undecided.split(64) if len(undecided) else ():
+            for part in undecided.split(self.rows_fp64) if len(undecided) else ():
                 if not torch.isfinite(vectors[part]).all():
                     raise NonFiniteError(f"vectors of shape {tuple(vectors.shape)} contain NaN or infinity")
                 codes[part] = self._search_fp64(vectors[part])
@@ -104,9 +113,14 @@ class NearestCodeSearch:
         torch.index_select(self.blocks, 0, winner, out=keys)
         inside = torch.bmm(keys, queries.unsqueeze(2)).squeeze(2)  # [N, block]
         best, second_inside, offset = _two_smallest(inside, dim=1)
-        # Rounding error of a score: a sum of C + 1 products, one factor of which was itself rounded.
-        scale = vectors.norm(dim=1) * self.largest_norm + self.largest_norm.square()
-        bound = (vectors.shape[1] + 4) * _ROUNDING * scale
+        # Rounding error of a score: a sum of C + 1 products, one factor of which was itself rounded. A code
+        # as near as the one found is no longer than the vector and its distance from that one together, so
+        # codes that are much longer than the others make no row doubtful.
+        error, norm = (vectors.shape[1] + 4) * _ROUNDING, vectors.norm(dim=1)
+        at_most = error * (norm + self.largest_norm).square()
+        distance = (norm.square() + 2.0 * (best + at_most)).clamp_min(0.0).sqrt()
+        longest = torch.minimum(self.largest_norm, norm + distance)
+        bound = error * (norm * longest + longest.square())
         gap = torch.minimum(second_block, second_inside) - best
         return winner * self.block + offset, ~(gap > 2.0 * bound)
 
@@ -115,7 +129,8 @@ class NearestCodeSearch:
         if self._memory is None:
             codes = min(self.tile_codes, self.blocks.shape[0] * self.block)
             per_row = max(codes, self.block * self.blocks.shape[2])
-            self._memory = self.blocks.new_empty(self.tile_rows * per_row)
+            with torch.inference_mode(False):  # outside of it, nothing could be written into it again
+                self._memory = self.blocks.new_empty(self.tile_rows * per_row)
         return self._memory[: math.prod(shape)].view(shape)
 
     def _block_minima(self, queries: Tensor) -> Tensor:

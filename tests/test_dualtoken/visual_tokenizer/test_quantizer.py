@@ -99,9 +99,37 @@ def test_search_ignores_autocast_and_reduced_matmul_precision():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = NearestCodeSearch(codebook)(vectors)
         assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.equal(found, expected)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"  # the newer way, unknown to the older
+        assert torch.equal(NearestCodeSearch(codebook)(vectors), expected)
+        products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        assert [product.fp32_precision for product in products] == ["ieee", "bf16"]
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert torch.equal(found, expected)
+
+
+def test_a_code_much_longer_than_the_others_makes_no_row_doubtful():
+    codebook = latents(200, seed=1)
+    codebook[7] *= 1e4
+    vectors = torch.cat([0.1 * latents(500), codebook[7:8] + 1.0])
+    search = NearestCodeSearch(codebook)
+    assert search._search(vectors)[1].float().mean() < 0.02
+    assert torch.equal(search(vectors), torch.cdist(vectors.double(), codebook.double()).argmin(1))
+
+
+@pytest.mark.parametrize("build", [rvq, lambda: MultiCodebookVQ(K, C, D).train()])
+def test_codes_are_the_same_in_inference_mode_and_around_it(build):
+    quantizer, z = build(), latents(50)
+    expected = build().encode(z)
+    with torch.inference_mode():
+        assert torch.equal(quantizer.encode(z), expected)
+        made = build()  # its buffers have no versions, which tell whether a search is still that of the codes
+        assert torch.equal(made.encode(z), expected)
+        made.codebook.neg_()
+        assert torch.equal(made.encode(-z), expected)
+    assert torch.equal(quantizer.encode(z), expected)
+    quantizer(z.clone().requires_grad_()).quantized.sum().backward()
+    quantizer.update()
 
 
 def test_search_refuses_a_rounded_codebook():
