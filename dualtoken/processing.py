@@ -304,9 +304,12 @@ def _resized(pixels: Any, height: int, width: int) -> torch.Tensor:
 
 
 def _on_white(image: Image) -> Image:
-    """RGB, with transparency shown as white, as the images of training were decoded."""
-    from PIL import Image
+    """RGB, as the images of training were decoded: turned as EXIF says, with transparency shown as white."""
+    from PIL import Image, ImageOps
 
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # PIL's own conversion clips 16-bit grey at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image.convert("RGB")
     image = image.convert("RGBA")

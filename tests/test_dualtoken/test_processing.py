@@ -1,11 +1,14 @@
 """Texts with image tags and images -> model inputs."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from data_pipeline.images.decoding import decode_rgb
 from dualtoken.generation.generators import generate_images, generate_text
 from dualtoken.processing import DualTokenProcessor
 from dualtoken.unified_model.sequence import ImagePart, TextPart
@@ -79,6 +82,20 @@ def test_images_take_the_places_of_their_tags(processor):
     for a, b in zip(documents, nested, strict=True):
         for x, y in zip(a.parts, b.parts, strict=True):
             assert torch.equal(x.codes, y.codes) if isinstance(x, ImagePart) else x == y
+
+
+@pytest.mark.parametrize("kind", ["turned", "16-bit grey"])
+def test_pictures_are_seen_as_training_decoded_them(processor, kind):
+    file, exif = io.BytesIO(), Image.Exif()
+    if kind == "turned":
+        exif[0x0112] = 6  # as a camera on its side writes it
+        picture = Image.fromarray(np.tile(np.arange(0, 240, 8, dtype=np.uint8), (20, 1))).convert("RGB")
+    else:
+        picture = Image.fromarray(np.tile(np.arange(0, 60000, 2000, dtype=np.uint16), (20, 1)))
+    picture.save(file, "PNG", exif=exif)
+    found = processor._pixels(Image.open(file), 0)
+    expected = processor._pixels(Image.fromarray(decode_rgb(file.getvalue())), 0)
+    assert torch.equal(found, expected) and len(found.unique()) > 10
 
 
 def test_inputs_are_what_the_model_takes(processor):
