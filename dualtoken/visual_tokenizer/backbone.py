@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def hidden_states_after(
             f"images have shape {tuple(images.shape)}, expected [B, 3, {size}, {size}]; "
             f"resize to {size} pixels and scale to [-1, 1]"
         )
-    hidden = vision_model.embeddings(images)
+    with _full_precision_convolutions():
+        hidden = vision_model.embeddings(images)
     found = {0: hidden} if 0 in layers else {}
     for number, layer in enumerate(vision_model.encoder.layers[: max(layers)], start=1):
         hidden = layer(hidden, None)
@@ -76,7 +78,19 @@ def hidden_states_after(
 def patches_alone(vision_model: SiglipVisionModel, images: Tensor) -> Tensor:
     """Return the embedded patches ``[B, P, C]`` of ``images [B, 3, H, W]``, without their positions."""
     embed = vision_model.embeddings.patch_embedding
-    return embed(images.to(embed.weight.dtype)).flatten(2).transpose(1, 2)
+    with _full_precision_convolutions():
+        return embed(images.to(embed.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+@contextmanager
+def _full_precision_convolutions() -> Iterator[None]:
+    """Switch TF32 off, which torch has on for convolutions of fp32 on GPUs: codes depend on the patches."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    previous, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = previous
 
 
 def pool(vision_model: SiglipVisionModel, hidden: Tensor, layer: int) -> Tensor:
