@@ -57,7 +57,7 @@ def hidden_states_after(
         layers: numbers from 0 (patch embedding) to the number of layers.
 
     Raises:
-        ValueError: if the images do not have the tower's size.
+        ValueError: if the images do not have the tower's size, or are integers.
     """
     size = vision_model.config.image_size
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
@@ -65,6 +65,7 @@ def hidden_states_after(
             f"images have shape {tuple(images.shape)}, expected [B, 3, {size}, {size}]; "
             f"resize to {size} pixels and scale to [-1, 1]"
         )
+    require_scaled(images)
     with _full_precision_convolutions():
         hidden = vision_model.embeddings(images)
     found = {0: hidden} if 0 in layers else {}
@@ -73,6 +74,12 @@ def hidden_states_after(
         if number in layers:
             found[number] = hidden
     return found
+
+
+def require_scaled(images: Tensor) -> None:
+    """Raise ValueError if images are integers, as of 0 to 255, which would be read as if in [-1, 1]."""
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}, expected floats in [-1, 1]: images / 127.5 - 1")
 
 
 def patches_alone(vision_model: SiglipVisionModel, images: Tensor) -> Tensor:

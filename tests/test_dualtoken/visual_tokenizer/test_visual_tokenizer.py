@@ -413,6 +413,8 @@ def test_wrong_input_is_explained():
     model = build()
     with pytest.raises(ValueError, match=r"images have shape \(2, 3, 20, 20\), expected \[B, 3, 16, 16\]"):
         model(images(2, 20))
+    with pytest.raises(ValueError, match=r"images are torch.uint8, expected floats in \[-1, 1\]"):
+        model.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     broken = images()
     broken[1, 2, 3, 4] = float("nan")
     for use in (model, model.encode):
