@@ -281,12 +281,12 @@ class EMACodebooks(nn.Module):
 
     def _searches(self) -> list[NearestCodeSearch]:
         """Return the search for each depth; prepared anew when the codebook has changed."""
-        key = _content(self.codebook)
-        if self._search is None or key is None or key != self._search_key:
-            self._search = None  # free the old one first
-            self._search = [NearestCodeSearch(book) for book in self.codebook]
-            self._search_key = key
-        return self._search * (self.num_quantizers // self.num_codebooks)
+        key, search = _content(self.codebook), self._search
+        if search is None or key is None or key != self._search_key:
+            search = self._search = None  # free the old one first
+            search = [NearestCodeSearch(book) for book in self.codebook]
+            self._search, self._search_key = search, key
+        return search * (self.num_quantizers // self.num_codebooks)
 
     def _flatten(self, latents: Tensor, width: int) -> Tensor:
         """Return ``latents [..., width]`` as fp32 rows outside autograd, or say what is wrong with them."""

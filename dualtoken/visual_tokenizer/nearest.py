@@ -49,7 +49,7 @@ class NearestCodeSearch:
     ``[-x, 1]`` and ``[w, 0.5 |w|^2]``. It is made in tiles that stay in the cache; of each only the minima
     over blocks of codes are kept, and the winning block is looked at again. Rows whose two best scores lie
     within the rounding error of fp32 are decided in fp64, so the result is the nearest code in fp64, the
-    lowest index on exact ties.
+    lowest index on exact ties. Several threads may search at once.
 
     Args:
         codebook: ``[K, C]`` fp32.
@@ -78,7 +78,7 @@ class NearestCodeSearch:
             keys[size:, width] = torch.inf  # codes that only fill up the last block are never near
         self.blocks = keys.view(-1, self.block, keys.shape[1])
         self._tiles = keys.split(self.tile_codes)
-        self._memory: Tensor | None = None
+        self._spare: list[Tensor] = []  # memory for scores that no thread uses now
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """Return the index of the nearest code for each of ``vectors [N, C]`` fp32, ``[N]`` int64.
@@ -90,26 +90,27 @@ class NearestCodeSearch:
         """
         codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
         doubtful = torch.empty(len(vectors), dtype=torch.bool, device=vectors.device)
+        memory = self._memory()
         with torch.no_grad(), full_precision_matmul(vectors.device):
             for start in range(0, len(vectors), self.tile_rows):
                 rows = slice(start, start + self.tile_rows)
-                codes[rows], doubtful[rows] = self._search(vectors[rows])
+                codes[rows], doubtful[rows] = self._search(vectors[rows], memory)
             undecided = doubtful.nonzero().squeeze(1)
             for part in undecided.split(self.rows_fp64) if len(undecided) else ():
                 if not torch.isfinite(vectors[part]).all():
                     raise NonFiniteError(f"vectors of shape {tuple(vectors.shape)} contain NaN or infinity")
                 codes[part] = self._search_fp64(vectors[part])
-        if vectors.device.type != "cpu":  # a caching allocator makes it cheap to give the memory back
-            self._memory = None
+        if vectors.device.type == "cpu":  # elsewhere a caching allocator makes it cheap to give it back
+            self._spare.append(memory)
         return codes
 
-    def _search(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def _search(self, vectors: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Return the codes in fp32, and where rounding may have decided or a vector is not finite."""
         queries = F.pad(-vectors, (0, 1 + self.padding))
         queries[:, vectors.shape[1]] = 1.0
-        minima = self._block_minima(queries)  # [blocks, N]
+        minima = self._block_minima(queries, memory)  # [blocks, N]
         _, second_block, winner = _two_smallest(minima, dim=0)
-        keys = self._scratch(len(queries), self.block, queries.shape[1])
+        keys = _shaped(memory, len(queries), self.block, queries.shape[1])
         torch.index_select(self.blocks, 0, winner, out=keys)
         inside = torch.bmm(keys, queries.unsqueeze(2)).squeeze(2)  # [N, block]
         best, second_inside, offset = _two_smallest(inside, dim=1)
@@ -124,18 +125,19 @@ class NearestCodeSearch:
         gap = torch.minimum(second_block, second_inside) - best
         return winner * self.block + offset, ~(gap > 2.0 * bound)
 
-    def _scratch(self, *shape: int) -> Tensor:
-        """Return uninitialised memory, the same each time: fresh pages cost more than arithmetic."""
-        if self._memory is None:
+    def _memory(self) -> Tensor:
+        """Return uninitialised memory, an earlier search's if any: fresh pages cost more than sums."""
+        try:
+            return self._spare.pop()
+        except IndexError:
             codes = min(self.tile_codes, self.blocks.shape[0] * self.block)
             per_row = max(codes, self.block * self.blocks.shape[2])
             with torch.inference_mode(False):  # outside of it, nothing could be written into it again
-                self._memory = self.blocks.new_empty(self.tile_rows * per_row)
-        return self._memory[: math.prod(shape)].view(shape)
+                return self.blocks.new_empty(self.tile_rows * per_row)
 
-    def _block_minima(self, queries: Tensor) -> Tensor:
+    def _block_minima(self, queries: Tensor, memory: Tensor) -> Tensor:
         rows, minima = queries.t(), queries.new_empty(len(self.blocks), len(queries))
-        memory = self._scratch(len(self._tiles[0]), len(queries))
+        memory = _shaped(memory, len(self._tiles[0]), len(queries))
         for tile, best in zip(self._tiles, minima.split(self.tile_codes // self.block), strict=True):
             scores = memory[: len(tile)]  # vectors side by side: minima of many at a time
             torch.mm(tile, rows, out=scores)
@@ -153,6 +155,11 @@ class NearestCodeSearch:
             closer = score < best
             best, codes = torch.where(closer, score, best), torch.where(closer, index + start, codes)
         return codes
+
+
+def _shaped(memory: Tensor, *shape: int) -> Tensor:
+    """Return the beginning of flat memory as a tensor of this shape."""
+    return memory[: math.prod(shape)].view(shape)
 
 
 def _two_smallest(scores: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Quantizers and nearest-code search against plain formulas in fp64, on one rank and on two."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,8 +115,18 @@ def test_a_code_much_longer_than_the_others_makes_no_row_doubtful():
     codebook[7] *= 1e4
     vectors = torch.cat([0.1 * latents(500), codebook[7:8] + 1.0])
     search = NearestCodeSearch(codebook)
-    assert search._search(vectors)[1].float().mean() < 0.02
+    assert search._search(vectors, search._memory())[1].float().mean() < 0.02
     assert torch.equal(search(vectors), torch.cdist(vectors.double(), codebook.double()).argmin(1))
+
+
+def test_threads_search_at_once():
+    search = NearestCodeSearch(latents(500, seed=1))
+    batches = [latents(3000, seed=seed) for seed in range(4)]
+    expected = [search(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            for found, codes in zip(threads.map(search, batches), expected, strict=True):
+                assert torch.equal(found, codes)
 
 
 @pytest.mark.parametrize("build", [rvq, lambda: MultiCodebookVQ(K, C, D).train()])
