@@ -74,6 +74,10 @@ def test_images_take_the_places_of_their_tags(processor):
     assert quarters == [[10, 0, 0], [10, 10, 10]] * 2  # transparency is white
     assert documents[2].parts[1].codes[:, 0].tolist() == [[0, 10, 0]] * 4
     assert (documents[2].parts[2].codes == 10).all()
+    for one in (green, torch.ones(3, 32, 32)):
+        (alone,) = processor.documents("<image>", images=one, visual_tokenizer=visual_tokenizer)
+        (listed,) = processor.documents("<image>", images=[one], visual_tokenizer=visual_tokenizer)
+        assert torch.equal(alone.parts[0].codes, listed.parts[0].codes)
     nested = processor.documents(
         ["<image>What is this?", "no image", "a<image><image>"],
         images=[[red_and_clear()], [], [green, torch.ones(3, 32, 32)]],
