@@ -135,7 +135,7 @@ class DualTokenProcessor(ProcessorMixin):
         Args:
             text: one or several texts, with an ``<image>`` tag for each image.
             images: PIL images of any size and kind, or tensors [3, S, S] in [-1, 1]; all in the order of
-                the tags, or one list per text.
+                the tags, or one list per text; one alone needs no list.
             codes: instead of images, their codes [P, Q, D], likewise.
             visual_tokenizer: turns images into codes; not needed for a model that reads only features.
             vision_tower: makes continuous features of images, for a model that reads them and has no tower of
@@ -280,7 +280,8 @@ class DualTokenProcessor(ProcessorMixin):
 
 def _in_order_of_tags(given: Sequence[Any] | None, tags: list[int]) -> list[Any]:
     """Flatten images or codes, given at once or per text, after checking that there is one for each tag."""
-    given = [] if given is None else list(given)
+    is_one = hasattr(given, "convert") or getattr(given, "ndim", 0) == 3  # as transformers' processors do
+    given = [] if given is None else [given] if is_one else list(given)
     if any(isinstance(one, list | tuple) for one in given):
         counts = [len(one) for one in given]
         if counts != tags:
@@ -304,9 +305,12 @@ def _resized(pixels: Any, height: int, width: int) -> torch.Tensor:
 
 
 def _on_white(image: Image) -> Image:
-    """RGB, with transparency shown as white, as the images of training were decoded."""
-    from PIL import Image
+    """RGB, as the images of training were decoded: turned as EXIF says, with transparency shown as white."""
+    from PIL import Image, ImageOps
 
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # PIL's own conversion clips 16-bit grey at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image.convert("RGB")
     image = image.convert("RGBA")

@@ -60,10 +60,8 @@ def generate_images(
     Returns:
         codes [N, P, Q, D], for the visual tokenizer to decode.
     """
-    special = model.config.special
-    opened = [
-        append(open_document(prompt, text_tokenizer, model), [special.image_gen_start]) for prompt in prompts
-    ]
+    start = [model.config.special.image_gen_start]
+    opened = [append(document, start) for document in open_documents(prompts, text_tokenizer, model)]
     return write_images(model, opened, guidance_scale, Sampling(temperature, top_k, top_p), seed, progress)
 
 
@@ -88,7 +86,7 @@ def generate_text(
     never chosen.
     """
     end = _stop_tokens(stop, text_tokenizer)
-    documents = [open_document(prompt, text_tokenizer, model) for prompt in prompts]
+    documents = open_documents(prompts, text_tokenizer, model)
     tokens: list[list[int]] = [[] for _ in documents]
     sampling = Sampling(temperature, top_k, top_p)
     for step in text_steps(
@@ -215,6 +213,21 @@ def generate(
         else:
             parts.append(TextPart(piece))
     return parts
+
+
+def open_documents(
+    prompts: Sequence[Prompt], text_tokenizer: Any, model: DualTokenForCausalLM
+) -> list[TokenizedDocument]:
+    """Lay out prompts to be continued.
+
+    Raises:
+        ValueError: they are a single one, whose letters would be taken for prompts; or as `open_document`.
+    """
+    if isinstance(prompts, str | Document):
+        raise ValueError(
+            f"prompts is a single {type(prompts).__name__}; expected a list of prompts: put it into one"
+        )
+    return [open_document(prompt, text_tokenizer, model) for prompt in prompts]
 
 
 def open_document(prompt: Prompt, text_tokenizer: Any, model: DualTokenForCausalLM) -> TokenizedDocument:

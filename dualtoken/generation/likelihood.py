@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from dualtoken.generation.decoding import evaluating
-from dualtoken.generation.generators import Prompt, open_document
+from dualtoken.generation.generators import Prompt, open_documents
 from dualtoken.generation.rows import Rows
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.unified_model.sequence import PackedBatch, TokenizedDocument, pack_documents
@@ -87,7 +87,7 @@ def option_log_likelihoods(
         )
     tokens = [_option_tokens(text_tokenizer, given, index) for index, given in enumerate(options)]
     with evaluating(model):
-        rows = Rows(model, [open_document(prompt, text_tokenizer, model) for prompt in prompts])
+        rows = Rows(model, open_documents(prompts, text_tokenizer, model))
         states = _states(rows, tokens)  # [R, 1 + n, H]
         where: list[tuple[int, int]] = []  # row and state before each target
         for row, given in enumerate(tokens):

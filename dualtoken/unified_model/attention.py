@@ -40,6 +40,7 @@ def document_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend causally, within documents if `cu_seq_lens_q` tells their borders.
@@ -48,8 +49,14 @@ def document_attention(
         The output [B, T, heads, head_dim], and None in place of attention weights.
 
     Raises:
-        ValueError: if documents come with more than one row or a mask, or anything exceeds a sliding window.
+        ValueError: if documents come with more than one row or a mask, anything exceeds a sliding window, or
+            the decoder has attention sinks (`s_aux`).
     """
+    if s_aux is not None:
+        raise ValueError(
+            f"{type(module).__name__} has attention sinks, which this attention leaves out; take a decoder "
+            "without them, such as Qwen2.5"
+        )
     if cu_seq_lens_q is None:
         _require_window(key.shape[2], sliding_window)
         return _masked(query, key, value, attention_mask, dropout, scaling), None

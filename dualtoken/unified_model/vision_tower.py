@@ -67,8 +67,8 @@ def features_per_image(settings: dict[str, Any]) -> int:
 
 
 def to_bytes(images: torch.Tensor) -> torch.Tensor:
-    """Return images in [-1, 1] as uint8, as they were before they were brought there."""
-    return images.float().add(1).mul(127.5).round().to(torch.uint8)
+    """Return images in about [-1, 1] as uint8, as they were before they were brought there."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class VisionTower(nn.Module):

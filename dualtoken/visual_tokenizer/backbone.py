@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def hidden_states_after(
         layers: numbers from 0 (patch embedding) to the number of layers.
 
     Raises:
-        ValueError: if the images do not have the tower's size.
+        ValueError: if the images do not have the tower's size, or are integers.
     """
     size = vision_model.config.image_size
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
@@ -64,7 +65,9 @@ def hidden_states_after(
             f"images have shape {tuple(images.shape)}, expected [B, 3, {size}, {size}]; "
             f"resize to {size} pixels and scale to [-1, 1]"
         )
-    hidden = vision_model.embeddings(images)
+    require_scaled(images)
+    with _full_precision_convolutions():
+        hidden = vision_model.embeddings(images)
     found = {0: hidden} if 0 in layers else {}
     for number, layer in enumerate(vision_model.encoder.layers[: max(layers)], start=1):
         hidden = layer(hidden, None)
@@ -73,10 +76,28 @@ def hidden_states_after(
     return found
 
 
+def require_scaled(images: Tensor) -> None:
+    """Raise ValueError if images are integers, as of 0 to 255, which would be read as if in [-1, 1]."""
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}, expected floats in [-1, 1]: images / 127.5 - 1")
+
+
 def patches_alone(vision_model: SiglipVisionModel, images: Tensor) -> Tensor:
     """Return the embedded patches ``[B, P, C]`` of ``images [B, 3, H, W]``, without their positions."""
     embed = vision_model.embeddings.patch_embedding
-    return embed(images.to(embed.weight.dtype)).flatten(2).transpose(1, 2)
+    with _full_precision_convolutions():
+        return embed(images.to(embed.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+@contextmanager
+def _full_precision_convolutions() -> Iterator[None]:
+    """Switch TF32 off, which torch has on for convolutions of fp32 on GPUs: codes depend on the patches."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    previous, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = previous
 
 
 def pool(vision_model: SiglipVisionModel, hidden: Tensor, layer: int) -> Tensor:

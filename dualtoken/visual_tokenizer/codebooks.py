@@ -87,7 +87,7 @@ class EMACodebooks(nn.Module):
         self._candidate_slot: tuple[int, int] | None = None
         self._search: list[NearestCodeSearch] | None = None
         self._search_key: tuple | None = None
-        self._updates: tuple[tuple, int] | None = None
+        self._updates: tuple[tuple | None, int] | None = None
         self.reset_codebook()
 
     def reset_codebook(self) -> None:
@@ -160,8 +160,8 @@ class EMACodebooks(nn.Module):
 
     def _number_of_updates(self) -> int:
         """Return ``num_updates`` as a number, read from the device only when it has changed."""
-        key = (self.num_updates.data_ptr(), self.num_updates._version)
-        if self._updates is None or self._updates[0] != key:
+        key = _content(self.num_updates)
+        if self._updates is None or key is None or self._updates[0] != key:
             self._updates = (key, int(self.num_updates))
         return self._updates[1]
 
@@ -249,7 +249,7 @@ class EMACodebooks(nn.Module):
         self._codes_from_averages()
         updates = self._number_of_updates() + 1
         self.num_updates.fill_(updates)
-        self._updates = ((self.num_updates.data_ptr(), self.num_updates._version), updates)
+        self._updates = (_content(self.num_updates), updates)
         self.reset_window()
         by_depth = known[3 + 2 * books :]
         return QuantizerStats(by_depth[:depth], by_depth[depth:], used, restarted)
@@ -281,12 +281,12 @@ class EMACodebooks(nn.Module):
 
     def _searches(self) -> list[NearestCodeSearch]:
         """Return the search for each depth; prepared anew when the codebook has changed."""
-        key = (self.codebook.data_ptr(), self.codebook._version, self.codebook.device)
-        if self._search is None or key != self._search_key:
-            self._search = None  # free the old one first
-            self._search = [NearestCodeSearch(book) for book in self.codebook]
-            self._search_key = key
-        return self._search * (self.num_quantizers // self.num_codebooks)
+        key, search = _content(self.codebook), self._search
+        if search is None or key is None or key != self._search_key:
+            search = self._search = None  # free the old one first
+            search = [NearestCodeSearch(book) for book in self.codebook]
+            self._search, self._search_key = search, key
+        return search * (self.num_quantizers // self.num_codebooks)
 
     def _flatten(self, latents: Tensor, width: int) -> Tensor:
         """Return ``latents [..., width]`` as fp32 rows outside autograd, or say what is wrong with them."""
@@ -316,6 +316,11 @@ class EMACodebooks(nn.Module):
                     f"{self.name} codes lie in [{smallest}, {largest}], "
                     f"expected [0, {self.codebook_size - 1}]"
                 )
+
+
+def _content(tensor: Tensor) -> tuple | None:
+    """Something that changes with a tensor's content; None of one of inference mode, which has none."""
+    return None if tensor.is_inference() else (tensor.data_ptr(), tensor._version, tensor.device)
 
 
 def _places(mask: Tensor, count: int) -> Tensor:

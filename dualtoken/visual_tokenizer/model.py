@@ -188,8 +188,8 @@ class DualTokenVisualTokenizer(PreTrainedModel):
             paint: False leaves out the decoder, and with it `reconstruction` and `decoder_features`.
 
         Raises:
-            ValueError: on images of another size, or with NaN or infinite values; on captions without a text
-                tower.
+            ValueError: on images of another size, of integers, or with NaN or infinite values; on captions
+                without a text tower.
         """
         latents_pixel, latents_semantic = self._latents(pixel_values)
         with _naming_broken(pixel_values):

@@ -18,7 +18,12 @@ _ROUNDING = 2.0**-24  # unit roundoff of fp32
 @contextmanager
 def full_precision_matmul(device: torch.device) -> Iterator[None]:
     """Switch autocast and reduced-precision fp32 products (TF32, bf16) off for the enclosed block."""
-    previous = torch.get_float32_matmul_precision()
+    products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    precisions = [product.fp32_precision for product in products]
+    try:
+        previous = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by its newer names, those in `torch.backends`
+        previous = None
     with torch.autocast(device_type=device.type, enabled=False):
         if previous == "highest":
             yield
@@ -27,7 +32,10 @@ def full_precision_matmul(device: torch.device) -> Iterator[None]:
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(previous)
+            if previous is not None:
+                torch.set_float32_matmul_precision(previous)
+            for product, precision in zip(products, precisions, strict=True):
+                product.fp32_precision = precision
 
 
 class NonFiniteError(ValueError):
@@ -41,7 +49,7 @@ class NearestCodeSearch:
     ``[-x, 1]`` and ``[w, 0.5 |w|^2]``. It is made in tiles that stay in the cache; of each only the minima
     over blocks of codes are kept, and the winning block is looked at again. Rows whose two best scores lie
     within the rounding error of fp32 are decided in fp64, so the result is the nearest code in fp64, the
-    lowest index on exact ties.
+    lowest index on exact ties. Several threads may search at once.
 
     Args:
         codebook: ``[K, C]`` fp32.
@@ -59,6 +67,7 @@ class NearestCodeSearch:
         self.block = min(_BLOCK, size)
         tile_codes = tile_codes or (512 if on_cpu else 65536)
         self.tile_codes = max(1, tile_codes // self.block) * self.block
+        self.rows_fp64 = 64 if on_cpu else self.tile_rows  # decided in fp64 at once
         self.padding = 0 if on_cpu else -(width + 1) % 8  # GPUs want aligned rows
         squares = [part.double().square_().sum(dim=1) for part in codebook.split(_FP64_CODES)]
         self.half_norms = torch.cat(squares).mul_(0.5)  # fp64
@@ -69,7 +78,7 @@ class NearestCodeSearch:
             keys[size:, width] = torch.inf  # codes that only fill up the last block are never near
         self.blocks = keys.view(-1, self.block, keys.shape[1])
         self._tiles = keys.split(self.tile_codes)
-        self._memory: Tensor | None = None
+        self._spare: list[Tensor] = []  # memory for scores that no thread uses now
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """Return the index of the nearest code for each of ``vectors [N, C]`` fp32, ``[N]`` int64.
@@ -81,46 +90,54 @@ class NearestCodeSearch:
         """
         codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
         doubtful = torch.empty(len(vectors), dtype=torch.bool, device=vectors.device)
+        memory = self._memory()
         with torch.no_grad(), full_precision_matmul(vectors.device):
             for start in range(0, len(vectors), self.tile_rows):
                 rows = slice(start, start + self.tile_rows)
-                codes[rows], doubtful[rows] = self._search(vectors[rows])
+                codes[rows], doubtful[rows] = self._search(vectors[rows], memory)
             undecided = doubtful.nonzero().squeeze(1)
-            for part in undecided.split(64) if len(undecided) else ():
+            for part in undecided.split(self.rows_fp64) if len(undecided) else ():
                 if not torch.isfinite(vectors[part]).all():
                     raise NonFiniteError(f"vectors of shape {tuple(vectors.shape)} contain NaN or infinity")
                 codes[part] = self._search_fp64(vectors[part])
-        if vectors.device.type != "cpu":  # a caching allocator makes it cheap to give the memory back
-            self._memory = None
+        if vectors.device.type == "cpu":  # elsewhere a caching allocator makes it cheap to give it back
+            self._spare.append(memory)
         return codes
 
-    def _search(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def _search(self, vectors: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Return the codes in fp32, and where rounding may have decided or a vector is not finite."""
         queries = F.pad(-vectors, (0, 1 + self.padding))
         queries[:, vectors.shape[1]] = 1.0
-        minima = self._block_minima(queries)  # [blocks, N]
+        minima = self._block_minima(queries, memory)  # [blocks, N]
         _, second_block, winner = _two_smallest(minima, dim=0)
-        keys = self._scratch(len(queries), self.block, queries.shape[1])
+        keys = _shaped(memory, len(queries), self.block, queries.shape[1])
         torch.index_select(self.blocks, 0, winner, out=keys)
         inside = torch.bmm(keys, queries.unsqueeze(2)).squeeze(2)  # [N, block]
         best, second_inside, offset = _two_smallest(inside, dim=1)
-        # Rounding error of a score: a sum of C + 1 products, one factor of which was itself rounded.
-        scale = vectors.norm(dim=1) * self.largest_norm + self.largest_norm.square()
-        bound = (vectors.shape[1] + 4) * _ROUNDING * scale
+        # Rounding error of a score: a sum of C + 1 products, one factor of which was itself rounded. A code
+        # as near as the one found is no longer than the vector and its distance from that one together, so
+        # codes that are much longer than the others make no row doubtful.
+        error, norm = (vectors.shape[1] + 4) * _ROUNDING, vectors.norm(dim=1)
+        at_most = error * (norm + self.largest_norm).square()
+        distance = (norm.square() + 2.0 * (best + at_most)).clamp_min(0.0).sqrt()
+        longest = torch.minimum(self.largest_norm, norm + distance)
+        bound = error * (norm * longest + longest.square())
         gap = torch.minimum(second_block, second_inside) - best
         return winner * self.block + offset, ~(gap > 2.0 * bound)
 
-    def _scratch(self, *shape: int) -> Tensor:
-        """Return uninitialised memory, the same each time: fresh pages cost more than arithmetic."""
-        if self._memory is None:
+    def _memory(self) -> Tensor:
+        """Return uninitialised memory, an earlier search's if any: fresh pages cost more than sums."""
+        try:
+            return self._spare.pop()
+        except IndexError:
             codes = min(self.tile_codes, self.blocks.shape[0] * self.block)
             per_row = max(codes, self.block * self.blocks.shape[2])
-            self._memory = self.blocks.new_empty(self.tile_rows * per_row)
-        return self._memory[: math.prod(shape)].view(shape)
+            with torch.inference_mode(False):  # outside of it, nothing could be written into it again
+                return self.blocks.new_empty(self.tile_rows * per_row)
 
-    def _block_minima(self, queries: Tensor) -> Tensor:
+    def _block_minima(self, queries: Tensor, memory: Tensor) -> Tensor:
         rows, minima = queries.t(), queries.new_empty(len(self.blocks), len(queries))
-        memory = self._scratch(len(self._tiles[0]), len(queries))
+        memory = _shaped(memory, len(self._tiles[0]), len(queries))
         for tile, best in zip(self._tiles, minima.split(self.tile_codes // self.block), strict=True):
             scores = memory[: len(tile)]  # vectors side by side: minima of many at a time
             torch.mm(tile, rows, out=scores)
@@ -138,6 +155,11 @@ class NearestCodeSearch:
             closer = score < best
             best, codes = torch.where(closer, score, best), torch.where(closer, index + start, codes)
         return codes
+
+
+def _shaped(memory: Tensor, *shape: int) -> Tensor:
+    """Return the beginning of flat memory as a tensor of this shape."""
+    return memory[: math.prod(shape)].view(shape)
 
 
 def _two_smallest(scores: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -164,6 +164,7 @@ def config_to_released(config: DualTokenVisualTokenizerConfig, backbone: str = "
     """
     unsupported = {
         "latent_norm": config.latent_norm,
+        "pixel_attention": not config.pixel_attention,
         "merged_codebook": config.merged_codebook,
         "quantizer": config.quantizer != "rvq",
         "text_config": config.text_config is None,

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from dualtoken.digest import sha256_of
 from dualtoken.strict_loading import load_strictly
+from dualtoken.visual_tokenizer.backbone import require_scaled
 from dualtoken.visual_tokenizer.nearest import NearestCodeSearch, NonFiniteError
 from dualtoken.visual_tokenizer.vq_config import SCALING, VQTokenizerConfig
 
@@ -74,7 +75,7 @@ class VQTokenizer(PreTrainedModel):
         """Return the codes ``[B, P, 1, 1]`` int64 of ``images [B, 3, S, S]`` in [-1, 1].
 
         Raises:
-            ValueError: on images of another size, or with NaN or infinite values.
+            ValueError: on images of another size, of integers, or with NaN or infinite values.
         """
         size = self.config.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
@@ -82,6 +83,7 @@ class VQTokenizer(PreTrainedModel):
                 f"images have shape {tuple(images.shape)}, expected [B, 3, {size}, {size}]; "
                 f"resize to {size} pixels and scale to [-1, 1]"
             )
+        require_scaled(images)
         search = NearestCodeSearch(self._code_vectors())
         try:
             codes = search(self.latents(images).flatten(0, 1).float())

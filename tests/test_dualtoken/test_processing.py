@@ -1,11 +1,14 @@
 """Texts with image tags and images -> model inputs."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from data_pipeline.images.decoding import decode_rgb
 from dualtoken.generation.generators import generate_images, generate_text
 from dualtoken.processing import DualTokenProcessor
 from dualtoken.unified_model.sequence import ImagePart, TextPart
@@ -71,6 +74,10 @@ def test_images_take_the_places_of_their_tags(processor):
     assert quarters == [[10, 0, 0], [10, 10, 10]] * 2  # transparency is white
     assert documents[2].parts[1].codes[:, 0].tolist() == [[0, 10, 0]] * 4
     assert (documents[2].parts[2].codes == 10).all()
+    for one in (green, torch.ones(3, 32, 32)):
+        (alone,) = processor.documents("<image>", images=one, visual_tokenizer=visual_tokenizer)
+        (listed,) = processor.documents("<image>", images=[one], visual_tokenizer=visual_tokenizer)
+        assert torch.equal(alone.parts[0].codes, listed.parts[0].codes)
     nested = processor.documents(
         ["<image>What is this?", "no image", "a<image><image>"],
         images=[[red_and_clear()], [], [green, torch.ones(3, 32, 32)]],
@@ -79,6 +86,20 @@ def test_images_take_the_places_of_their_tags(processor):
     for a, b in zip(documents, nested, strict=True):
         for x, y in zip(a.parts, b.parts, strict=True):
             assert torch.equal(x.codes, y.codes) if isinstance(x, ImagePart) else x == y
+
+
+@pytest.mark.parametrize("kind", ["turned", "16-bit grey"])
+def test_pictures_are_seen_as_training_decoded_them(processor, kind):
+    file, exif = io.BytesIO(), Image.Exif()
+    if kind == "turned":
+        exif[0x0112] = 6  # as a camera on its side writes it
+        picture = Image.fromarray(np.tile(np.arange(0, 240, 8, dtype=np.uint8), (20, 1))).convert("RGB")
+    else:
+        picture = Image.fromarray(np.tile(np.arange(0, 60000, 2000, dtype=np.uint16), (20, 1)))
+    picture.save(file, "PNG", exif=exif)
+    found = processor._pixels(Image.open(file), 0)
+    expected = processor._pixels(Image.fromarray(decode_rgb(file.getvalue())), 0)
+    assert torch.equal(found, expected) and len(found.unique()) > 10
 
 
 def test_inputs_are_what_the_model_takes(processor):

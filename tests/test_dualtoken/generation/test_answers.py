@@ -195,6 +195,7 @@ def test_the_text_that_is_written_is_the_most_likely_option(model):
         ([], [], "got 0 prompts and options of 0; give at least one prompt"),
         (["a"], [["b"], ["c"]], "got 1 prompts and options of 2"),
         (["a", "b"], [["c"], []], r"prompt 1 has the options \[\]; expected a list of at least one text"),
+        ("a", [["b"]], "prompts is a single str; expected a list of prompts"),
         (["a"], ["yes"], "prompt 0 has the options 'yes'; expected a list"),
         (["a"], [["b", ""]], "option 1 of prompt 0 is '', which has no tokens; leave it out"),
     ],

@@ -303,6 +303,9 @@ def test_empty_requests_are_named(model):
         generate_images(model, TOKENIZER, [])
     with pytest.raises(ValueError, match="no prompts to continue"):
         generate_text(model, TOKENIZER, [])
+    for write in (generate_images, generate_text):
+        with pytest.raises(ValueError, match="prompts is a single str; expected a list of prompts"):
+            write(model, TOKENIZER, "a cat")
 
 
 def test_an_overfitted_model_says_and_draws_what_it_was_shown():

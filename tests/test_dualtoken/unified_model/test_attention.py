@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from dualtoken.unified_model.attention import (
     describe,
@@ -10,6 +10,8 @@ from dualtoken.unified_model.attention import (
     loop_over_documents,
     varlen_documents,
 )
+from dualtoken.unified_model.sequence import pack_documents
+from tests.support.unified_support import plain, tiny_model, tokenized
 
 LENGTHS = [5, 1, 12, 3]
 
@@ -96,6 +98,13 @@ def test_misuse_is_named():
         ValueError, match="document of 12 tokens exceeds .* window of 8; set use_sliding_window"
     ):
         document_attention(None, query, key, value, None, cu_seq_lens_q=borders, sliding_window=8)
+    gpt_oss = AutoConfig.for_model(
+        "gpt_oss", hidden_size=32, num_hidden_layers=1, intermediate_size=48, num_attention_heads=4,
+        head_dim=8, num_key_value_heads=2, vocab_size=264, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = tiny_model(text_config=gpt_oss)
+    with pytest.raises(ValueError, match="GptOssAttention has attention sinks, .* without them, such as"):
+        model(**pack_documents(tokenized(plain("x"))).model_inputs())
 
 
 def test_the_choice_is_described():

@@ -276,6 +276,7 @@ def test_every_part_runs_whatever_the_batch_holds(model):
 def test_the_tower_is_the_first_layers_of_a_siglip():
     whole, pixels = vision_model(), random_pixels(2)[None]
     images = pixels / 127.5 - 1
+    assert to_bytes(torch.tensor([-1.1, 1.1])).tolist() == [0, 255]  # pictures as decoders paint them
     for layer in (1, 2, 3):
         tower = VisionTower.of_model(whole, layer)
         expected = hidden_states_after(whole, images, {layer})[layer]

@@ -1,5 +1,7 @@
 """Quantizers and nearest-code search against plain formulas in fp64, on one rank and on two."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,9 +101,47 @@ def test_search_ignores_autocast_and_reduced_matmul_precision():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = NearestCodeSearch(codebook)(vectors)
         assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.equal(found, expected)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"  # the newer way, unknown to the older
+        assert torch.equal(NearestCodeSearch(codebook)(vectors), expected)
+        products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        assert [product.fp32_precision for product in products] == ["ieee", "bf16"]
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert torch.equal(found, expected)
+
+
+def test_a_code_much_longer_than_the_others_makes_no_row_doubtful():
+    codebook = latents(200, seed=1)
+    codebook[7] *= 1e4
+    vectors = torch.cat([0.1 * latents(500), codebook[7:8] + 1.0])
+    search = NearestCodeSearch(codebook)
+    assert search._search(vectors, search._memory())[1].float().mean() < 0.02
+    assert torch.equal(search(vectors), torch.cdist(vectors.double(), codebook.double()).argmin(1))
+
+
+def test_threads_search_at_once():
+    search = NearestCodeSearch(latents(500, seed=1))
+    batches = [latents(3000, seed=seed) for seed in range(4)]
+    expected = [search(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            for found, codes in zip(threads.map(search, batches), expected, strict=True):
+                assert torch.equal(found, codes)
+
+
+@pytest.mark.parametrize("build", [rvq, lambda: MultiCodebookVQ(K, C, D).train()])
+def test_codes_are_the_same_in_inference_mode_and_around_it(build):
+    quantizer, z = build(), latents(50)
+    expected = build().encode(z)
+    with torch.inference_mode():
+        assert torch.equal(quantizer.encode(z), expected)
+        made = build()  # its buffers have no versions, which tell whether a search is still that of the codes
+        assert torch.equal(made.encode(z), expected)
+        made.codebook.neg_()
+        assert torch.equal(made.encode(-z), expected)
+    assert torch.equal(quantizer.encode(z), expected)
+    quantizer(z.clone().requires_grad_()).quantized.sum().backward()
+    quantizer.update()
 
 
 def test_search_refuses_a_rounded_codebook():

@@ -312,7 +312,8 @@ def test_missing_config_files_are_named(tmp_path):
 
 
 def test_what_the_released_layout_cannot_say_is_refused(tmp_path):
-    model = DualTokenVisualTokenizer(preset_config("tiny"))
-    with pytest.raises(ValueError, match="the released layout has no place for latent_norm=True"):
+    model = DualTokenVisualTokenizer(preset_config("tiny", pixel_attention=False))
+    match = "the released layout has no place for latent_norm=True, pixel_attention=False"
+    with pytest.raises(ValueError, match=match):
         save_released(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

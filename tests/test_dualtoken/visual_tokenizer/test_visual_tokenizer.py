@@ -95,6 +95,18 @@ def test_codebooks_sum_to_the_quantized_latents(options):
         torch.testing.assert_close(rows[0] + rows[1], latents)
 
 
+def test_patches_are_embedded_without_tf32():
+    """It is on by default for convolutions on GPUs, where the products behind them do without."""
+    model, found = build(**OPTIONS["patches_alone"]), []
+    convolutions = torch.backends.cudnn.conv
+    model.backbone.vision_model.embeddings.patch_embedding.register_forward_hook(
+        lambda *_: found.append(convolutions.fp32_precision)
+    )
+    before = convolutions.fp32_precision
+    model.encode(images(1))
+    assert found == ["ieee"] * 2 and convolutions.fp32_precision == before
+
+
 def test_branches_read_the_layers_they_are_told():
     model = build(reconstruction_layer=1, semantic_layer=3, shortcut_layer=0, shortcut_weight=0.25)
     vision, inputs = model.backbone.vision_model, images()
@@ -401,6 +413,8 @@ def test_wrong_input_is_explained():
     model = build()
     with pytest.raises(ValueError, match=r"images have shape \(2, 3, 20, 20\), expected \[B, 3, 16, 16\]"):
         model(images(2, 20))
+    with pytest.raises(ValueError, match=r"images are torch.uint8, expected floats in \[-1, 1\]"):
+        model.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     broken = images()
     broken[1, 2, 3, 4] = float("nan")
     for use in (model, model.encode):

@@ -152,6 +152,8 @@ def test_wrong_inputs_are_refused():
     tokenizer = vq_tokenizer("janus_vqgan")
     with pytest.raises(ValueError, match=r"images have shape \(1, 3, 8, 8\), expected \[B, 3, 16, 16\]"):
         tokenizer.encode(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"images are torch.uint8, expected floats in \[-1, 1\]"):
+        tokenizer.encode(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8))
     with pytest.raises(ValueError, match="images contain NaN or infinity; check the image decoding"):
         tokenizer.encode(torch.full((1, 3, SIZE, SIZE), float("nan")))
     with pytest.raises(ValueError, match=r"codes have shape \(1, 16, 2, 1\), expected .* \[B, 16, 1, 1\]"):
