@@ -77,8 +77,13 @@ def is_image_part(part: str) -> bool:
 
 
 def image_parts(parts: dict[str, bytes]) -> list[str]:
-    """Return the names of the images of a sample in their order."""
-    return sorted(filter(is_image_part, parts), key=lambda name: (len(name), name))
+    """Return the names of the images of a sample in the order of their numbers, whatever their formats."""
+
+    def place(part: str) -> tuple[int, str, str]:
+        number = part.rpartition(".")[0]
+        return len(number), number, part
+
+    return sorted(filter(is_image_part, parts), key=place)
 
 
 def read_captions(parts: dict[str, bytes], default_language: str) -> dict[str, str]:
@@ -91,7 +96,7 @@ def read_captions(parts: dict[str, bytes], default_language: str) -> dict[str, s
         if "txt" in parts:
             return {default_language: parts["txt"].decode("utf-8").strip()}
         record = json.loads(parts["json"]) if "json" in parts else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSampleError(f"caption cannot be read: {error}") from error
     if not isinstance(record, dict):
         return {}
@@ -154,7 +159,7 @@ def _read_document(
             return interleaved_parts(record, images, settings.generate_images)
     except ConversationError as error:
         raise BadSampleError(str(error)) from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise BadSampleError(f"json cannot be read: {error}") from error
     return None
 
