@@ -27,7 +27,7 @@ class ImageHeader:
     width: int
     height: int
     special: bool
-    """Transparency, 16-bit samples, metadata that some decoders overlook, or a format outside the three."""
+    """Transparency, CMYK, 16-bit samples, metadata that some decoders overlook, or another format."""
 
 
 def read_header(data: bytes, max_pixels: int) -> ImageHeader:
@@ -90,8 +90,9 @@ def _jpeg(data: bytes) -> ImageHeader:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             if position + 10 > len(data):
                 break
-            height, width = struct.unpack_from(">HH", data, position + 5)
-            return ImageHeader("JPEG", width, height, special=False)
+            height, width, components = struct.unpack_from(">HHB", data, position + 5)
+            # CMYK: whether its values are inverted is told by a marker that some decoders overlook.
+            return ImageHeader("JPEG", width, height, special=components == 4)
     raise BadImageError("damaged JPEG: no size in its header")
 
 
