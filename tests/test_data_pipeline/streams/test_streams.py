@@ -297,3 +297,26 @@ def test_damaged_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.tar").unlink()
     with pytest.raises(DatasetError, match=r"a\.tar: named in the index but missing"):
         image_loader(config(tmp_path), 1)
+
+
+@pytest.mark.parametrize("on_bad_sample", ["stop", "skip"])
+def test_shards_without_pictures_end_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_bad_sample: str
+) -> None:
+    """Codes in place of pictures, say, would be read for ever."""
+    monkeypatch.setattr("data_pipeline.streams.images._MOST_WITHOUT_A_PICTURE", 30)
+    write_tar(tmp_path / "a.tar", [(f"k{index}.codes.npy", b"codes") for index in range(20)])
+    prepare_dataset(tmp_path)
+    message = (
+        r"a\.tar: sample 'k\d+': 30 samples in a row without a picture, the last of \['codes\.npy'\]; ex"
+    )
+    with pytest.raises(DatasetError, match=message) as caught:
+        next(image_loader(config(tmp_path, on_bad_sample=on_bad_sample), 4))
+    assert "\n" not in str(caught.value)
+    members = [
+        (f"k{index:03d}.png" if index % 25 == 0 else f"k{index:03d}.txt", b"1") for index in range(100)
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    prepare_dataset(tmp_path)
+    found = image_loader(config(tmp_path, on_bad_sample=on_bad_sample), 1, split="val")
+    assert [key for batch in found for key in batch.keys] == ["k000", "k025", "k050", "k075"]
