@@ -141,12 +141,12 @@ class _Stream(io.RawIOBase):
         """Open the file at the byte reached so far."""
         filesystem, path = _find(self._address)
         file = filesystem.open(path, "rb", **self._options)
-        if self._options:  # it comes from the beginning, or not at all
+        try:
+            file.seek(self._at)
+        except ValueError:  # it comes from the beginning, or not at all
             left = self._at
             while left:
                 left -= len(file.read(min(left, _BUFFER))) or left
-        else:
-            file.seek(self._at)
         self._file = file
 
     def readinto(self, buffer: Any) -> int:

@@ -42,7 +42,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.root = root
-        self.ranges = True
+        self.ranges = self.lengths = True
         self.unavailable: Counter[str] = Counter()
         self.broken: Counter[str] = Counter()
         self.address = f"http://127.0.0.1:{self.server_port}"
@@ -68,6 +68,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(503)
         if not path.is_file():
             return self.send_error(404)
+        if not self.server.lengths:
+            self.protocol_version, self.close_connection = "HTTP/1.1", True
         data, wanted = path.read_bytes(), self.headers.get("Range", "")
         if self.server.ranges and wanted:
             first, last = wanted.removeprefix("bytes=").split("-")
@@ -78,13 +80,19 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
         if self.server.ranges:
             self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(data)))
+        if self.server.lengths:
+            self.send_header("Content-Length", str(len(data)))
+        else:
+            self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        if body and self.server.broken[name] > 0:
+        broken = body and self.server.broken[name] > 0
+        if broken:
             self.server.broken[name] -= 1
             data = data[: len(data) // 2]
-        if body:
+        if body and self.server.lengths:
             self.wfile.write(data)
+        elif body:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) + (b"" if broken else b"0\r\n\r\n"))
 
 
 @pytest.fixture
@@ -116,11 +124,13 @@ def addresses(base: str) -> list[str]:
     return [f"{base}/in-{{000..003}}.tar"]
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_pretokenize_from_a_server_that_fails_at_times(tmp_path: Path, server: Server, ranges: bool) -> None:
+@pytest.mark.parametrize(("ranges", "lengths"), [(True, True), (False, True), (False, False)])
+def test_pretokenize_from_a_server_that_fails_at_times(
+    tmp_path: Path, server: Server, ranges: bool, lengths: bool
+) -> None:
     write_inputs(server.root)
     run([str(server.root)], tmp_path / "local")
-    server.ranges = ranges
+    server.ranges, server.lengths = ranges, lengths
     server.unavailable.update({"in-000.tar": 2, "in-001.tar": 3})
     server.broken.update({"in-001.tar": 1, "in-002.tar": 3})
     run(addresses(server.address), tmp_path / "remote")
