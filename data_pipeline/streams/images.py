@@ -171,7 +171,7 @@ def image_loader(
     """
     training = is_training(split)
     folders = config.folders()
-    samples = {folder.path: check_index(folder.path) for folder in folders}
+    samples = {folder.path: check_index(folder.path, check_shards=rank == 0) for folder in folders}
     workers = worker_config(rank, world_size, config.num_workers, seed, config.on_bad_sample)
     if training:
         require_samples(samples, workers)

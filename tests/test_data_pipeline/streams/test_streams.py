@@ -329,6 +329,9 @@ def test_damaged_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(whole[:6000])
     with pytest.raises(DatasetError, match=r"a\.tar: truncated"):
         image_loader(config(tmp_path), 1)
+    with pytest.raises(DatasetError, match=r"a\.tar: sample 1 cannot be read: truncated"):
+        # Rank 0 looks at all shards for all ranks.
+        list(image_loader(config(tmp_path, on_bad_sample="stop"), 1, 1, 2, split="val"))
     (tmp_path / "a.tar").unlink()
     with pytest.raises(DatasetError, match=r"a\.tar: named in the index but missing"):
         image_loader(config(tmp_path), 1)
