@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.images.header import BadImageError, ImageHeader, read_header
+from data_pipeline.images.header import BadImageError, ImageHeader, read_header, without_metadata
 from dualtoken.unified_model.tiles import Tiles
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def decode_rgb(data: bytes) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(without_metadata(data))) as file:
             file.load()
             image = _upright(file)
             if image.mode in ("I;16", "I;16B", "I;16L", "I"):

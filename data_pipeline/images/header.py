@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
 _MARKUP_STARTS = (b"<html", b"<!doctype", b"<?xml", b"<svg", b"<head", b"{")
 # Formats without a parser of their own here; PIL reads their headers.
 _OTHER_FORMATS = ("BMP", "GIF", "TIFF")
@@ -82,6 +83,24 @@ def jpeg_begins(data: bytes) -> bool:
 def webp_is_whole(data: bytes) -> bool:
     """Whether a WebP has as many bytes as it says."""
     return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+
+
+def without_metadata(data: bytes) -> bytes:
+    """Return an image without what says nothing of its pixels, where PIL refuses images for that.
+
+    Of a PNG it reads all: a compressed text or profile of more than a megabyte, or a damaged resolution, is
+    an error to it. Other formats are left as they are.
+    """
+    if data[:8] != _PNG_MAGIC:
+        return data
+    kept, position = [data[:8]], 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if kind in _PNG_PIXELS:
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept)
 
 
 def _jpeg(data: bytes) -> ImageHeader:

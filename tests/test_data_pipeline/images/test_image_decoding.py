@@ -328,6 +328,26 @@ def test_damaged_exif_costs_no_picture(photograph, backend):
         assert differences.mean() < PICTURE["mean"], format
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_metadata_costs_no_png(pictures, backend):
+    """PIL alone raises on a text or profile of more than a megabyte, and on a short chunk."""
+    long = zlib.compress(bytes(2 << 20))
+    added = [
+        *(chunk(b"zTXt", b"Raw profile\0\0" + long), chunk(b"iCCP", b"profile\0\0" + long)),
+        *(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + long), chunk(b"pHYs", b"\0")),
+    ]
+    for name in ("grey png", "palette png with transparency", "png with alpha", "rotated png"):
+        png = pictures[name]
+        batch = [png, *(png[:33] + one + png[33:] for one in added)]
+        decoded = build_image_decoder(SIZE, backend)(batch)
+        assert decoded.kept == [0, 1, 2, 3, 4] and not decoded.rejected
+        assert all(torch.equal(image, decoded.images[0]) for image in decoded.images)
+
+
 def test_reference_decoder_raises_its_own_error(pictures):
     assert decode_rgb(pictures["rotated jpeg"]).shape == (120, 100, 3)
     with pytest.raises(BadImageError, match="cannot be decoded: .*truncated"):
