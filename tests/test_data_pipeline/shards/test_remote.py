@@ -295,3 +295,19 @@ def test_missing_files_are_not_asked_for_again(server: Server, caplog: pytest.Lo
     with pytest.raises(FileNotFoundError, match=f"{server.address}/nothing"):
         read_remote(f"{server.address}/nothing")
     assert "another try" not in caplog.text
+
+
+def test_a_server_that_cannot_be_reached_is_told_in_one_line_with_the_reason(
+    server: Server, tmp_path: Path
+) -> None:
+    with Server(tmp_path) as closed:
+        address = closed.address
+    with pytest.raises(DatasetError, match=f"^{address}/.*info.json: .*Connect.*failed") as caught:
+        image_loader(ImageStreamConfig(path=address), 1)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DatasetError, match=f"^{address}/a.tar: cannot be read: .*Connect.*failed"):
+        run([f"{address}/a.tar"], tmp_path / "out")
+    (server.root / "a.tar").write_bytes(b"")
+    server.unavailable["a.tar"] = 1000
+    with pytest.raises(DatasetError, match=r"/a\.tar: cannot be read: .*503.*Service Unavailable"):
+        run([f"{server.address}/a.tar"], tmp_path / "other")
