@@ -180,9 +180,12 @@ def source_address(shard: str) -> str:
 
     These may be tokens, which change and are nobody else's business.
     """
-    if is_remote(shard):
-        return re.sub("://[^/]*@", "://", shard).partition("?")[0]
-    return os.path.abspath(shard)
+    return without_tokens(shard) if is_remote(shard) else os.path.abspath(shard)
+
+
+def without_tokens(text: str) -> str:
+    """Return a text with its addresses as `source_address` gives them."""
+    return re.sub(r"(://)(?:[^/\s]*@)?([^?\s]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
 
 
 def open_shard(url: str) -> IO[bytes]:

@@ -16,6 +16,7 @@ from data_pipeline.errors import DatasetError
 from data_pipeline.images.decoding import build_image_decoder
 from data_pipeline.pretokenize.command import dry_run, pretokenize
 from data_pipeline.pretokenize.shard_tokenizer import Settings
+from data_pipeline.shards.image_text_shards import without_tokens
 from data_pipeline.shards.remote_files import read_remote
 from data_pipeline.streams import BlendEntry, ImageStreamConfig, image_loader
 from tests.test_data_pipeline.pretokenize.test_pretokenize import (
@@ -171,6 +172,16 @@ def test_a_shard_that_stays_away_stops_the_job_or_is_reported(tmp_path: Path, se
         run(["nosuch://host/a.tar"], tmp_path / "other")
     with pytest.raises(ValueError, match="on_bad_shard is 'go', expected 'stop' or 'skip'"):
         Settings(on_bad_shard="go")
+
+
+def test_a_shard_that_stays_away_is_reported_without_its_token(tmp_path: Path, server: Server) -> None:
+    write_inputs(server.root)
+    address = f"{server.address}/gone.tar"
+    run([f"{address}?token=secret", f"{server.address}/in-000.tar"], tmp_path / "out", on_bad_shard="skip")
+    text = (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8")
+    assert f"the shard cannot be read: {address} 404" in text and "secret" not in text
+    reason = f"503, message='No', url='{address}?a=b&token=secret' and s3://me:secret@host/b: 'no'"
+    assert without_tokens(reason) == f"503, message='No', url='{address}' and s3://host/b: 'no'"
 
 
 def test_dry_run_looks_into_few_remote_shards(tmp_path: Path, server: Server) -> None:
