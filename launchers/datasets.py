@@ -150,11 +150,11 @@ def stats(folder: Path) -> Iterator[str]:
     waiting, size = list[np.ndarray](), 0  # codes that are not counted yet
     parts: Counter[str] = Counter()
     images_each: Counter[int] = Counter()
-    letters: list[int] = []
+    letters: Counter[int] = Counter()  # samples by the letters they have: there may be very many samples
     for sample in samples_of(folder):
         parts.update("image" if "image" in part else "text" for part in sample.parts)
         images_each[len(sample.codes)] += 1
-        letters.append(sum(len(part["text"]) for part in sample.parts if "text" in part))
+        letters[sum(len(part["text"]) for part in sample.parts if "text" in part)] += 1
         waiting.append(sample.codes)
         size += sample.codes.size
         if size >= _CODES_AT_A_TIME:
@@ -166,11 +166,15 @@ def stats(folder: Path) -> Iterator[str]:
         counts += _count_codes(waiting, geometry)
     total = sum(images_each[n] * n for n in images_each)
     on_disk = sum((folder / name).stat().st_size for name, entry in manifest.shards.items() if entry.samples)
-    letters.sort()
-    yield f"{len(letters)} samples, {total} images, {on_disk / max(total, 1):,.0f} bytes an image on disk"
+    samples, below = letters.total(), 0
+    for median in sorted(letters):
+        below += letters[median]
+        if below > samples // 2:
+            break
+    yield f"{samples} samples, {total} images, {on_disk / max(total, 1):,.0f} bytes an image on disk"
     yield "images a sample: " + ", ".join(f"{n}: {count}" for n, count in sorted(images_each.items()))
     yield f"parts: {parts['image']} images, {parts['text']} texts"
-    yield f"letters of text a sample: median {letters[len(letters) // 2]}, longest {letters[-1]}"
+    yield f"letters of text a sample: median {median}, longest {max(letters)}"
     if total:
         yield f"{'codebook':<10}{'depth':>6}{'used':>8}{'perplexity':>12}   of {geometry.codebook_size} codes"
         for q, name in enumerate(CODEBOOKS[: geometry.num_codebooks]):

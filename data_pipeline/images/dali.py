@@ -25,8 +25,8 @@ class DaliDecoder(TorchvisionDecoder):
     Batches are cut where their images have too many pixels, by their headers, to be decoded at a time.
     A pipeline is no longer valid after an image it cannot decode, and what it decoded of the batch is lost.
     So what is broken in front of its pixels is found before, once, and never given to DALI; what still fails
-    costs a new pipeline. Images with transparency, 16 bits or extended WebP and truncated files go to PIL and
-    torch. The GPU path has not been run: it was written without a GPU at hand.
+    costs a new pipeline. Images with transparency, CMYK, 16 bits or extended WebP and truncated files go to
+    PIL and torch. The GPU path has not been run: it was written without a GPU at hand.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -120,7 +120,10 @@ class DaliDecoder(TorchvisionDecoder):
             self._pipeline = None
             raise
         if self.on_gpu:
-            return torch.from_dlpack(output.as_tensor()).clone()
+            images = torch.from_dlpack(output.as_tensor()).clone()
+            # The next run overwrites what this one gave, on a stream of DALI's own.
+            torch.cuda.current_stream(self.device).synchronize()
+            return images
         return torch.from_numpy(np.array(output.as_array()))
 
     def _decode_alone(self, data: bytes, header: ImageHeader) -> np.ndarray | Tensor:

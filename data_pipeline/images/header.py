@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
 _MARKUP_STARTS = (b"<html", b"<!doctype", b"<?xml", b"<svg", b"<head", b"{")
 # Formats without a parser of their own here; PIL reads their headers.
 _OTHER_FORMATS = ("BMP", "GIF", "TIFF")
@@ -27,7 +28,7 @@ class ImageHeader:
     width: int
     height: int
     special: bool
-    """Transparency, 16-bit samples, metadata that some decoders overlook, or a format outside the three."""
+    """Transparency, CMYK, 16-bit samples, metadata that some decoders overlook, or another format."""
 
 
 def read_header(data: bytes, max_pixels: int) -> ImageHeader:
@@ -84,14 +85,33 @@ def webp_is_whole(data: bytes) -> bool:
     return len(data) >= 8 + int.from_bytes(data[4:8], "little")
 
 
+def without_metadata(data: bytes) -> bytes:
+    """Return an image without what says nothing of its pixels, where PIL refuses images for that.
+
+    Of a PNG it reads all: a compressed text or profile of more than a megabyte, or a damaged resolution, is
+    an error to it. Other formats are left as they are.
+    """
+    if data[:8] != _PNG_MAGIC:
+        return data
+    kept, position = [data[:8]], 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if kind in _PNG_PIXELS:
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept)
+
+
 def _jpeg(data: bytes) -> ImageHeader:
     for marker, position, _ in _jpeg_segments(data):
         # SOF0..SOF15 without DHT (C4), JPG (C8) and DAC (CC)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             if position + 10 > len(data):
                 break
-            height, width = struct.unpack_from(">HH", data, position + 5)
-            return ImageHeader("JPEG", width, height, special=False)
+            height, width, components = struct.unpack_from(">HHB", data, position + 5)
+            # CMYK: whether its values are inverted is told by a marker that some decoders overlook.
+            return ImageHeader("JPEG", width, height, special=components == 4)
     raise BadImageError("damaged JPEG: no size in its header")
 
 

@@ -21,6 +21,7 @@ from data_pipeline.shards.image_text_shards import (
     read_sample,
     read_shard,
     source_address,
+    without_tokens,
 )
 from data_pipeline.shards.tar_members import TarError
 from dualtoken.unified_model.tiles import Tiles, in_order, parse_grids
@@ -209,7 +210,7 @@ class ShardTokenizer:
             # What is damaged stays so; a storage that fails may give the rest another time.
             if self.settings.on_bad_shard == "stop" and not (damage and seen):
                 raise DatasetError(f"{source}: {reason}") from error
-            yield damage.key if damage else None, f"the shard {reason}"
+            yield damage.key if damage else None, without_tokens(f"the shard {reason}")
 
     def _read_sample(
         self, key: str, parts: dict[str, bytes], prefix: str, seen: set[str]

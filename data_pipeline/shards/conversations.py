@@ -102,7 +102,7 @@ def _turns(conversation: Any, name: str, answered: bool) -> list[tuple[str, list
     for number, turn in enumerate(conversation, start=1):
         said = turn if isinstance(turn, dict) else {}
         role, text = said.get("from", said.get("role")), said.get("value", said.get("content"))
-        if role not in _ROLES or not isinstance(text, str):
+        if not isinstance(role, str) or role not in _ROLES or not isinstance(text, str):
             raise ConversationError(
                 f'{name}: turn {number} is {turn!r:.80}, expected {{"from": "human" or "gpt", "value": text}}'
             )

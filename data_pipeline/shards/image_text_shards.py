@@ -77,8 +77,13 @@ def is_image_part(part: str) -> bool:
 
 
 def image_parts(parts: dict[str, bytes]) -> list[str]:
-    """Return the names of the images of a sample in their order."""
-    return sorted(filter(is_image_part, parts), key=lambda name: (len(name), name))
+    """Return the names of the images of a sample in the order of their numbers, whatever their formats."""
+
+    def place(part: str) -> tuple[int, str, str]:
+        number = part.rpartition(".")[0]
+        return len(number), number, part
+
+    return sorted(filter(is_image_part, parts), key=place)
 
 
 def read_captions(parts: dict[str, bytes], default_language: str) -> dict[str, str]:
@@ -91,7 +96,7 @@ def read_captions(parts: dict[str, bytes], default_language: str) -> dict[str, s
         if "txt" in parts:
             return {default_language: parts["txt"].decode("utf-8").strip()}
         record = json.loads(parts["json"]) if "json" in parts else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSampleError(f"caption cannot be read: {error}") from error
     if not isinstance(record, dict):
         return {}
@@ -154,7 +159,7 @@ def _read_document(
             return interleaved_parts(record, images, settings.generate_images)
     except ConversationError as error:
         raise BadSampleError(str(error)) from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise BadSampleError(f"json cannot be read: {error}") from error
     return None
 
@@ -175,9 +180,12 @@ def source_address(shard: str) -> str:
 
     These may be tokens, which change and are nobody else's business.
     """
-    if is_remote(shard):
-        return re.sub("://[^/]*@", "://", shard).partition("?")[0]
-    return os.path.abspath(shard)
+    return without_tokens(shard) if is_remote(shard) else os.path.abspath(shard)
+
+
+def without_tokens(text: str) -> str:
+    """Return a text with its addresses as `source_address` gives them."""
+    return re.sub(r"(://)(?:[^/\s]*@)?([^?\s]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
 
 
 def open_shard(url: str) -> IO[bytes]:

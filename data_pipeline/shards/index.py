@@ -211,7 +211,8 @@ def check_index(folder: str | Path, check_shards: bool = True) -> int:
 
     Args:
         folder: A folder made ready by `prepare_dataset`, or its address (`://`).
-        check_shards: Look at the size of every local shard (one stat each), not only at the index.
+        check_shards: Look at the size of every local shard, not only at the index: some requests to the file
+            system for each, too many of them where all of very many ranks ask.
 
     Returns:
         The number of samples.

@@ -10,7 +10,8 @@ import io
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,16 @@ class RawSample(Sample):
 class LocalShardReader:
     """The samples of local shards by their number over all shards."""
 
-    def __init__(self, shards: Sequence[ShardInfo], skip_unreadable: bool = False) -> None:
-        """Read `shards`; a sample that stays unreadable is left out (None) or raises DatasetError."""
+    def __init__(
+        self, shards: Sequence[ShardInfo], skip_unreadable: bool = False, excluded: Collection[str] = ()
+    ) -> None:
+        """Read `shards` but for `excluded` samples, named `SHARD/KEY`, which are None.
+
+        A sample that stays unreadable is left out too, or raises DatasetError.
+        """
         self._paths = self._find(shards)
+        self._names = [shard.name for shard in shards]
+        self._excluded = excluded
         self._starts = [0, *np.cumsum([shard.count for shard in shards]).tolist()]
         self._skip_unreadable = skip_unreadable
         self._open: dict[int, tuple[Any, np.ndarray]] = {}
@@ -68,7 +76,7 @@ class LocalShardReader:
         logger.warning("skipped: %s", message)
         return None
 
-    def _read(self, shard: int, index: int) -> dict[str, Any]:
+    def _read(self, shard: int, index: int) -> dict[str, Any] | None:
         number = index - self._starts[shard]
         try:
             file, offsets = self._open_shard(shard)
@@ -83,6 +91,8 @@ class LocalShardReader:
         if len(samples) != 1:
             raise TarError(f"{len(samples)} samples where the index has one; prepare the data set again")
         key, parts = samples[0]
+        if self._excluded and f"{self._names[shard]}/{key}" in self._excluded:
+            return None
         return {"key": key, "parts": parts, "shard": self._paths[shard], "restore_key": ("Webdataset", index)}
 
     def _read_range(self, file: Any, start: int, size: int) -> bytes:
@@ -104,10 +114,10 @@ class LocalShardReader:
 class RemoteShardReader(LocalShardReader):
     """The samples of shards below an address, read in blocks of which the last few are kept."""
 
-    def __init__(self, address: str, shards: Sequence[ShardInfo], skip_unreadable: bool = False) -> None:
-        """Read `shards`, named as they are below `address`."""
+    def __init__(self, address: str, shards: Sequence[ShardInfo], *options: Any) -> None:
+        """Read `shards`, named as they are below `address`; `options` as of `LocalShardReader`."""
         self._address = address.rstrip("/")
-        super().__init__(shards, skip_unreadable)
+        super().__init__(shards, *options)
 
     def _find(self, shards: Sequence[ShardInfo]) -> list[str]:
         return [f"{self._address}/{shard.name}" for shard in shards]
@@ -196,17 +206,27 @@ class PreparedShards(BaseWebdatasetFactory[RawSample]):
         self.skip_unreadable = skip_unreadable
 
     def build(self, worker_rotation_offset: int = 0) -> SavableDataset[RawSample]:
-        """Divide the samples over ranks and workers as Energon does and read them with the reader above."""
-        slices = self.shard_workers(
-            self.shards,
-            worker_config=self.worker_config,
-            max_samples_per_sequence=self.max_samples_per_sequence,
-            rotation_offset=worker_rotation_offset,
-        )
-        if is_remote(self.address):
-            reader: Any = RemoteShardReader(self.address, self.shards, self.skip_unreadable)
+        """Divide the samples over ranks and workers as Energon does and read them with the reader above.
+
+        Of fewer samples than there are workers each gets all, in an order of its own: divided, only those
+        that have one would draw it, and its share of a blend would be smaller than its weight.
+        """
+        own = max(1, self.worker_config.num_workers)
+        if self.training and len(self) < self.worker_config.world_size * own:
+            alone = replace(self.worker_config, rank=0, world_size=1, num_workers=1)
+            slices = [*self.shard_workers(self.shards, alone, max_samples_per_sequence=1)] * own
         else:
-            reader = LocalShardReader(self.shards, self.skip_unreadable)
+            slices = self.shard_workers(
+                self.shards,
+                worker_config=self.worker_config,
+                max_samples_per_sequence=self.max_samples_per_sequence,
+                rotation_offset=worker_rotation_offset,
+            )
+        options = self.shards, self.skip_unreadable, self.sample_excludes
+        if is_remote(self.address):
+            reader: Any = RemoteShardReader(self.address, *options)
+        else:
+            reader = LocalShardReader(*options)
         return _ShardDataset(
             self.entry,
             [reader],

@@ -17,6 +17,7 @@ RETRY_SECONDS = (0.5, 2.0, 8.0)
 """Waits before another try."""
 BLOCK, BLOCKS_KEPT = 1 << 20, 4
 _BUFFER = 1 << 20
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)
 _FINAL_STATUS = (401, 403, 404, 410)
 _HTTP = ("http://", "https://")
 
@@ -39,21 +40,26 @@ def with_retries(function: Callable[[], T]) -> T:
         except (ValueError, ImportError):
             raise
         except Exception as error:  # each of fsspec's backends has its own errors
-            reason = " ".join(str(error).split()) or type(error).__name__
-            if wait is None or _is_final(error):
-                raise error if isinstance(error, OSError) else OSError(reason) from error
+            cause = _first_cause(error)
+            words = dict.fromkeys(" ".join(str(one).split()) or type(one).__name__ for one in (error, cause))
+            reason = ": ".join(words)
+            if wait is None or _is_final(cause):
+                as_it_is = isinstance(error, _FINAL) and isinstance(cause, _FINAL)
+                raise error if as_it_is else OSError(reason) from error
             logger.warning("%s; another try in %.1f s", reason, wait)
             time.sleep(wait)
     raise AssertionError("the last try has returned or raised")
 
 
-def _is_final(error: BaseException) -> bool:
+def _first_cause(error: BaseException) -> BaseException:
     # fsspec calls every failure to open an address a missing file; what it was is the cause.
     while error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-        return True
-    return getattr(error, "status", None) in _FINAL_STATUS
+    return error
+
+
+def _is_final(cause: BaseException) -> bool:
+    return isinstance(cause, _FINAL) or getattr(cause, "status", None) in _FINAL_STATUS
 
 
 def _find(address: str) -> tuple[Any, str]:
@@ -112,7 +118,8 @@ def read_remote(address: str) -> bytes:
     try:
         return with_retries(lambda: fetch_remote(address))
     except OSError as error:
-        raise type(error)(f"{address}: {error}") from error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(f"{address}: {error}") from error
 
 
 def stream_remote(address: str) -> IO[bytes]:
@@ -141,12 +148,12 @@ class _Stream(io.RawIOBase):
         """Open the file at the byte reached so far."""
         filesystem, path = _find(self._address)
         file = filesystem.open(path, "rb", **self._options)
-        if self._options:  # it comes from the beginning, or not at all
+        try:
+            file.seek(self._at)
+        except ValueError:  # it comes from the beginning, or not at all
             left = self._at
             while left:
                 left -= len(file.read(min(left, _BUFFER))) or left
-        else:
-            file.seek(self._at)
         self._file = file
 
     def readinto(self, buffer: Any) -> int:

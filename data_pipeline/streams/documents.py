@@ -312,7 +312,7 @@ def document_loader(
             )
     samples = {}
     for entry in entries:
-        samples[entry.path] = check_index(entry.path)
+        samples[entry.path] = check_index(entry.path, check_shards=rank == 0)
         if entry.view in CODE_VIEWS and geometry is not None:
             DatasetManifest.load(entry.path).require(entry.path, geometry, fingerprint, features)
     workers = worker_config(rank, world_size, config.num_workers, seed, config.on_bad_sample)

@@ -15,11 +15,14 @@ from megatron.energon import (
 )
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode
 
+from data_pipeline.errors import DatasetError
 from data_pipeline.shards.image_text_shards import image_parts, read_captions
 from data_pipeline.shards.index import check_index
 from data_pipeline.shards.reader import RawSample
 from data_pipeline.streams.loader import StreamLoader, drawn_entries, is_training, load_blend, require_samples
 from data_pipeline.streams.reader import worker_config
+
+_MOST_WITHOUT_A_PICTURE = 10_000
 
 
 @dataclass
@@ -110,6 +113,7 @@ class _ImageTaskEncoder(DefaultTaskEncoder):
     def __init__(self, config: ImageStreamConfig) -> None:
         super().__init__()
         self.config = config
+        self._without_a_picture = 0  # in a row
 
     @stateless
     def encode_sample(self, sample: RawSample) -> Iterator[_ImageTextSample]:
@@ -118,6 +122,12 @@ class _ImageTaskEncoder(DefaultTaskEncoder):
         if self.config.require_captions and not captions:
             raise ValueError("no caption; expected txt, or json with caption or captions")
         names = image_parts(sample.parts)
+        self._without_a_picture = 0 if names else self._without_a_picture + 1
+        if self._without_a_picture == _MOST_WITHOUT_A_PICTURE:
+            raise DatasetError(
+                f"{_MOST_WITHOUT_A_PICTURE} samples in a row without a picture, the last of "
+                f"{sorted(sample.parts)}; expected KEY.jpg, KEY.png or KEY.webp"
+            )
         for index, name in enumerate(names):
             yield _ImageTextSample(
                 __key__=sample.__key__ if len(names) == 1 else f"{sample.__key__}.{index}",
@@ -161,7 +171,7 @@ def image_loader(
     """
     training = is_training(split)
     folders = config.folders()
-    samples = {folder.path: check_index(folder.path) for folder in folders}
+    samples = {folder.path: check_index(folder.path, check_shards=rank == 0) for folder in folders}
     workers = worker_config(rank, world_size, config.num_workers, seed, config.on_bad_sample)
     if training:
         require_samples(samples, workers)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any
 
 from megatron.energon import SavableDataset, WorkerConfig
@@ -40,6 +41,10 @@ class Pack:
     entries: list[int]
     left_out: list[tuple[str, str]]
     """(key, reason)."""
+
+    def pin_memory(self) -> Pack:
+        """Return it in page-locked memory, as torch's loader asks for where there is a GPU."""
+        return replace(self, batch=None if self.batch is None else self.batch.pin_memory())
 
 
 class PackingDataset(BaseWrapperDataset[RawSample, Pack]):
@@ -107,7 +112,7 @@ class PackingDataset(BaseWrapperDataset[RawSample, Pack]):
         return self.dataset.len_worker(worker_idx)
 
     def __iter__(self) -> Iterator[Pack]:
-        held = [self._read_again(*place) for place in self._waiting]
+        held = self._read_again()
         lengths = self._lengths(len(document) for _, document in held)
         for sample, (count, key), encoded in self._encoded():
             for reason in encoded.left_out:
@@ -153,9 +158,14 @@ class PackingDataset(BaseWrapperDataset[RawSample, Pack]):
         self._errors.reset()
         return encoded
 
-    def _read_again(self, count: int, key: Any, number: int) -> tuple[int, TokenizedDocument]:
-        sample = self.dataset.restore_sample(key)
-        return sample.entry, self.encode(sample, count).documents[number]
+    def _read_again(self) -> list[tuple[int, TokenizedDocument]]:
+        """Return the documents that wait; the pieces of a long one stand together and are made together."""
+        held: list[tuple[int, TokenizedDocument]] = []
+        for (count, key), places in groupby(self._waiting, key=itemgetter(0, 1)):
+            sample = self.dataset.restore_sample(key)
+            documents = self.encode(sample, count).documents
+            held += [(sample.entry, documents[number]) for _, _, number in places]
+        return held
 
     def _leave_out(self, key: str, reason: str) -> None:
         self._left_out.append((key, reason))

@@ -37,6 +37,8 @@ def _stop_at_bad_sample(error: Exception, sample: Any, sources: Any = None) -> N
 
 
 def _skip_bad_sample(error: Exception, sample: Any, sources: Any = None) -> None:
+    if isinstance(error, DatasetError):  # of no single sample
+        _stop_at_bad_sample(error, sample)
     logger.warning("skipped %s: %s", _sample_name(sample), error)
 
 

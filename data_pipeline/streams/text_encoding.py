@@ -39,6 +39,11 @@ class TextEncoder:
     def _encode(self, text: str, split_special_tokens: bool) -> tuple[int, ...]:
         if self._backend.encode_special_tokens != split_special_tokens:
             self._backend.encode_special_tokens = split_special_tokens
+        # Settings of the last call for somebody else, which go into the tokenizer's file too.
+        if self._backend.truncation is not None:
+            self._backend.no_truncation()
+        if self._backend.padding is not None:
+            self._backend.no_padding()
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)  # no offsets
         return tuple(encoding.ids)
 

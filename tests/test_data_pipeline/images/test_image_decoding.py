@@ -48,12 +48,16 @@ def pictures(photograph) -> dict[str, bytes]:
     rotated[ORIENTATION] = 6
     grey16 = Image.fromarray(np.asarray(small.convert("L")).astype(np.uint16) * 257)
     palette = small.quantize(32)
+    cmyk = encode(small.convert("CMYK"), "JPEG", quality=95)
+    adobe = cmyk.index(b"Adobe")
     return {
         "jpeg": encode(photograph, "JPEG", quality=90),
         "jpeg 4:4:4": encode(photograph, "JPEG", quality=90, subsampling=0),
         "progressive jpeg": encode(photograph, "JPEG", progressive=True),
         "grey jpeg": encode(small.convert("L"), "JPEG"),
-        "cmyk jpeg": encode(small.convert("CMYK"), "JPEG", quality=95),
+        "cmyk jpeg": cmyk,
+        "ycck jpeg": cmyk[: adobe + 11] + b"\2" + cmyk[adobe + 12 :],
+        "cmyk jpeg without Adobe's marker": cmyk[: adobe - 4] + cmyk[adobe + 12 :],
         "rotated jpeg": encode(small, "JPEG", exif=rotated),
         "rotated png": encode(small, "PNG", exif=rotated),
         "rotated webp": encode(small, "WEBP", exif=rotated),
@@ -291,9 +295,57 @@ def test_stray_bytes_before_a_marker_are_passed_over_as_by_libjpeg(photograph, s
 def test_header_marks_what_fast_decoders_get_wrong(pictures):
     special = {name for name, data in pictures.items() if read_header(data, 1 << 30).special}
     assert special == {
+        *("cmyk jpeg", "ycck jpeg", "cmyk jpeg without Adobe's marker"),
         *("rotated png", "rotated webp", "16-bit png", "palette png with transparency", "png with alpha"),
         *("grey png with alpha", "webp with alpha", "lossless webp with alpha", "gif", "bmp", "tiff"),
     }
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_as_the_exif_says_also_where_more_of_it_cannot_be_written_anew(photograph, orientation):
+    """As by PIL's `exif_transpose`, which raises on a width that is a text."""
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[0x0131] = orientation, "text"
+    small, whole = photograph.resize((40, 30)), exif.tobytes()
+    damaged = whole.replace(struct.pack(">HH", 0x0131, 2), struct.pack(">HH", 0x0100, 2))
+    assert damaged != whole
+    for format in ("PNG", "WEBP"):
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(encode(small, format, exif=whole))))
+        for data in (whole, damaged):
+            pixels = decode_rgb(encode(small, format, exif=data))
+            assert np.array_equal(pixels, np.asarray(expected.convert("RGB")))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_damaged_exif_costs_no_picture(photograph, backend):
+    small = photograph.resize((40, 30))
+    for format in ("JPEG", "PNG", "WEBP"):
+        batch = [encode(small, format)]
+        batch += [encode(small, format, exif=b"Exif\0\0" + data) for data in (b"no exif at all", b"II*\0")]
+        decoded = build_image_decoder(SIZE, backend)(batch)
+        assert decoded.kept == [0, 1, 2], format
+        differences = (decoded.images - decoded.images[0]).abs() * 127.5  # DALI's resize and PIL's
+        assert differences.mean() < PICTURE["mean"], format
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_metadata_costs_no_png(pictures, backend):
+    """PIL alone raises on a text or profile of more than a megabyte, and on a short chunk."""
+    long = zlib.compress(bytes(2 << 20))
+    added = [
+        *(chunk(b"zTXt", b"Raw profile\0\0" + long), chunk(b"iCCP", b"profile\0\0" + long)),
+        *(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + long), chunk(b"pHYs", b"\0")),
+    ]
+    for name in ("grey png", "palette png with transparency", "png with alpha", "rotated png"):
+        png = pictures[name]
+        batch = [png, *(png[:33] + one + png[33:] for one in added)]
+        decoded = build_image_decoder(SIZE, backend)(batch)
+        assert decoded.kept == [0, 1, 2, 3, 4] and not decoded.rejected
+        assert all(torch.equal(image, decoded.images[0]) for image in decoded.images)
 
 
 def test_reference_decoder_raises_its_own_error(pictures):

@@ -829,7 +829,8 @@ def test_the_place_among_the_workers() -> None:
     assert place_among_workers({}) == (0, 1, 0)
     assert place_among_workers({}, local_rank=3) == (0, 1, 3)
     assert place_among_workers(srun) == (5, 8, 1)
-    assert place_among_workers({**srun, **array}) == (0, 4, 0)
+    assert place_among_workers({**array}) == (0, 4, 0)
+    assert place_among_workers({**srun, **array}) == (0, 4, 1)  # several tasks on a machine share its GPUs
     assert place_among_workers({**srun, **array, **launcher}) == (3, 6, 2)
 
 

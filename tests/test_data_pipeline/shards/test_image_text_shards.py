@@ -5,7 +5,13 @@ import json
 import pytest
 
 from data_pipeline.shards.conversations import conversation_parts
-from data_pipeline.shards.image_text_shards import BadSampleError, SourceSettings, read_sample
+from data_pipeline.shards.image_text_shards import (
+    BadSampleError,
+    SourceSettings,
+    image_parts,
+    read_captions,
+    read_sample,
+)
 
 TALK = [
     {"from": "human", "value": "<image>\nWhat is it?"},
@@ -70,8 +76,26 @@ def test_a_pair_reads_as_before():
         ({"conversations": TALK, "captions": {"en": 5}}, r"captions are \{'en': 5\}, expected an object"),
         ({"conversations": TALK[:1], "captions": CAPTIONS}, "the conversation ends without an answer"),
         ({"captions": {"en": " "}}, "^no caption$"),
+        ({"conversations": [{"from": ["human"], "value": "Hi"}]}, "turn 1 is .*, expected"),
     ],
 )
 def test_what_cannot_be_read_is_named(record, message):
     with pytest.raises(BadSampleError, match=message):
         read_sample("k", sample(record))
+
+
+def test_json_of_very_many_levels_costs_its_sample_only():
+    parts = {"png": b"picture", "json": b"[" * 200_000}
+    with pytest.raises(BadSampleError, match="json cannot be read: .*recursion"):
+        read_sample("k", parts)
+    with pytest.raises(BadSampleError, match="caption cannot be read: .*recursion"):
+        read_captions(parts, "en")
+
+
+def test_images_of_different_formats_are_in_the_order_of_their_numbers():
+    names = ["10.png", "1.jpg", "2.webp", "0.jpeg"]
+    parts = {name: name.encode() for name in names} | {"json": b'{"parts": []}'}
+    assert image_parts(parts) == ["0.jpeg", "1.jpg", "2.webp", "10.png"]
+    document = [{"image": 3}, {"text": "of"}, {"image": 0}, {"image": 1}, {"image": 2}]
+    read = read_sample("k", {**parts, "json": json.dumps({"parts": document}).encode()})
+    assert read.images == [b"0.jpeg", b"1.jpg", b"2.webp", b"10.png"]

@@ -16,6 +16,7 @@ from data_pipeline.errors import DatasetError
 from data_pipeline.images.decoding import build_image_decoder
 from data_pipeline.pretokenize.command import dry_run, pretokenize
 from data_pipeline.pretokenize.shard_tokenizer import Settings
+from data_pipeline.shards.image_text_shards import without_tokens
 from data_pipeline.shards.remote_files import read_remote
 from data_pipeline.streams import BlendEntry, ImageStreamConfig, image_loader
 from tests.test_data_pipeline.pretokenize.test_pretokenize import (
@@ -42,7 +43,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.root = root
-        self.ranges = True
+        self.ranges = self.lengths = True
         self.unavailable: Counter[str] = Counter()
         self.broken: Counter[str] = Counter()
         self.address = f"http://127.0.0.1:{self.server_port}"
@@ -68,6 +69,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(503)
         if not path.is_file():
             return self.send_error(404)
+        if not self.server.lengths:
+            self.protocol_version, self.close_connection = "HTTP/1.1", True
         data, wanted = path.read_bytes(), self.headers.get("Range", "")
         if self.server.ranges and wanted:
             first, last = wanted.removeprefix("bytes=").split("-")
@@ -78,13 +81,19 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
         if self.server.ranges:
             self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(data)))
+        if self.server.lengths:
+            self.send_header("Content-Length", str(len(data)))
+        else:
+            self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        if body and self.server.broken[name] > 0:
+        broken = body and self.server.broken[name] > 0
+        if broken:
             self.server.broken[name] -= 1
             data = data[: len(data) // 2]
-        if body:
+        if body and self.server.lengths:
             self.wfile.write(data)
+        elif body:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) + (b"" if broken else b"0\r\n\r\n"))
 
 
 @pytest.fixture
@@ -116,11 +125,13 @@ def addresses(base: str) -> list[str]:
     return [f"{base}/in-{{000..003}}.tar"]
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_pretokenize_from_a_server_that_fails_at_times(tmp_path: Path, server: Server, ranges: bool) -> None:
+@pytest.mark.parametrize(("ranges", "lengths"), [(True, True), (False, True), (False, False)])
+def test_pretokenize_from_a_server_that_fails_at_times(
+    tmp_path: Path, server: Server, ranges: bool, lengths: bool
+) -> None:
     write_inputs(server.root)
     run([str(server.root)], tmp_path / "local")
-    server.ranges = ranges
+    server.ranges, server.lengths = ranges, lengths
     server.unavailable.update({"in-000.tar": 2, "in-001.tar": 3})
     server.broken.update({"in-001.tar": 1, "in-002.tar": 3})
     run(addresses(server.address), tmp_path / "remote")
@@ -161,6 +172,16 @@ def test_a_shard_that_stays_away_stops_the_job_or_is_reported(tmp_path: Path, se
         run(["nosuch://host/a.tar"], tmp_path / "other")
     with pytest.raises(ValueError, match="on_bad_shard is 'go', expected 'stop' or 'skip'"):
         Settings(on_bad_shard="go")
+
+
+def test_a_shard_that_stays_away_is_reported_without_its_token(tmp_path: Path, server: Server) -> None:
+    write_inputs(server.root)
+    address = f"{server.address}/gone.tar"
+    run([f"{address}?token=secret", f"{server.address}/in-000.tar"], tmp_path / "out", on_bad_shard="skip")
+    text = (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8")
+    assert f"the shard cannot be read: {address} 404" in text and "secret" not in text
+    reason = f"503, message='No', url='{address}?a=b&token=secret' and s3://me:secret@host/b: 'no'"
+    assert without_tokens(reason) == f"503, message='No', url='{address}' and s3://host/b: 'no'"
 
 
 def test_dry_run_looks_into_few_remote_shards(tmp_path: Path, server: Server) -> None:
@@ -285,3 +306,19 @@ def test_missing_files_are_not_asked_for_again(server: Server, caplog: pytest.Lo
     with pytest.raises(FileNotFoundError, match=f"{server.address}/nothing"):
         read_remote(f"{server.address}/nothing")
     assert "another try" not in caplog.text
+
+
+def test_a_server_that_cannot_be_reached_is_told_in_one_line_with_the_reason(
+    server: Server, tmp_path: Path
+) -> None:
+    with Server(tmp_path) as closed:
+        address = closed.address
+    with pytest.raises(DatasetError, match=f"^{address}/.*info.json: .*Connect.*failed") as caught:
+        image_loader(ImageStreamConfig(path=address), 1)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DatasetError, match=f"^{address}/a.tar: cannot be read: .*Connect.*failed"):
+        run([f"{address}/a.tar"], tmp_path / "out")
+    (server.root / "a.tar").write_bytes(b"")
+    server.unavailable["a.tar"] = 1000
+    with pytest.raises(DatasetError, match=r"/a\.tar: cannot be read: .*503.*Service Unavailable"):
+        run([f"{server.address}/a.tar"], tmp_path / "other")

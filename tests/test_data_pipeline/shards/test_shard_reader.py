@@ -14,6 +14,7 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.structs import ShardInfo
 from megatron.energon.rng import WorkerRng
+from transformers import AutoTokenizer
 
 from data_pipeline.errors import DatasetError
 from data_pipeline.shards.index import prepare_dataset
@@ -177,3 +178,19 @@ def test_token_ids_are_those_of_the_tokenizer(text: str, split: bool) -> None:
         expected = tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
         assert encoder(text, add_special_tokens=False, split_special_tokens=split)["input_ids"] == expected
         assert encoder(text, split_special_tokens=not split)["input_ids"] is not expected
+
+
+def test_texts_are_neither_cut_nor_padded_as_in_a_call_before(tmp_path: Path) -> None:
+    """A tokenizer's file keeps how the last call cut and padded."""
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = SPECIAL["end_of_text"]
+    expected = tokenizer("some words", add_special_tokens=False)["input_ids"]
+    encoder = TextEncoder(tokenizer)
+    for text in ("some words", "some words" * 50):  # remembered, and too long for that
+        tokenizer("x", truncation=True, max_length=3, padding="max_length")
+        assert encoder(text)["input_ids"] == expected * (len(text) // 10)
+    tokenizer("x", truncation=True, max_length=3, padding="max_length")
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.backend_tokenizer.truncation is not None
+    assert TextEncoder(loaded)("some words")["input_ids"] == expected

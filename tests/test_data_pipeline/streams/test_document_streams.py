@@ -2,12 +2,14 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.shards.code_shards import CodeGeometry, CodeSample, DatasetManifest, ShardWriter
@@ -15,8 +17,10 @@ from data_pipeline.streams import (
     BlendEntry,
     DocumentStreamConfig,
     document_loader,
+    documents,
     prepare_dataset,
 )
+from data_pipeline.streams.packing_dataset import Pack
 from dualtoken.unified_model.sequence import IGNORE_INDEX, PackedBatch, SpecialTokens, add_special_tokens
 from tests.support.distributed import run_code
 from tests.test_data_pipeline.streams.test_streams import write_tar
@@ -249,6 +253,33 @@ def test_resume_between_the_pieces_of_a_document_and_behind_bad_samples(
     for step in (1, 2, 3, 7, 19, 39):
         stream.restore_states([json.loads(json.dumps(states[step]))])
         assert all(same(a, b) for a, b in zip(batches[step:], take(stream, 40 - step), strict=True))
+
+
+def test_a_long_document_is_made_once_where_its_pieces_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "a.tar", [("long.txt", b"w" * 2000), ("other.txt", b"v" * 2000)])
+    prepare_dataset(tmp_path)
+    stream = loader(config(BlendEntry(str(tmp_path), "text"), context_length=20))
+    take(stream, 3)
+    state, expected = stream.save_state(), take(stream, 300)
+    made: list[str] = []
+    split = documents.split_document
+    monkeypatch.setattr(documents, "split_document", lambda *of: made.append(of[0].key) or split(*of))
+    stream.restore_states([json.loads(json.dumps(state))])
+    assert same(expected[0], next(stream))
+    assert len(made) < 5 + 2 * 64  # each of the two that wait, and what is read ahead
+    assert all(same(a, b) for a, b in zip(expected[1:], take(stream, 299), strict=True))
+
+
+def test_packs_of_processes_are_page_locked_by_torchs_loader(
+    pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PackedBatch, "pin_memory", lambda batch: replace(batch, keys=["locked"]))
+    batch = next(loader(config(BlendEntry(str(pairs), "caption"))))
+    _, _, whole = pin_memory((0, 1, Pack(batch, [0], [("k", "why")])))
+    assert whole.batch.keys == ["locked"] and (whole.entries, whole.left_out) == ([0], [("k", "why")])
+    assert pin_memory(Pack(None, [], [])) == Pack(None, [], [])
 
 
 def test_packs_of_so_many_documents_hold_the_same_ones_however_long_they_are(

@@ -3,6 +3,8 @@
 import io
 import json
 import tarfile
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,39 @@ def test_blend_draws_by_weight(blend: ImageStreamConfig) -> None:
     share = sum(key.startswith("other") for key in seen) / len(seen)
     assert abs(share - 0.75) < 0.08  # five standard deviations of 800 draws
     assert len(set(seen)) == 52
+
+
+def test_a_folder_of_fewer_pictures_than_readers_has_its_share(images: Path, tmp_path: Path) -> None:
+    """Divided, only 5 of 30 readers would draw any of it."""
+    write_tar(tmp_path / "a.tar", [(f"few{index}.png", b"1") for index in range(5)])
+    prepare_dataset(tmp_path)
+    folders = [ImageFolder(str(images), 1.0), ImageFolder(str(tmp_path), 1.0)]
+    few = ImageStreamConfig(blend=folders, shuffle_buffer_size=0)
+    loaders = [image_loader(few, 4, rank, 30) for rank in range(30)]
+    seen = [key for loader in loaders for batch in keys(loader, 10) for key in batch]
+    share = Counter(key for key in seen if key.startswith("few"))
+    assert abs(share.total() / len(seen) - 0.5) < 0.08  # more than five standard deviations of 1200 draws
+    assert len(share) == 5 and max(share.values()) < 1.3 * min(share.values())
+    first = {next(key for batch in keys(it, 10) for key in batch if key.startswith("few")) for it in loaders}
+    assert len(first) == 5  # each reader in an order of its own
+    validation = [image_loader(few, 4, rank, 30, split="val") for rank in range(30)]
+    assert sorted(key for loader in validation for batch in loader for key in batch.keys)[:5] == [
+        f"few{index}" for index in range(5)
+    ]
+    assert len({key for loader in validation for batch in loader for key in batch.keys}) == 45
+
+
+def test_samples_that_are_excluded_from_the_split_are_not_read(tmp_path: Path) -> None:
+    """Energon's `exclude` names shards and single samples."""
+    folder = write_image_shards(tmp_path / "images", shards=3, per_shard=4)
+    split = folder / ".nv-meta" / "split.yaml"
+    text = split.read_text(encoding="utf-8")
+    excluded = "exclude: [shard-000001.tar, 'shard-000002.tar/k00{08,10}']"
+    split.write_text(text.replace("exclude: []", excluded), encoding="utf-8")
+    expected = {"k0000", "k0001", "k0002", "k0003", "k0009", "k0011"}
+    for split_name in ("val", "train"):
+        loader = image_loader(config(folder), 2, split=split_name)
+        assert {key for batch in islice(loader, 9) for key in batch.keys} == expected
 
 
 def test_blend_is_read_whole_in_a_validation_pass_and_resumes_exactly(blend: ImageStreamConfig) -> None:
@@ -294,6 +329,32 @@ def test_damaged_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(whole[:6000])
     with pytest.raises(DatasetError, match=r"a\.tar: truncated"):
         image_loader(config(tmp_path), 1)
+    with pytest.raises(DatasetError, match=r"a\.tar: sample 1 cannot be read: truncated"):
+        # Rank 0 looks at all shards for all ranks.
+        list(image_loader(config(tmp_path, on_bad_sample="stop"), 1, 1, 2, split="val"))
     (tmp_path / "a.tar").unlink()
     with pytest.raises(DatasetError, match=r"a\.tar: named in the index but missing"):
         image_loader(config(tmp_path), 1)
+
+
+@pytest.mark.parametrize("on_bad_sample", ["stop", "skip"])
+def test_shards_without_pictures_end_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_bad_sample: str
+) -> None:
+    """Codes in place of pictures, say, would be read for ever."""
+    monkeypatch.setattr("data_pipeline.streams.images._MOST_WITHOUT_A_PICTURE", 30)
+    write_tar(tmp_path / "a.tar", [(f"k{index}.codes.npy", b"codes") for index in range(20)])
+    prepare_dataset(tmp_path)
+    message = (
+        r"a\.tar: sample 'k\d+': 30 samples in a row without a picture, the last of \['codes\.npy'\]; ex"
+    )
+    with pytest.raises(DatasetError, match=message) as caught:
+        next(image_loader(config(tmp_path, on_bad_sample=on_bad_sample), 4))
+    assert "\n" not in str(caught.value)
+    members = [
+        (f"k{index:03d}.png" if index % 25 == 0 else f"k{index:03d}.txt", b"1") for index in range(100)
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    prepare_dataset(tmp_path)
+    found = image_loader(config(tmp_path, on_bad_sample=on_bad_sample), 1, split="val")
+    assert [key for batch in found for key in batch.keys] == ["k000", "k025", "k050", "k075"]
