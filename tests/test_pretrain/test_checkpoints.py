@@ -198,6 +198,21 @@ def test_a_full_disk_leaves_the_previous_one(tmp_path, monkeypatch):
     assert save(tmp_path, 2).is_dir() and not list(tmp_path.glob(".writing*"))
 
 
+@pytest.mark.parametrize("call", ["os.unlink", "shutil.rmtree"])
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path, monkeypatch, call):
+    def stale(*_, ignore_errors=False, **__):
+        if not ignore_errors:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    save(tmp_path, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"pretrain.checkpoints.writer.{call}", stale)
+        second = save(tmp_path, 2, keep=1)
+    assert find(tmp_path) == second
+    assert save(tmp_path, 3, keep=1).is_dir()
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000003"]
+
+
 def test_rank_state_is_plain_text_and_comes_back(tmp_path):
     flex = FlexState(a=SliceState(index=1, current=2))
     state = {
