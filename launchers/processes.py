@@ -59,8 +59,28 @@ def free_port() -> int:
 
 
 def deepspeed_command(module: str, arguments: Sequence[str], ranks: int) -> list[str]:
-    """The command that starts `module` on `ranks` ranks of this machine, as a person would type it."""
-    return ["deepspeed", "--num_gpus", str(ranks), "--module", module, *arguments]
+    """The command that starts `module` on `ranks` ranks of this machine, as a person would type it.
+
+    Raises:
+        UserError: CUDA_VISIBLE_DEVICES has too few devices, or names that DeepSpeed's launcher does not take.
+    """
+    return ["deepspeed", *_devices(ranks), "--module", module, *arguments]
+
+
+def _devices(ranks: int) -> list[str]:
+    """Options for the number of ranks; beside `--num_gpus` DeepSpeed does not heed CUDA_VISIBLE_DEVICES."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not visible or not torch.cuda.is_available():
+        return ["--num_gpus", str(ranks)]
+    numbers = [number.strip() for number in visible.split(",")]
+    if len(numbers) < ranks or not all(number.isdigit() for number in numbers):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={visible} for {ranks} rank(s): expected a number for each, such as "
+            f"{','.join(map(str, range(ranks)))}; or start with torchrun"
+        )
+    return ["--include", f"localhost:{','.join(numbers[:ranks])}"]
 
 
 def training_command(words: Sequence[str], ranks: int) -> list[str]:

@@ -235,19 +235,20 @@ class ContrastiveTask:
         size = min(self.config.micro_batch_size, per_rank)
         loader = image_loader(data, size, self.runtime.rank, self.runtime.world_size, split="val")
         features: list[tuple[Tensor, Tensor, str]] = []
-        for batch in loader:
-            images, places = self.read_images(batch)
-            if not places:  # the last, short batch may hold nothing but broken pictures
-                continue
-            captions = [batch.captions[place] for place in places]
+        for batch in self.runtime.together(loader, math.ceil(per_rank / size)):
+            places: list[int] = []
+            if batch is not None:
+                images, places = self.read_images(batch)
+            # The last, short batch may hold nothing but broken pictures; then a blank one that is not kept.
+            if not places:
+                images = torch.zeros(1, 3, self.image_size, self.image_size, device=self.runtime.device)
+            captions = [batch.captions[place] for place in places] or [{}]
             # The first language, so that a figure does not depend on a draw.
             texts = [next(iter(by_language.values()), "") for by_language in captions]
             input_ids = self.captions.tokenize(texts)
             output = self.siglip(input_ids=input_ids, pixel_values=images.to(self.runtime.dtype))
             embeds = output.image_embeds.float().cpu(), output.text_embeds.float().cpu()
-            features += list(zip(*embeds, texts, strict=True))
-            if len(features) >= per_rank:
-                break
+            features += list(zip(*embeds, texts, strict=True))[: len(places)]
         loader.close()
         gathered = [features[:per_rank]]
         if self.runtime.world_size > 1:

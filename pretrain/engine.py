@@ -94,10 +94,33 @@ def sharded_construction(config: JobConfig, runtime: Runtime) -> Iterator[None]:
     # transformers keeps a weak reference only: the name holds the object for as long as the block lasts.
     active = HfDeepSpeedConfig(settings)
     try:
-        yield
+        with _one_group_of_a_node():
+            yield
     finally:
         unset_hf_deepspeed_config()
         del active
+
+
+@contextlib.contextmanager
+def _one_group_of_a_node() -> Iterator[None]:
+    """Let several models be built sharded where `zero_hpz_partition_size` asks for a second partition.
+
+    For each of them transformers opens a `zero.Init`, and each of these in DeepSpeed 0.19.8 wants to make the
+    group of ranks of a node: the second one fails, since the group is there.
+    """
+    from deepspeed.utils import groups
+
+    make = groups._create_zero_param_parallel_group
+
+    def make_once(size: int) -> None:
+        if groups._get_zero_param_intra_parallel_group() is None:
+            make(size)
+
+    groups._create_zero_param_parallel_group = make_once
+    try:
+        yield
+    finally:
+        groups._create_zero_param_parallel_group = make
 
 
 @contextlib.contextmanager

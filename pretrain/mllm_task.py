@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -384,13 +383,7 @@ class MllmTask:
         self.model.eval()
         averages = Averages(self.runtime.device)
         loader = self.open_documents(self.config.validation_data, "val")
-        batches = iter(loader)
-        limit = self.config.validate_batches or None
-        for _ in itertools.count() if limit is None else range(limit):
-            batch = next(batches, None)
-            # Under ZeRO-3 every rank has to run the model as often as the others.
-            if not self.runtime.any_rank(batch is not None):
-                break
+        for batch in self.runtime.together(loader, self.config.validate_batches):
             add_figures(averages, self.score((batch or loader.empty_batch()).to(self.runtime.device)))
         watched = {} if self.tower_watch is None else self.tower_watch.figures()
         return {**averages.reduce(), **watched}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -77,6 +78,15 @@ class Runtime:
         tensor = torch.tensor([float(flag)], device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor.item())
+
+    def together(self, batches: Iterable[T], most: int = 0) -> Iterator[T | None]:
+        """The batches of this rank's pass, `most` of them (0: all), and None where only others have one left.
+
+        Under ZeRO-3 every rank has to run a model as often as the others: every rank has to iterate.
+        """
+        left = itertools.islice(batches, most or None)
+        while self.any_rank((batch := next(left, None)) is not None):
+            yield batch
 
     def largest(self, numbers: Sequence[float]) -> list[float]:
         """The largest of all ranks, number by number; every rank has to call, with as many."""

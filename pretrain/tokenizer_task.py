@@ -16,7 +16,7 @@ from open_clip.loss import SigLipLoss
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from data_pipeline.streams import ImageStreamConfig, ImageTextBatch, image_loader
+from data_pipeline.streams import DatasetError, ImageStreamConfig, ImageTextBatch, image_loader
 from dualtoken.perceptual import PerceptualConfig
 from dualtoken.visual_tokenizer.backbone import FrozenTeacher, model_folder
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer, VisualTokenizerOutput
@@ -161,7 +161,7 @@ class TokenizerTask:
         for index, batch in enumerate(micro_batches):
             images, places = self.read_images(batch)
             if len(images) == 0:
-                raise ValueError(
+                raise DatasetError(
                     f"a micro-batch has no readable picture ({', '.join(batch.keys[:3])} ...), which a "
                     "step needs on every rank; see rejected.jsonl in the run folder and clean the shards"
                 )
@@ -349,22 +349,22 @@ class TokenizerTask:
             split="val",
         )
         averages = Averages(self.runtime.device)
-        for name in ("loss/mse", "psnr_db", "pooled_cosine"):
-            averages.add(name, 0.0, 0)  # a rank may have no picture at all
-        for index, batch in enumerate(loader):
-            if self.config.validate_batches and index >= self.config.validate_batches:
-                break
-            images, _ = self.read_images(batch)
-            if len(images) == 0:  # the last, short batch may hold nothing but broken pictures
-                continue
+        for batch in self.runtime.together(loader, self.config.validate_batches):
+            images = self.read_images(batch)[0] if batch is not None else ()
+            # The last, short batch may hold nothing but broken pictures: then a blank one, not counted.
+            counted = len(images)
+            if not counted:
+                images = torch.zeros(
+                    1, 3, *[self.tokenizer.config.image_size] * 2, device=self.runtime.device
+                )
             output, teacher = self.tokenizer(images), self.teacher(images)
             # Pictures are in [-1, 1]; figures are for [0, 1], clamped.
             difference = (output.reconstruction.float().clamp(-1, 1) - images) / 2
-            squared = difference.square().mean(dim=(1, 2, 3))
-            averages.add("loss/mse", squared.sum() * 4, len(images))
-            averages.add("psnr_db", (-10 * torch.log10(squared + 1e-8)).sum(), len(images))
-            cosine = F.cosine_similarity(output.pooled.float(), teacher.pooled.float(), dim=-1)
-            averages.add("pooled_cosine", cosine.sum(), len(images))
+            squared = difference.square().mean(dim=(1, 2, 3))[:counted]
+            averages.add("loss/mse", squared.sum() * 4, counted)
+            averages.add("psnr_db", (-10 * torch.log10(squared + 1e-8)).sum(), counted)
+            cosine = F.cosine_similarity(output.pooled.float(), teacher.pooled.float(), dim=-1)[:counted]
+            averages.add("pooled_cosine", cosine.sum(), counted)
         self.tokenizer.train()
         return averages.reduce()
 

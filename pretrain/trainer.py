@@ -17,7 +17,7 @@ from deepspeed import DeepSpeedEngine
 
 from data_pipeline.errors import DatasetError
 from pretrain.checkpoints.engines import engine_files, load_checkpoint
-from pretrain.checkpoints.finding import find_checkpoint
+from pretrain.checkpoints.finding import find_checkpoint, starter
 from pretrain.checkpoints.writer import CheckpointWriter
 from pretrain.config import ConfigError, JobConfig, changed_keys, config_as_yaml
 from pretrain.engine import gradient_norm
@@ -310,7 +310,11 @@ class Trainer:
                 "wall_seconds": self._elapsed(),
             }
             files, engines = engine_files(self.task.engines, state, self.runtime)
-            about = {"engines": engines, "exported": self.task.exported}
+            about = {
+                "engines": engines,
+                "exported": self.task.exported,
+                "started_by": starter(self.config),
+            }
             self.checkpoints.save(files, about, self.task.export_assets, background)
 
     def _elapsed(self) -> float:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -69,6 +73,23 @@ def worker_config(
     )
 
 
+def _begin_process(begin: Callable[[int], None], worker: int) -> None:
+    """Begin a reading process: SIGTERM ends it only if the process that it reads for sends it.
+
+    Launchers send SIGTERM to all processes of a job, of which the trainer makes a checkpoint: it needs the
+    reader to finish its step, and to tell its place.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_by_signal_of, args=(os.getppid(),), daemon=True).start()
+    begin(worker)
+
+
+def _end_by_signal_of(process: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        pass
+    os._exit(0)
+
+
 class Reader:
     """Yields the batches of a data set by their number.
 
@@ -88,6 +109,7 @@ class Reader:
             watchdog_timeout_seconds=None if self._in_process else _WATCHDOG_SECONDS,
         )
         self._loader.pin_memory = torch.cuda.is_available() and not self._in_process
+        self._loader.worker_init_fn = partial(_begin_process, self._loader.worker_init_fn)
         self._loader.generator = torch.Generator()  # else torch draws a seed from the trainer's own
         self._place = place or _BEGINNING
         self._batches: int = self._place["batches"]  # that were handed out or dropped

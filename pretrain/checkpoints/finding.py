@@ -98,8 +98,23 @@ def _set_aside(damaged: list[Path]) -> None:
         os.replace(path, path.with_name(f".damaged_{path.name}"))
 
 
+def starter(config: JobConfig) -> list[str]:
+    """What a run is started by, the same when Slurm or torchrun starts it again."""
+    return [config.resume, os.environ.get("SLURM_JOB_ID", "")]
+
+
+def _is_started_again() -> bool:
+    counts = (os.environ.get(f"{name}_RESTART_COUNT") for name in ("SLURM", "TORCHELASTIC"))
+    return any(count not in (None, "", "0") for count in counts)
+
+
 def _candidates(config: JobConfig, folder: Path) -> tuple[list[Path], list[str], str]:
     """What may be resumed from, best first; lines about what may not; and what makes a start impossible."""
+    if config.resume != "auto" and _is_started_again():
+        # By the same words as the first time: to obey them once more would lose all steps since.
+        since = [path for path in complete_checkpoints(folder) if _started_by(path) == starter(config)]
+        if since:
+            return since, [], ""
     if config.resume not in ("auto", "never"):
         path = Path(config.resume)
         if read_state(path) is None:
@@ -114,6 +129,10 @@ def _candidates(config: JobConfig, folder: Path) -> tuple[list[Path], list[str],
         return [], [], problem or ""
     incomplete = sorted({*folder.glob("step_*"), *folder.glob(".writing_*")} - set(own))
     return own, [f"{path} is incomplete and passed over" for path in incomplete], ""
+
+
+def _started_by(path: Path) -> Any:
+    return (read_state(path) or {}).get("started_by")
 
 
 def _damage(path: Path, runtime: Runtime) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -195,22 +196,27 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove_together(folder: Path, checkpoints: list[Path], runtime: Runtime) -> None:
-    """Remove checkpoints, every rank those of their files that have its number."""
+    """Remove checkpoints, every rank those of their files that have its number.
+
+    No error of a file system ends a run for an old checkpoint: what is left is a leftover to the next one.
+    """
     for path in checkpoints:
         going = folder / f".removing_{path.name}"
-        if runtime.is_main:
-            os.replace(path, going)
+        with contextlib.suppress(OSError):
+            if runtime.is_main:
+                os.replace(path, going)
         runtime.barrier()
-        with os.scandir(going) as entries:
-            places = [going, *(Path(entry.path) for entry in entries if entry.is_dir())]
-        for place in places:
-            with os.scandir(place) as entries:
-                own = [e.path for e in entries if e.is_file() and writer_of(e.name) == runtime.rank]
-            for file in own:
-                os.unlink(file)
+        with contextlib.suppress(OSError):
+            with os.scandir(going) as entries:
+                places = [going, *(Path(entry.path) for entry in entries if entry.is_dir())]
+            for place in places:
+                with os.scandir(place) as entries:
+                    own = [e.path for e in entries if e.is_file() and writer_of(e.name) == runtime.rank]
+                for file in own:
+                    os.unlink(file)
         runtime.barrier()
         if runtime.is_main:
-            shutil.rmtree(going)
+            shutil.rmtree(going, ignore_errors=True)
     if checkpoints:
         runtime.barrier()
 

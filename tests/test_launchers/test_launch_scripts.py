@@ -139,6 +139,18 @@ def test_each_task_of_a_job_is_a_rank(stand_in, tmp_path):
     assert sorted(log.splitlines()) == ["done: run", *expected]
 
 
+def test_what_a_library_prints_is_no_run_folder(stand_in, tmp_path):
+    # As DeepSpeed does where it finds no GPU; the job would be queued again for ever.
+    noisy = "print('a library says this')\nfrom pretrain.config import JobConfig\n"
+    (tmp_path / "noisy.py").write_text(noisy, encoding="utf-8")
+    env = {**stand_in, "DO": "mkdir -p run; touch run/done.json"}
+    env["PYTHONPATH"] += f":{tmp_path}"
+    words = ["job=noisy:JobConfig:JobConfig", *SETTINGS[1:]]
+    code, log = run_job(env, tmp_path, "train.sbatch", TWO_NODES, *words)
+    assert code == 0 and events(env) == ["start 1"]
+    assert "a library says this" in log and "done: run" in log.splitlines()
+
+
 def test_job_that_fails_is_not_queued_again(stand_in, tmp_path):
     env = {**stand_in, "DO": "if [[ $SLURM_PROCID = 1 ]]; then exit 3; fi; sleep 100"}
     started = time.monotonic()

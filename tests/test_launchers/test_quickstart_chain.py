@@ -170,6 +170,25 @@ def test_memory_of_a_command_is_measured():
     assert finished.returncode == 0 and finished.seconds >= 1.5
 
 
+def test_the_launcher_starts_ranks_on_the_visible_gpus(monkeypatch):
+    """DeepSpeed's own would take the first ones of the machine, which may be another's."""
+    from deepspeed.launcher.runner import parse_args, parse_resource_filter
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert processes.deepspeed_command("a.b", [], 2)[1:3] == ["--num_gpus", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3,2")
+    command = processes.deepspeed_command("a.b", ["x=1"], 2)
+    options = parse_args(command[1:])
+    assert (options.num_gpus, options.module, options.user_args) == (-1, True, ["x=1"])
+    machine = {"localhost": list(range(8))}
+    assert parse_resource_filter(machine, options.include) == {"localhost": [3, 5]}
+    for visible in ("7", "GPU-8932f937,GPU-5a3b1c2d"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(UserError, match=f"CUDA_VISIBLE_DEVICES={visible} for 2 rank"):
+            processes.deepspeed_command("a.b", [], 2)
+
+
 def test_steps_form_a_chain(tmp_path):
     steps = quickstart_steps(tmp_path, 2)
     seen: set[str] = set()

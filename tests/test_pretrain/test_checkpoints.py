@@ -29,6 +29,7 @@ from pretrain.checkpoints.finding import (
     complete_checkpoints,
     find_checkpoint,
     read_state,
+    starter,
     writer_of,
 )
 from pretrain.checkpoints.fragments import FragmentReader, Fragments, read_index
@@ -55,10 +56,11 @@ def runtime_at(step: int, world_size: int = 1) -> Runtime:
     return Runtime(0, 0, world_size, device, torch.float32, 0, 1, Path("unused"), step=step)
 
 
-def save(folder: Path, step: int, keep: int = 2, assets=None, **state) -> Path:
+def save(folder: Path, step: int, keep: int = 2, assets=None, started_by=None, **state) -> Path:
     runtime = runtime_at(step)
     files, engines = engine_files({}, state, runtime)
-    CheckpointWriter(folder, runtime, "toy", keep).save(files, {"engines": engines}, assets)
+    about = {"engines": engines, "started_by": started_by}
+    CheckpointWriter(folder, runtime, "toy", keep).save(files, about, assets)
     return folder / f"step_{step:08d}"
 
 
@@ -94,6 +96,31 @@ def test_newest_is_the_one_written_last(tmp_path):
     assert complete_checkpoints(tmp_path)[0] == again
     assert save(tmp_path, 10, loader="second") == again
     assert load(again) == {"loader": "second"}
+
+
+@pytest.mark.parametrize("restarts", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_a_job_started_again_by_the_same_words_loses_no_steps(tmp_path, monkeypatch, restarts):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    of_before = save(tmp_path / "other", 10)
+    again = str(of_before)
+    monkeypatch.setenv(restarts, "1")
+    assert find(tmp_path, again) == of_before  # no checkpoint since
+    assert find(tmp_path / "none", "never") is None
+    monkeypatch.setenv(restarts, "0")
+    for words in (again, "never"):
+        folder = tmp_path / words.replace("/", "_")
+        older = save(folder, 30, started_by=starter(config("auto")))
+        since = save(folder, 20, started_by=starter(config(words)))
+        if words == "never":
+            with pytest.raises(ConfigError, match="two runs would be mixed"):
+                find(folder, words)
+        else:
+            assert find(folder, words) == of_before
+        with monkeypatch.context() as patched:
+            patched.setenv(restarts, "2")
+            assert find(folder, words) == since and older.exists()
+            patched.setenv("SLURM_JOB_ID", "7")  # that of another job
+            assert words == "never" or find(folder, words) == of_before
 
 
 @pytest.mark.parametrize("failing_call", [1, 2])
@@ -169,6 +196,21 @@ def test_a_full_disk_leaves_the_previous_one(tmp_path, monkeypatch):
     assert find(tmp_path, said=said) == previous
     assert said == [f"{tmp_path / '.writing_step_00000002'} is incomplete and passed over"]
     assert save(tmp_path, 2).is_dir() and not list(tmp_path.glob(".writing*"))
+
+
+@pytest.mark.parametrize("call", ["os.unlink", "shutil.rmtree"])
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path, monkeypatch, call):
+    def stale(*_, ignore_errors=False, **__):
+        if not ignore_errors:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    save(tmp_path, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"pretrain.checkpoints.writer.{call}", stale)
+        second = save(tmp_path, 2, keep=1)
+    assert find(tmp_path) == second
+    assert save(tmp_path, 3, keep=1).is_dir()
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000003"]
 
 
 def test_rank_state_is_plain_text_and_comes_back(tmp_path):

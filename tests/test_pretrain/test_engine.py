@@ -283,7 +283,9 @@ def muon_losses(here, deepspeed_file: str) -> list[float]:
 
 def hpz_losses(folder: Path) -> dict:
     """The same training under ZeRO-3, and with parameters held in groups of two ranks besides."""
-    from pretrain.engine import build_engine
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    from pretrain.engine import build_engine, sharded_construction
     from pretrain.metrics import Averages
     from pretrain.runtime import start_runtime
     from pretrain.stepping import backward, take_step
@@ -307,6 +309,11 @@ def hpz_losses(folder: Path) -> dict:
             take_step({"model": engine}, Averages(here.device))
             losses.append(loss.item())
         found[ranks] = losses, [None if second is None else second.numel() for second in held]
+    small = Qwen2Config(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    with sharded_construction(config, here):  # a base model, and what is built around it
+        models = [AutoModelForCausalLM.from_config(small) for _ in range(2)]
+    groups = {p.ds_zero_param_process_group for model in models for p in model.parameters()}
+    found["groups"] = groups == {next(model.parameters()).ds_zero_param_process_group}
     return found
 
 
@@ -316,6 +323,7 @@ def test_a_second_partition_within_nodes_changes_no_loss(tmp_path):
         assert no_second == [None] * 4
         assert second == [12, 4, 20, 4]  # halves a rank, not quarters, of parameters filled up to fours
         assert same_losses == losses and losses[-1] != losses[0]
+        assert found["groups"]
         plans = [state_bytes(3, 4, ParameterCount(80, 80), 4, {"zero_hpz_partition_size": n}) for n in (1, 2)]
         assert plans[1].parameters - plans[0].parameters == 4 * sum(second)
 

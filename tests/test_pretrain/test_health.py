@@ -142,6 +142,24 @@ def test_a_data_worker_that_stops_is_told_and_one_that_dies_ends_the_job(tmp_pat
     assert read_heartbeat(tmp_path / "run").phase == "failed"
 
 
+def test_a_signal_to_all_processes_of_a_job_ends_no_reader_before_the_checkpoint(tmp_path):
+    """As torchrun, DeepSpeed's launcher and on_hosts.sh pass it on."""
+    write_pictures(tmp_path / "pictures", 33)
+    more = [f"data_path={tmp_path / 'pictures'}", "resume=auto"]
+    with Ranks("pretrain.train", words(tmp_path / "run", *more), world_size=1) as ranks:
+        until(has_step(tmp_path / "run", 3), "no third step")
+        trainer = psutil.Process(ranks.processes[0].pid)
+        (reader,) = trainer.children()
+        reader.terminate()
+        trainer.terminate()
+        until(all_ended(ranks), "the trainer goes on", 60)
+        output = ranks.output_of(0)
+        assert ranks.processes[0].returncode == 0, output
+        assert "stopped by SIGTERM" in output and (tmp_path / "run" / "checkpoints" / "latest").exists()
+        psutil.wait_procs([reader], timeout=20)
+    assert not reader.is_running()
+
+
 def test_the_watchdog_ends_what_waits_too_long(capfd):
     ended = []
     watchdog = Watchdog(3, end=lambda: ended.append(time.monotonic()))

@@ -1,17 +1,21 @@
 """What a step of the tokenizer promises, and the settings that a phase's start takes or refuses."""
 
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from data_pipeline.errors import DatasetError
 from dualtoken.visual_tokenizer.config import preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from pretrain.config import ConfigError, load_job_config
 from pretrain.timing import StepClock
 from pretrain.tokenizer_model import TokenizerModelConfig, build_visual_tokenizer
 from tests.support.distributed import run_function
+from tests.test_pretrain import test_contrastive
 from tests.test_pretrain.test_jobs import folder, tokenizer_words  # noqa: F401
 
 # -- going on from an export -------------------------------------------------------------------------------
@@ -152,6 +156,43 @@ def test_a_skipped_step_moves_neither_weights_nor_codebooks(folder):  # noqa: F8
     assert any(not torch.equal(sound[name], broken[name]) for name in of_discriminator)
     for one, other in zip(found[0][1], found[1][1], strict=True):
         assert torch.equal(one, other)
+
+
+def validations(folder, words, of_pictures):  # noqa: F811
+    """Figures of held-out pictures at two ZeRO levels; what is said of a micro-batch of broken ones."""
+    from pretrain.config import job_classes
+    from pretrain.runtime import start_runtime
+
+    zero3 = json.loads((Path("ds_configs") / "zero3.json").read_text(encoding="utf-8"))
+    keeps = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+    zero3["zero_optimization"] |= {f"stage3_{name}": 0 for name in keeps}  # it gathers for every batch
+    path = folder / f"zero3.{os.getpid()}.json"
+    path.write_text(json.dumps(zero3), encoding="utf-8")
+    found = []
+    for level in ("zero2.json", str(path)):
+        config = load_job_config([*words, f"deepspeed={level}"])
+        runtime = start_runtime(config)
+        task = job_classes(config.job)[1](config, runtime)
+        task.train_step([next(iter(task.train_loader))])  # DeepSpeed finds out which modules read what
+        with torch.no_grad():
+            found.append(task.validate())
+    if of_pictures:
+        task.read_images = lambda _: (torch.empty(0, 3, 16, 16), [])
+        with pytest.raises(DatasetError, match="no readable picture .0000, 0001.*clean the shards"):
+            task.train_step([SimpleNamespace(keys=["0000", "0001"])])
+    return found
+
+
+@pytest.mark.parametrize("job", ["tokenizer", "contrastive"])
+def test_ranks_with_more_held_out_pictures_wait_for_nobody_under_zero_3(folder, job):  # noqa: F811
+    words = [*tokenizer_words(folder, "validated", 2), "optimizer.lr=0"]
+    if job == "contrastive":
+        words = [*test_contrastive.words(folder, "validated"), "optimizer.lr=0"]
+        words += [f"{name}.path={folder / 'images'}" for name in ("data", "validation_data")]
+        words += [f"text_tokenizer={folder / 'siglip'}"]
+    # Of 33 pictures one rank has 17, in five micro-batches, the other 16, the last of which is broken.
+    first, second = run_function(validations, folder, words, job == "tokenizer", process_group=False)
+    assert first == second and first[0] == pytest.approx(first[1], rel=1e-4)
 
 
 def first_gan_weight(arguments):
