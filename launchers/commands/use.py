@@ -95,7 +95,7 @@ def caption(
     visual_tokenizer: TokenizerOption = TOKENIZER,
     vision_tower: VisionTowerOption = None,
     language: Annotated[str, typer.Option(help="Language to answer in, such as en, de, es.")] = "en",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest caption, in tokens.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 32,
 ) -> None:
     """Say in words what is in pictures.
 
