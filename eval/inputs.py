@@ -1,5 +1,6 @@
 """What the measures read: where a run's results lie, pictures and codes from shards, exported models."""
 
+import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from data_pipeline.images.decoding import build_image_decoder
 from data_pipeline.shards.code_shards import CodeSample, DatasetManifest, iterate_shard, require_same_codes
 from data_pipeline.streams import ImageStreamConfig, image_loader
+from dualtoken.unified_model.config import DualTokenConfig
 from dualtoken.unified_model.model import DualTokenForCausalLM
 from dualtoken.visual_tokenizer import loading
 from dualtoken.visual_tokenizer.loading import VisualTokenizer
@@ -170,6 +172,19 @@ def require_export(folder: Path, what: str, made_by: str) -> None:
         )
 
 
+def model_type_of(folder: Path) -> str | None:
+    """What a model's config.json calls it.
+
+    Raises:
+        ValueError: the file is no config.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{path} is no model's config: expected a JSON object") from None
+
+
 def default_device() -> torch.device:
     """The GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -235,8 +250,11 @@ def load_unified_model(
 
     Raises:
         FileNotFoundError: there is none in the folder.
+        ValueError: it is a model of another kind.
     """
     require_export(folder, "unified model", "dualtoken train quickstart_mllm")
+    if (kind := model_type_of(folder)) != DualTokenConfig.model_type:
+        raise ValueError(f"{folder} holds a {kind!r} model, expected a unified model (dualtoken)")
     transformers_logging.disable_progress_bar()
     # Exports are fp32; one that somebody saved in another type is measured in fp32 like the others.
     model = DualTokenForCausalLM.from_pretrained(folder, dtype=PRECISIONS[precision])

@@ -9,6 +9,8 @@ from launchers.commands import data, evaluate, measure, plan, train, use
 from launchers.errors import UserError
 
 RAISE = "DUALTOKEN_TRACEBACK"
+GO_ON = ("quickstart", "train", "pretokenize", "overfit", "evaluate", "ablate", "sweep")
+"""Commands that, started again, keep what they had done."""
 
 app = typer.Typer(
     name="dualtoken",
@@ -36,7 +38,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except KeyboardInterrupt:
-        _fail("stopped; started again, the same command goes on where it was", 130)
+        goes_on = sys.argv[1:] and sys.argv[1] in GO_ON
+        _fail(f"stopped{'; started again, the same command goes on where it was' * bool(goes_on)}", 130)
     except typer.Abort:
         _fail("stopped", 130)
     except Exception as error:

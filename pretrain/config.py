@@ -370,10 +370,17 @@ def _merged_settings(argv: Sequence[str]) -> DictConfig:
     merged = OmegaConf.create() if recipe is None else load_recipe(find_recipe(recipe))
     for key, word in overrides.items():
         try:
-            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={word}"]).value)
+            OmegaConf.update(merged, key, _value(word))
         except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
             raise ConfigError(f"{key}={word}: {_one_line(error)}") from error
     return merged
+
+
+def _value(word: str) -> Any:
+    """The value of a word, read as YAML; but a bare text stays whole: ` #` in a path begins no comment."""
+    if " #" in word and not word.startswith(("[", "{", "'", '"')):
+        return word
+    return OmegaConf.from_dotlist([f"value={word}"]).value
 
 
 def _split_arguments(argv: Sequence[str]) -> tuple[str | None, dict[str, str]]:

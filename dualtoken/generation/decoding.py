@@ -9,6 +9,7 @@ Shapes: N documents, R rows (2 N with guidance), P positions per image, Q codebo
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -41,6 +42,8 @@ def write_images(
     """Write an image into each document that ends with the image-start token: codes [N, P, Q, D]."""
     if not opened:
         raise ValueError("no prompts to generate images for; give at least one")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale={guidance_scale}; expected a number, 1 for none")
     special, config = model.config.special, model.config
     count, positions = len(opened), config.positions_per_image
     guided = guidance_scale != 1.0

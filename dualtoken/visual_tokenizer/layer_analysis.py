@@ -151,6 +151,7 @@ def plot_similarity(
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Rectangle
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install matplotlib") from error
     size = len(similarity)
@@ -163,6 +164,8 @@ def plot_similarity(
     taps = {"reconstruction": proposal.reconstruction_layer, "semantic": proposal.semantic_layer}
     for (name, layer), colour in zip(taps.items(), ("tab:orange", "tab:red")):
         axes.axvline(layer, color=colour, linestyle=":", label=f"{name} layer {layer}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))  # there is no layer 1.5
     axes.set(xlabel="layer", ylabel="layer", title=title or "cosine similarity of mean-pooled layers")
     axes.legend(loc="lower left", fontsize="small")
     figure.colorbar(picture, ax=axes)

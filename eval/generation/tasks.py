@@ -92,13 +92,26 @@ def measure_prompts(
         len(drawings),
         [findings[name] for name in sorted(findings, key=lambda name: name != wanted.by)],
         headline=wanted.headline,
-        notes=[] if wanted.by in findings else [wanted.advice],
+        notes=[*([] if wanted.by in findings else [wanted.advice]), *_of_others(findings, drawings)],
         settings={**made_by, "prompt_file": str(everything.source)},
     )
     by_picture = findings.get("judge") or findings.get("clip")
     shown = cases(by_picture, drawings, output, folder) if by_picture else {}
     files = [] if pictures else [str((folder / PICTURES).relative_to(output))]
     return replace(result, files=files, **shown)
+
+
+def _of_others(findings: Mapping[str, Finding], drawings: Sequence[Drawing]) -> list[str]:
+    """A note where a judge's file is of other pictures, of fewer or of more: its figures are of those."""
+    if "judge" not in findings:
+        return []
+    judged, here = set(findings["judge"].scores), {one.place for one in drawings}
+    if judged == here:
+        return []
+    return [
+        f"the judge's file has {len(judged)} pictures, {len(judged & here)} of the {len(here)} that are "
+        "here: the figures are of those in the file"
+    ]
 
 
 def measure_frechet(

@@ -87,13 +87,14 @@ def fid_inception() -> Inception3:
 def resize(picture: np.ndarray) -> np.ndarray:
     """Resize uint8 [H, W, 3] to float32 [299, 299, 3] as clean-fid: each channel in floats, unrounded.
 
-    Bicubic with antialias, about [0, 255] with what bicubic overshoots (arXiv 2104.11222, section 3).
+    Bicubic with antialias (arXiv 2104.11222, section 3); what it overshoots is cut off to [0, 255].
     """
     planes = [
         Image.fromarray(np.ascontiguousarray(plane))
         for plane in picture.astype(np.float32).transpose(2, 0, 1)
     ]
-    return np.stack([plane.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for plane in planes], axis=-1)
+    resized = [plane.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for plane in planes]
+    return np.stack(resized, axis=-1).clip(0, 255)
 
 
 class Inception:

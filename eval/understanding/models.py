@@ -1,12 +1,11 @@
 """What can answer a benchmark's questions; `load_answerer` tells by config.json what a folder holds."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from dualtoken.unified_model.config import DualTokenConfig
-from eval.inputs import PRECISIONS
+from eval.inputs import PRECISIONS, model_type_of
 from eval.understanding.benchmark import Question
 from eval.understanding.transformers_models import TransformersAnswerer
 from eval.understanding.unified import UnifiedAnswerer
@@ -60,7 +59,7 @@ def load_answerer(
     on_hub = not folder.is_dir() and not folder.is_absolute() and len(folder.parts) <= 2  # owner/name
     if not on_hub and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no model in {folder}: expected a folder with config.json")
-    if on_hub or _model_type(folder) != DualTokenConfig.model_type:
+    if on_hub or model_type_of(folder) != DualTokenConfig.model_type:
         if template is not None:
             raise ValueError(
                 f"{model} is no unified model and has a chat template of its own: leave the template "
@@ -72,11 +71,3 @@ def load_answerer(
     if visual_tokenizer is None:
         raise ValueError(f"{model} is a unified model: name the visual tokenizer that it was trained with")
     return UnifiedAnswerer(folder, visual_tokenizer, template, precision, at_a_time, vision_tower)
-
-
-def _model_type(folder: Path) -> str | None:
-    path = folder / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):
-        raise ValueError(f"{path} is no model's config: expected a JSON object") from None

@@ -44,7 +44,7 @@ def show(
 ) -> None:
     """Show one sample of a dual-code data set: its text, and its pictures decoded from the codes.
 
-    Example: [bold]dualtoken show runs/quickstart/codes/train 1F98A[/]
+    Example: [bold]dualtoken show runs/quickstart/codes/train scene-train-00000[/]
     """
     from launchers.datasets import show as show_sample
 

@@ -107,7 +107,7 @@ def caption(
     vision_tower: VisionTowerOption = None,
     precision: PrecisionOption = Precision.FP32,
     language: Annotated[str, typer.Option(help="Language to answer in, such as en, de, es.")] = "en",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest caption, in tokens.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in tokens.")] = 32,
 ) -> None:
     """Say in words what is in pictures.
 

@@ -1,12 +1,14 @@
 """The page of an evaluation: one table, each task's figures and cases, self-contained."""
 
 import html
+import io
 import json
 import re
 
 import pytest
 from PIL import Image
 
+from eval.cases import make_case
 from eval.page import shown, verdict, write_page
 from eval.report import build_report
 from eval.results import Case, TaskResult
@@ -88,6 +90,31 @@ def test_the_page_has_every_task_and_is_self_contained(tmp_path):
     )
     assert "many (30 rows)" in words  # folded, as the settings are
     assert page.tags.count("details") == 1 + 4
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_cases_look_as_models_see_them(tmp_path):
+    """Transparency on white, turned by EXIF; one that cannot be decoded costs its picture and no more."""
+
+    def case(picture):
+        return make_case(picture, ["answer: a"], 0.5, tmp_path / "worst" / "00.png", tmp_path)
+
+    made = case(encoded(Image.new("RGBA", (40, 20), (0, 0, 0, 0))))
+    assert Image.open(tmp_path / made.picture).getpixel((0, 0)) == (255, 255, 255)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    file = tmp_path / "turned.jpg"
+    file.write_bytes(encoded(Image.new("RGB", (40, 20)), "JPEG", exif=turned))
+    assert Image.open(tmp_path / case(file).picture).size == (20, 40)
+    for broken in (b"hello", file.read_bytes()[:300], tmp_path / "gone.png"):
+        made = case(broken)
+        assert made.picture is None and made.lines[0] == "answer: a"
+        assert made.lines[1].startswith("its picture cannot be shown: ")
 
 
 def test_a_case_outside_the_folder_is_refused(tmp_path):

@@ -131,6 +131,16 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         cli.main()
 
 
+@pytest.mark.parametrize(("command", "goes_on"), [("evaluate", True), ("caption", False)])
+def test_only_what_goes_on_says_so(command, goes_on, capsys, monkeypatch):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    code, _, err = call([command, "cat.png"], capsys)
+    assert code == 130 and err.startswith("error: stopped") and ("goes on where it was" in err) == goes_on
+
+
 def test_the_traceback_can_be_asked_for(monkeypatch):
     def wrong(**_):
         raise UserError("mend it")

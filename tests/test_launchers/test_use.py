@@ -106,12 +106,23 @@ def test_precision_is_of_the_unified_model(dualtoken, run, monkeypatch):
         ("caption", ["gone.png"], "no such file: gone.png"),
         ("generate", ["red", "--top-p", "0"], "top_p=0.0; expected more than 0"),
         ("generate", ["red", "--temperature", "-1"], "temperature=-1.0; expected 0"),
+        ("generate", ["red", "--temperature", "nan"], "temperature=nan; expected 0"),
+        ("generate", ["red", "--guidance-scale", "nan"], "guidance_scale=nan; expected a number"),
+        ("caption", ["green.jpg", "--max-new-tokens", "0"], "'--max-new-tokens'"),
     ],
 )
 def test_mistakes_are_one_line(dualtoken, command, arguments, message):
     code, _, err = dualtoken(command, *arguments)
     assert code == 2
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_models_in_the_wrong_place_are_told_by_their_kind(run, capsys):
+    """Other models' configs would pass as the unified model's, until something deep inside does not fit."""
+    for job, kind in (("tokenizer", "dualtoken_visual_tokenizer"), ("siglip", "siglip")):
+        code, _, err = call(["generate", "red", "--model", run / job / "export"], capsys)
+        assert code == 2
+        assert f"holds a '{kind}' model, expected a unified model" in err
 
 
 def test_what_is_wrong_in_a_worker_is_one_line(dualtoken, run, tmp_path):

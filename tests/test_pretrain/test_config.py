@@ -81,6 +81,15 @@ def test_recipe_and_overrides(tmp_path):
     assert config.micro_steps(2) == 2
 
 
+def test_a_path_stays_whole(tmp_path):
+    """Words are YAML, in which ` #` would begin a comment: another folder, in silence."""
+    recipe = write_recipe(tmp_path, "base", BASE)
+    words = ["run_dir=runs/Läufe #2, a=b", "blend.0.path='quoted #3'", "blend.1={path: 'c #4'}"]
+    config = load_job_config([recipe, *words], 1)
+    assert config.run_dir == "runs/Läufe #2, a=b"
+    assert [source.path for source in config.blend] == ["quoted #3", "c #4"]
+
+
 def test_micro_batch_of_zero_is_a_whole_step_of_a_rank(tmp_path):
     recipe = write_recipe(tmp_path, "base", BASE)
     for ranks, expected in ((1, 8), (2, 4), (8, 1)):

@@ -107,7 +107,10 @@ def test_geneval_from_prompts_to_score(artist, siglip, tmp_path):
     # Without the model now: the pictures are there.
     scorers = Scorers(judged=judged, clip=siglip)
     found = measure_prompts("geneval", data, tmp_path / "out", scorers, settings=settings)
-    assert (found.headline, found.value, found.unit, found.notes) == ("overall", 50.0, "%", [])
+    assert (found.headline, found.value, found.unit) == ("overall", 50.0, "%")
+    assert found.notes == [
+        "the judge's file has 12 pictures, 6 of the 6 that are here: the figures are of those in the file"
+    ]
     assert set(found.figures) >= {"overall", "CLIP score by SigLIP"}
     assert [case.score for case in found.worst] == [0, 0, 0] and [case.score for case in found.best] == [
         1,
@@ -136,7 +139,7 @@ def test_genai_bench_scores_pictures_of_others(tmp_path):
     found = measure_prompts("genai_bench", tmp_path, tmp_path / "out", scorers, pictures=pictures)
     assert found.value == pytest.approx(0.3) and found.figures["VQAScore, basic"] == pytest.approx(0.9)
     assert [case.score for case in found.worst] == [0.2, 0.4] and [case.score for case in found.best] == [0.9]
-    assert found.settings["pictures"] == str(pictures) and found.files == []
+    assert found.settings["pictures"] == str(pictures) and found.files == [] and found.notes == []
 
 
 def test_mjhq_is_compared_by_category(artist, extractor, siglip, tmp_path):
