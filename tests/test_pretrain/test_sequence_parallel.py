@@ -1,6 +1,10 @@
 """Ulysses: two ranks that share packs score, learn and resume as one rank does."""
 
+import json
+import math
 import re
+from dataclasses import replace
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -13,7 +17,7 @@ from data_pipeline.errors import DatasetError
 from data_pipeline.streams import DocumentStreamConfig, prepare_dataset
 from dualtoken.unified_model.sequence import pack_documents
 from pretrain.config import ConfigError, fitting_ranks
-from pretrain.mllm_task import MllmJobConfig
+from pretrain.mllm_task import MllmJobConfig, MllmTask
 from pretrain.recomputation import checkpoint_activations
 from pretrain.sequence_parallel import (
     ULYSSES_ATTENTION,
@@ -165,6 +169,19 @@ def runs(folder):
     shared = ["sequence_parallel_size=2", "gradient_checkpointing=true", "data.num_workers=2"]
     train_on([*words, f"run_dir={folder / 'shared'}", "steps=2", *shared], resumed=False)
     train_on([*words, f"run_dir={folder / 'shared'}", "steps=4"], resumed=False)
+    # One rank's losses of the second step are not finite.
+    with mock.patch.object(MllmTask, "score", broken_on_rank_1(MllmTask.score)):
+        words += ["on_nonfinite=skip", f"run_dir={folder / 'skipped'}", "steps=3"]
+        train_on([*words, *shared], resumed=False)
+
+
+def broken_on_rank_1(score):
+    def scored(task, batch, z_loss=0.0):
+        output = score(task, batch, z_loss)
+        broken = task.runtime.rank == 1 and task.runtime.step == 1
+        return replace(output, visual_nll=output.visual_nll * (math.nan if broken else 1.0))
+
+    return scored
 
 
 def test_a_run_that_shares_packs_is_that_of_a_pack_for_each_rank(tmp_path):
@@ -182,6 +199,14 @@ def test_a_run_that_shares_packs_is_that_of_a_pack_for_each_rank(tmp_path):
             assert len(names) > 10
             for name in names:
                 assert found[step][name] == pytest.approx(line[name], rel=1e-4, abs=1e-6), (step, name)
+    # A step that one of them cannot take is left out by both, and they go on together.
+    shared, skipped = (figures(folder / run) for run in ("shared", "skipped"))
+    assert list(skipped) == [1, 2, 3] and "difference" not in skipped[2]
+    assert skipped[1]["loss/text"] == shared[1]["loss/text"] and skipped[2]["loss/pixel"] is None
+    assert math.isfinite(skipped[3]["loss/pixel"]) and skipped[3]["skipped_steps"] == 1
+    (line,) = (folder / "skipped" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    (rank,) = json.loads(line)["ranks"]
+    assert rank["rank"] == 1 and rank["losses"] and rank["keys"]
 
 
 @pytest.mark.parametrize(
