@@ -205,8 +205,8 @@ def test_a_run_that_shares_packs_is_that_of_a_pack_for_each_rank(tmp_path):
     assert skipped[1]["loss/text"] == shared[1]["loss/text"] and skipped[2]["loss/pixel"] is None
     assert math.isfinite(skipped[3]["loss/pixel"]) and skipped[3]["skipped_steps"] == 1
     (line,) = (folder / "skipped" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
-    (rank,) = json.loads(line)["ranks"]
-    assert rank["rank"] == 1 and rank["losses"] and rank["keys"]
+    first, second = json.loads(line)["ranks"]  # the gradients of both: attention goes back through both
+    assert not first["losses"] and first["parameters"] and second["losses"] and second["keys"]
 
 
 @pytest.mark.parametrize(
