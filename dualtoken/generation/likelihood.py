@@ -164,9 +164,9 @@ def _score(model: DualTokenForCausalLM, pack: PackedBatch) -> list[DocumentNLL]:
         torch.bucketize(positions, pack.cu_seqlens[1:].long(), right=True)
         for positions in (output.text_positions, output.visual_positions)
     )
-    text = torch.zeros(count, device=text_of.device).index_add(0, text_of, output.text_position_nll)
-    shape = (count, *output.visual_nll.shape)
-    visual = torch.zeros(shape, device=text_of.device).index_add(0, visual_of, output.visual_position_nll)
+    of_text, of_codes = output.text_position_nll, output.visual_position_nll
+    text = of_text.new_zeros(count).index_add(0, text_of, of_text)
+    visual = of_codes.new_zeros(count, *of_codes.shape[1:]).index_add(0, visual_of, of_codes)
     text_counts = text_of.bincount(minlength=count).tolist()
     visual_counts = visual_of.bincount(minlength=count).tolist()
     return [

@@ -160,7 +160,7 @@ def _require_window(longest: int, sliding_window: int | None) -> None:
     if sliding_window is not None and longest > sliding_window:
         raise ValueError(
             f"a document of {longest} tokens exceeds the decoder's sliding window of {sliding_window}; "
-            "set use_sliding_window=False in its text_config"
+            "set use_sliding_window=False in its text_config, or sliding_window=None where it lacks that"
         )
 
 

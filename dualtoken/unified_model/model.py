@@ -185,7 +185,8 @@ class DualTokenForCausalLM(PreTrainedModel):
             kwargs: passed on to it, such as `dtype`; fp32 by default, whatever the decoder is stored in,
                 for what is trained is drawn and kept in fp32.
 
-        The embedding is enlarged (to a multiple of 64 rows) if the special tokens do not fit into it; rows
+        The embedding is enlarged (to a multiple of 64 rows) if the special tokens do not fit into it, or any
+        of the text tokenizer's where the config was made for it and this decoder (`for_tokenizers`); rows
         beyond the text tokenizer's length, as Qwen's checkpoints have, are used as they are. Rows for codes
         are added behind, drawn as the decoder draws its own.
 
@@ -205,9 +206,13 @@ class DualTokenForCausalLM(PreTrainedModel):
             llm: the decoder; weights other than those of its embedding and output layer may be on the meta
                 device.
         """
+        given: Any = config.text_config
         tokens = max(config.special.ids()) + 1
-        if config.first_code is not None:  # room for the whole text tokenizer, as `for_tokenizers` made it
+        # Room for the whole text tokenizer, as `for_tokenizers` made it.
+        if config.first_code is not None:
             tokens, config.first_code = max(tokens, config.first_code), None
+        elif all(getattr(given, n) == getattr(llm.config, n) for n in ("model_type", "hidden_size")):
+            tokens = max(tokens, given.vocab_size)
         rows = llm.get_input_embeddings().num_embeddings
         if (needed := padded_vocabulary(rows, tokens)) > rows:
             llm.resize_token_embeddings(needed)

@@ -120,7 +120,7 @@ class ResidualVQ(EMACodebooks):
     def lookup(self, codes: Tensor) -> Tensor:
         """Return the latents ``[..., C]`` of ``codes [..., D]``, bit for bit those of the forward."""
         self._check_codes(codes)
-        quantized = torch.zeros(*codes.shape[:-1], self.code_width, device=codes.device)
+        quantized = self.codebook.new_zeros(*codes.shape[:-1], self.code_width)
         for d in range(self.num_quantizers):
             quantized += F.embedding(codes[..., d], self.codebook[d % self.num_codebooks])
         return quantized

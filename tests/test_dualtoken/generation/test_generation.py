@@ -289,7 +289,11 @@ def test_document_likelihoods_equal_single_forwards(model):
     documents = tokenized(
         caption("cat"), generation("dog", 1), plain("some words"), generation("x", 2), plain("")
     )
-    scores = document_nll(model, documents, context_length=40)
+    torch.set_default_dtype(torch.bfloat16)  # as programs that run other models in bf16 do
+    try:
+        scores = document_nll(model, documents, context_length=40)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert [score.key for score in scores] == [document.key for document in documents]
     for score, document in zip(scores, documents, strict=True):
         output = model(**pack_documents([document]).model_inputs())

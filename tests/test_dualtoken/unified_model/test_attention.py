@@ -94,9 +94,8 @@ def test_misuse_is_named():
     mask = torch.ones(1, 1, 21, 21, dtype=torch.bool)
     with pytest.raises(ValueError, match="got 1 rows and a mask"):
         document_attention(None, query, key, value, mask, cu_seq_lens_q=borders)
-    with pytest.raises(
-        ValueError, match="document of 12 tokens exceeds .* window of 8; set use_sliding_window"
-    ):
+    match = "document of 12 tokens exceeds .* window of 8; set use_sliding_window.*sliding_window=None"
+    with pytest.raises(ValueError, match=match):
         document_attention(None, query, key, value, None, cu_seq_lens_q=borders, sliding_window=8)
     gpt_oss = AutoConfig.for_model(
         "gpt_oss", hidden_size=32, num_hidden_layers=1, intermediate_size=48, num_attention_heads=4,

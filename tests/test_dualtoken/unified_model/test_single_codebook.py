@@ -21,6 +21,7 @@ from tests.support.unified_support import (
     POSITIONS,
     TOKENIZER,
     VOCABULARY,
+    byte_tokenizer,
     caption,
     generation,
     plain,
@@ -236,7 +237,12 @@ def test_a_base_model_keeps_its_rows_and_gets_one_for_each_code(tmp_path):
     assert drawn.std().item() == pytest.approx(0.1, rel=0.3)  # as the decoder draws its own, not all alike
     model.set_codebooks(tokenizer.codebooks(), tokenizer.fingerprint())
     assert model.config.tokenizer_fingerprint == tokenizer.fingerprint()
-    heads = DualTokenConfig.for_tokenizers(base.config, TOKENIZER, tokenizer, head_hidden_size=16)
+    # With tokens of its own behind the special ones, which have rows too.
+    words = byte_tokenizer()
+    words.add_tokens([f"<word {number}>" for number in range(100)])
+    heads = DualTokenConfig.for_tokenizers(base.config, words, tokenizer, head_hidden_size=16)
+    enlarged = DualTokenForCausalLM.from_base(heads, str(tmp_path)).get_input_embeddings()
+    assert len(words) == 362 and enlarged.num_embeddings == heads.text_config.vocab_size == 384
     assert heads.first_code is None and heads.num_codebooks == 1 and heads.codebook_dim == 4
 
 
