@@ -27,7 +27,7 @@ from data_pipeline.shards.conversations import (
     interleaved_parts,
 )
 from data_pipeline.shards.remote_files import is_remote, stream_remote
-from data_pipeline.shards.tar_members import iterate_samples
+from data_pipeline.shards.tar_members import BUFFER, iterate_samples
 
 _PIPE = "pipe:"
 _GZIP = b"\x1f\x8b"
@@ -201,7 +201,7 @@ def open_shard(url: str) -> IO[bytes]:
         except (ValueError, ImportError) as error:  # no such kind of address, or a package for it is missing
             raise OSError(str(error)) from error
     else:
-        stream = open(url, "rb")
+        stream = open(url, "rb", buffering=BUFFER)
     zipped = stream.peek(2)[:2] == _GZIP  # type: ignore[attr-defined]
     return gzip.open(stream) if zipped else stream  # type: ignore[return-value]
 

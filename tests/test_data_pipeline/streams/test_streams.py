@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections import Counter
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.structs import ShardInfo
 from megatron.energon.savable_loader import SavableDatasetCheckpoint
 
+from data_pipeline.pretokenize.plan import count_shard
 from data_pipeline.shards.reader import PreparedShards
 from data_pipeline.streams import (
     DatasetError,
@@ -316,6 +318,22 @@ def test_prepare_is_repeatable_and_refuses_bad_folders(tmp_path: Path) -> None:
     (tmp_path / "c.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:700])
     with pytest.raises(DatasetError, match=r"c\.tar.*(truncated|damaged)"):
         prepare_dataset(tmp_path)
+
+
+def requests_to_read() -> int:
+    """How often this process has asked the kernel for a part of a file."""
+    found = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines())
+    return int(found["syscr"])
+
+
+def test_shards_are_indexed_and_counted_with_few_requests(tmp_path: Path) -> None:
+    """On a network file system one for each sample is hours for some million of them."""
+    members = [(f"k{index:04d}.{part}", b"1" * 9000) for index in range(1000) for part in ("jpg", "json")]
+    write_tar(tmp_path / "a.tar", members)
+    for read in (partial(prepare_dataset, tmp_path), partial(count_shard, str(tmp_path / "a.tar"))):
+        before = requests_to_read()
+        read()
+        assert requests_to_read() - before < 200
 
 
 def test_damaged_folders_are_refused_in_one_line(tmp_path: Path) -> None:
