@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import resource
 import tarfile
 from collections import Counter
 from functools import partial
@@ -127,6 +129,25 @@ def test_a_folder_of_fewer_pictures_than_readers_has_its_share(images: Path, tmp
         f"few{index}" for index in range(5)
     ]
     assert len({key for loader in validation for batch in loader for key in batch.keys}) == 45
+
+
+def test_a_blend_of_many_folders_may_open_their_shards(tmp_path: Path) -> None:
+    """Each keeps some open; the usual limit is 1024."""
+    folders = []
+    for folder in (tmp_path / "a", tmp_path / "b", tmp_path / "c"):
+        folder.mkdir()
+        for shard in range(20):
+            write_tar(folder / f"{shard:02d}.tar", [(f"{folder.name}{shard:02d}.png", b"1")])
+        prepare_dataset(folder)
+        folders.append(ImageFolder(str(folder)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    try:
+        loader = image_loader(ImageStreamConfig(blend=folders, on_bad_sample="stop"), 4)
+        assert len({key for batch in keys(loader, 100) for key in batch}) == 60
+        loader.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_samples_that_are_excluded_from_the_split_are_not_read(tmp_path: Path) -> None:
