@@ -94,7 +94,7 @@ def read_captions(parts: dict[str, bytes], default_language: str) -> dict[str, s
     """
     try:
         if "txt" in parts:
-            return {default_language: parts["txt"].decode("utf-8").strip()}
+            return {default_language: parts["txt"].decode("utf-8-sig").strip()}
         record = json.loads(parts["json"]) if "json" in parts else None
     except (ValueError, RecursionError) as error:
         raise BadSampleError(f"caption cannot be read: {error}") from error

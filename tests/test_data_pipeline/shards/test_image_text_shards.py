@@ -38,6 +38,7 @@ def test_captions_stay_beside_a_conversation_about_one_image():
     [
         ({"caption": "an egg"}, {}, {"nl": "an egg"}),
         ({}, {"txt": " an egg\n"}, {"nl": "an egg"}),
+        ({}, {"txt": "\ufeffan egg\r\n"}, {"nl": "an egg"}),  # as Windows marks UTF-8
         ({"captions": {"en": " ", "de": "ein Ei"}}, {}, {"de": "ein Ei"}),
         ({"captions": {"en": "\n"}}, {}, None),
         ({"captions": {}}, {}, None),

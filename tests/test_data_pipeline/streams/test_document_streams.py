@@ -398,3 +398,10 @@ def test_bad_data_sets_are_refused_in_one_line(tmp_path: Path, pairs: Path, text
     )
     (folder / ".nv-meta" / "split.yaml").unlink()
     refused("index .* is missing", config(BlendEntry(str(folder), "caption")), smaller)
+
+
+def test_a_mark_of_utf_8_is_no_part_of_a_text(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.txt", b"\xef\xbb\xbfwords")])
+    prepare_dataset(tmp_path)
+    (batch,) = loader(config(BlendEntry(str(tmp_path), "text")), split="val")
+    assert text_of(documents_of(batch)[0][0]) == "words"
