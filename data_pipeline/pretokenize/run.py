@@ -43,6 +43,7 @@ REJECTED = "rejected.jsonl"
 FINISH = "finish"
 _REPORT_SECONDS = 10.0
 _LOOK_SECONDS = 5.0
+_MOST_TAKEN = 16
 
 
 @dataclass
@@ -206,9 +207,12 @@ class PretokenizeRun:
     def claim_shard(self, left: deque[str], claims: Claims) -> str | None:
         """Claim a shard of `left`; None if all are done or claimed, or the data set is complete.
 
-        What is done is removed from `left`, what others are at goes to its end.
+        What is done is removed from `left`, what others are at goes to its end. Of very many that others are
+        at, some are asked for at a time: near the end each of very many workers would ask for all again and
+        again, which a network file system feels.
         """
         self.look_for_results()
+        taken = 0
         for _ in range(len(left)):
             name = left.popleft()
             if name not in claims:
@@ -219,7 +223,10 @@ class PretokenizeRun:
                         left.append(name)
                         return name
                     claims.release(name)  # another worker was done just before
+                taken += 1
             left.append(name)
+            if taken == _MOST_TAKEN:
+                break
         return None
 
     def tokenize_shards(self, name: str, left: deque[str], claims: Claims) -> None:

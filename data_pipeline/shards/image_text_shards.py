@@ -27,7 +27,7 @@ from data_pipeline.shards.conversations import (
     interleaved_parts,
 )
 from data_pipeline.shards.remote_files import is_remote, stream_remote
-from data_pipeline.shards.tar_members import iterate_samples
+from data_pipeline.shards.tar_members import BUFFER, iterate_samples
 
 _PIPE = "pipe:"
 _GZIP = b"\x1f\x8b"
@@ -94,7 +94,7 @@ def read_captions(parts: dict[str, bytes], default_language: str) -> dict[str, s
     """
     try:
         if "txt" in parts:
-            return {default_language: parts["txt"].decode("utf-8").strip()}
+            return {default_language: parts["txt"].decode("utf-8-sig").strip()}
         record = json.loads(parts["json"]) if "json" in parts else None
     except (ValueError, RecursionError) as error:
         raise BadSampleError(f"caption cannot be read: {error}") from error
@@ -201,7 +201,7 @@ def open_shard(url: str) -> IO[bytes]:
         except (ValueError, ImportError) as error:  # no such kind of address, or a package for it is missing
             raise OSError(str(error)) from error
     else:
-        stream = open(url, "rb")
+        stream = open(url, "rb", buffering=BUFFER)
     zipped = stream.peek(2)[:2] == _GZIP  # type: ignore[attr-defined]
     return gzip.open(stream) if zipped else stream  # type: ignore[return-value]
 

@@ -22,7 +22,7 @@ from data_pipeline.errors import DatasetError
 from data_pipeline.names import is_below
 from data_pipeline.shards.code_shards import temporary_name
 from data_pipeline.shards.remote_files import is_remote, read_remote
-from data_pipeline.shards.tar_members import TarError, locate_samples
+from data_pipeline.shards.tar_members import BUFFER, TarError, locate_samples
 
 META_FOLDER = ".nv-meta"
 _INFO_FILE = ".info.json"
@@ -144,7 +144,7 @@ def _index_shards(folder: Path, shards: list[str]) -> dict[str, int]:
 def _index_shard(tar: Path, number: int, writer: SqliteIndexWriter) -> int:
     """Index one shard: the offset of each sample and of the end, 8 bytes each, and rows for the data base."""
     try:
-        with open(tar, "rb") as file:
+        with open(tar, "rb", buffering=BUFFER) as file:
             places, end = locate_samples(file)
     except TarError as error:
         raise DatasetError(f"{tar}: {error}") from error

@@ -10,7 +10,7 @@ import io
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,12 +25,13 @@ from megatron.energon.rng import WorkerRng
 
 from data_pipeline.errors import DatasetError
 from data_pipeline.shards.index import local_index
-from data_pipeline.shards.remote_files import RemoteBlocks, fetch_remote, is_remote, with_retries
+from data_pipeline.shards.remote_files import RemoteBlocks, is_remote, with_retries
 from data_pipeline.shards.tar_members import TarError, iterate_samples
 
 logger = logging.getLogger(__name__)
 
 _PARALLEL_SLICES = 16
+_OFFSETS_AT_A_TIME = 4096
 
 
 @edataclass
@@ -41,6 +42,32 @@ class RawSample(Sample):
     shard: str
     entry: int = 0
     """Index of the blend entry it was read for."""
+
+
+class _Offsets:
+    """Where the samples of a shard begin, by its index, of which a stretch is read at a time.
+
+    The index of a shard of 100 GB can be tens of megabytes; a slice of its samples needs little of it.
+    """
+
+    def __init__(self, read: Callable[[int, int], bytes], samples: int) -> None:
+        """Read with `read`, from a byte on so many bytes."""
+        self._read, self._samples = read, samples
+        self._first = 0
+        self._offsets: list[int] = []
+
+    def bounds(self, number: int) -> tuple[int, int]:
+        """Return where a sample begins and where the next one does, or the shard's end is."""
+        at = number - self._first
+        if not 0 <= at < len(self._offsets) - 1:
+            at = number % _OFFSETS_AT_A_TIME
+            self._first = number - at
+            size = 8 * (min(_OFFSETS_AT_A_TIME, self._samples - self._first) + 1)
+            data = self._read(8 * self._first, size)
+            if len(data) < size:
+                raise TarError("its index is shorter than its samples ask for; prepare the data set again")
+            self._offsets = np.frombuffer(data, "<u8").tolist()
+        return self._offsets[at], self._offsets[at + 1]
 
 
 class LocalShardReader:
@@ -58,7 +85,7 @@ class LocalShardReader:
         self._excluded = excluded
         self._starts = [0, *np.cumsum([shard.count for shard in shards]).tolist()]
         self._skip_unreadable = skip_unreadable
-        self._open: dict[int, tuple[Any, np.ndarray]] = {}
+        self._open: dict[int, tuple[Any, _Offsets]] = {}
 
     def _find(self, shards: Sequence[ShardInfo]) -> list[str]:
         return [str(shard.path.local_path()) for shard in shards]
@@ -80,7 +107,7 @@ class LocalShardReader:
         number = index - self._starts[shard]
         try:
             file, offsets = self._open_shard(shard)
-            start, end = int(offsets[number]), int(offsets[number + 1])
+            start, end = offsets.bounds(number)
             data = self._read_range(file, start, end - start)
         except Exception:
             self._open.pop(shard, None)
@@ -98,17 +125,21 @@ class LocalShardReader:
     def _read_range(self, file: Any, start: int, size: int) -> bytes:
         return os.pread(file.fileno(), size, start)
 
-    def _open_shard(self, shard: int) -> tuple[Any, np.ndarray]:
+    def _open_shard(self, shard: int) -> tuple[Any, _Offsets]:
         opened = self._open.pop(shard, None)
         if opened is None:
-            opened = self._open_files(self._paths[shard])
+            opened = self._open_files(self._paths[shard], self._starts[shard + 1] - self._starts[shard])
             if len(self._open) > _PARALLEL_SLICES:
                 self._open.pop(next(iter(self._open)))
         self._open[shard] = opened  # last in the order of use
         return opened
 
-    def _open_files(self, path: str) -> tuple[Any, np.ndarray]:
-        return open(path, "rb", buffering=0), np.fromfile(f"{path}.idx", dtype="<u8")
+    def _open_files(self, path: str, samples: int) -> tuple[Any, _Offsets]:
+        def read_index(start: int, size: int) -> bytes:
+            with open(f"{path}.idx", "rb", buffering=0) as index:
+                return os.pread(index.fileno(), size, start)
+
+        return open(path, "rb", buffering=0), _Offsets(read_index, samples)
 
 
 class RemoteShardReader(LocalShardReader):
@@ -125,9 +156,10 @@ class RemoteShardReader(LocalShardReader):
     def _read_range(self, file: Any, start: int, size: int) -> bytes:
         return file.read(start, size)
 
-    def _open_files(self, path: str) -> tuple[Any, np.ndarray]:
-        offsets = np.frombuffer(fetch_remote(f"{path}.idx"), dtype="<u8")
-        return RemoteBlocks(path, int(offsets[-1])), offsets
+    def _open_files(self, path: str, samples: int) -> tuple[Any, _Offsets]:
+        index = RemoteBlocks(f"{path}.idx", 8 * (samples + 1))
+        end = int.from_bytes(index.read(8 * samples, 8), "little")
+        return RemoteBlocks(path, end), _Offsets(index.read, samples)
 
 
 class _SliceRng(WorkerRng):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import IO
 
 BLOCK = 512
+BUFFER = 1 << 20
+"""Bytes by which to read a tar, also for its headers alone: on a network a request for each is slower."""
 _EMPTY = bytes(BLOCK)
 _READ_AT_A_TIME = 1 << 20
 _CHECKSUM = re.compile(rb" *[0-7]+[ \0]*")
@@ -148,9 +150,9 @@ def _long_name(content: bytes, kind: bytes) -> str | None:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Return key and part of a file's name (`a/k.0.jpg` -> `a/k`, `0.jpg`); None for files of no sample."""
+    """Return key and part of a file's name (`a/K.0.JPG` -> `a/K`, `0.jpg`); None for files of no sample."""
     match = _NAME.match(name)
-    return None if match is None or _META.match(name) else (match[1], match[2])
+    return None if match is None or _META.match(name) else (match[1], match[2].lower())
 
 
 def iterate_samples(stream: IO[bytes], fragment: bool = False) -> Iterator[tuple[str, dict[str, bytes]]]:

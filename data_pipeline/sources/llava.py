@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from data_pipeline.whole_folder import whole_folder
 
 REJECTED = "rejected.jsonl"
 TURNS_LEFT_OUT = "turns_left_out.jsonl"
+_NO_SUCH_FILE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 @dataclass
@@ -104,6 +106,8 @@ def _sample(key: str, record: Any, images: Path) -> tuple[dict[str, Any], list[A
         raise ValueError("no conversations")
     names = record.get("image") or []
     names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list):
+        raise ValueError(f"image is {names!r:.80}, expected the name of a picture or a list of names")
     sample: dict[str, Any] = {"__key__": key}
     for index, name in enumerate(names):
         if not is_image_part(str(name)):
@@ -112,8 +116,10 @@ def _sample(key: str, record: Any, images: Path) -> tuple[dict[str, Any], list[A
             raise ValueError(f"{name}: not a name below the folder of the pictures")
         try:
             data = (images / name).read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise ValueError(f"{name}: {error.strerror}") from error
+        except OSError as error:
+            if error.errno not in _NO_SUCH_FILE:
+                raise
+            raise ValueError(f"{name:.80}: {error.strerror}") from error
         sample[f"{index}.{name.rpartition('.')[2].lower()}"] = data
     turns, left_out = _learned_turns(record["conversations"], bool(names))
     kept = {**({"id": record["id"]} if "id" in record else {}), "conversations": turns}

@@ -163,7 +163,10 @@ class _DocumentTaskEncoder(TaskEncoder):
         if entry.view == "text":
             if "txt" not in sample.parts:
                 raise ValueError(f"no txt among its parts {sorted(sample.parts)}, as the view text needs")
-            return Document([TextPart(sample.parts["txt"].decode("utf-8"))], sample.__key__)
+            text = sample.parts["txt"].decode("utf-8-sig")
+            if not text.strip():
+                raise LeftOut("an empty text")  # it would teach to write nothing
+            return Document([TextPart(text)], sample.__key__)
         if missing := {CODES_PART, JSON_PART} - sample.parts.keys():
             raise ValueError(f"lacks {', '.join(sorted(missing))}")
         features = sample.parts.get(FEATURES_PART) if self.layout.features else None

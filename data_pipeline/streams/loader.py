@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -17,6 +18,8 @@ from data_pipeline.streams.reader import Reader
 from data_pipeline.streams.states import STATE_VERSION, furthest_places, states_for
 
 T = TypeVar("T")
+
+_MOST_OPEN_FILES = 1 << 16
 
 
 def is_training(split: str) -> bool:
@@ -71,6 +74,7 @@ def load_blend(
     entries: Sequence[Weighted], workers: WorkerConfig, training: bool, slice_length: int, on_bad_sample: str
 ) -> list[LoadedDataset]:
     """Make the data sets of a blend, for Energon to draw from by their weights."""
+    _allow_open_files()
     skip = on_bad_sample == "skip"
     return [
         LoadedDataset(
@@ -79,6 +83,17 @@ def load_blend(
         )
         for index, entry in enumerate(entries)
     ]
+
+
+def _allow_open_files() -> None:
+    """Let this process, and those it starts, have as many files open as it may, up to 65536.
+
+    Each folder keeps some shards open, and the usual limit of 1024 is that of about 60 folders.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class StreamLoader(Generic[T]):

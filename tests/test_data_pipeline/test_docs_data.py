@@ -224,17 +224,23 @@ def test_llava_with_lines_lists_of_pictures_and_mistakes(tmp_path: Path) -> None
     source, images = llava_files(tmp_path), tmp_path / "pictures"
     records = json.loads(source.read_text(encoding="utf-8"))
     two = {**records[0], "image": ["coco/0001.jpg", "coco/0001.jpg"]}
+    wrong = [{**records[0], "image": image} for image in ("a.txt", 7, "long" * 99 + ".jpg")]
     lines = tmp_path / "lines.jsonl"
     lines.write_text(
-        "\n".join(map(json.dumps, [two, {"id": "x"}, {**records[0], "image": "a.txt"}])) + "\n\n",
+        "\n".join(map(json.dumps, [two, {"id": "x"}, *wrong])) + "\n\n",
         encoding="utf-8",
     )
     made = import_llava(lines, images, tmp_path / "lines")
-    assert (made.samples, made.images, made.shards, made.rejected) == (1, 2, 1, 2)
+    assert (made.samples, made.images, made.shards, made.rejected) == (1, 2, 1, 4)
     reasons = [
         json.loads(line)["reason"] for line in (tmp_path / "lines" / "rejected.jsonl").open(encoding="utf-8")
     ]
-    assert reasons == ["no conversations", "a.txt: not the name of a picture"]
+    assert reasons == [
+        "no conversations",
+        "a.txt: not the name of a picture",
+        "image is 7, expected the name of a picture or a list of names",
+        f"{'long' * 20}: File name too long",
+    ]
     source.write_text(json.dumps(records)[:-20], encoding="utf-8")
     with pytest.raises(DatasetError, match=r"llava\.json: cannot be read as json"):
         import_llava(source, images, tmp_path / "out")

@@ -435,6 +435,27 @@ def test_dali_takes_fewer_where_together_they_are_too_much(photograph, monkeypat
 
 
 @pytest.mark.skipif(not HAS_DALI, reason="DALI")
+def test_what_dali_gave_is_copied_before_its_next_run(photograph, monkeypatch):
+    """The way of a GPU, with a CPU's pipeline: runs overwrite what the ones before them gave."""
+    decoder = build_image_decoder(SIZE, "dali")
+    files = [encode(photograph.resize((side, 50)), "JPEG") for side in (40, 50, 60)]
+    expected = decoder(files).images
+    run, events = decoder._run, []
+
+    class Stream:
+        def synchronize(self) -> None:
+            events.append("copied")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(decoder, "_build", pytest.fail)
+    monkeypatch.setattr(decoder, "_run", lambda *batch: events.append("run") or run(*batch))
+    monkeypatch.setattr(dali, "_PIXELS_TOGETHER", 1)
+    decoder.on_gpu = True
+    assert torch.equal(decoder(files).images, expected)
+    assert events == ["run", "copied"] * 3
+
+
+@pytest.mark.skipif(not HAS_DALI, reason="DALI")
 @pytest.mark.parametrize("fit", ["resize", "crop"])
 def test_dali_decodes_no_more_pixels_at_a_time_than_it_may(pictures, photograph, monkeypatch, fit):
     decoder = build_image_decoder(SIZE, "dali", fit=fit)

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +29,8 @@ from data_pipeline.errors import DatasetError
 from data_pipeline.images.decoding import build_image_decoder
 from data_pipeline.pretokenize.claims import Claims
 from data_pipeline.pretokenize.command import dry_run, main, place_among_workers, pretokenize
-from data_pipeline.pretokenize.run import plan_outputs
-from data_pipeline.pretokenize.shard_tokenizer import Settings
+from data_pipeline.pretokenize.run import PretokenizeRun, checked_plan, plan_outputs
+from data_pipeline.pretokenize.shard_tokenizer import Settings, ShardTokenizer
 from data_pipeline.shards.code_shards import CodeSample, DatasetManifest, iterate_shard, verify_dataset
 from data_pipeline.shards.image_text_shards import expand_inputs, read_shard, source_address
 from data_pipeline.shards.tar_members import iterate_samples, locate_samples
@@ -763,6 +763,27 @@ def test_results_are_looked_up_in_proportion_to_the_shards(
     run(tmp_path / "in", tmp_path / "out", report=lines.append)
     assert 1 <= max(looks[f"in-{shard:03d}.tar.json"] for shard in range(shards)) <= 4
     assert "; 40 of 40 shards, " in lines[-2]
+
+
+def test_of_many_shards_that_others_are_at_some_are_asked_for_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_inputs(tmp_path / "in", shards=50, samples=1)
+    tokenizer = ShardTokenizer(StandInTokenizer(), build_image_decoder(SIZE, "pil"), Settings())
+    plan = checked_plan([str(tmp_path / "in")], tmp_path / "out")
+    late = PretokenizeRun(plan, tokenizer, tmp_path / "out", 2, print)
+    other, claims = (Claims(late.work / "claims") for _ in range(2))
+    *held, last = plan
+    assert all(other.acquire(name) for name in held)
+    link, links, found, left = os.link, [], [], deque(plan)
+    monkeypatch.setattr(os, "link", lambda *names: links.append(names) or link(*names))
+    while not found or found[-1] is None:
+        links.clear()
+        found.append(late.claim_shard(left, claims))
+        assert len(links) <= 16
+    assert found == [None, None, None, last] and sorted(left) == sorted(plan)
+    for one in (other, claims):
+        one.close()
 
 
 def test_the_command_with_a_real_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

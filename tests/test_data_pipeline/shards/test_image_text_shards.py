@@ -11,7 +11,9 @@ from data_pipeline.shards.image_text_shards import (
     image_parts,
     read_captions,
     read_sample,
+    read_shard,
 )
+from tests.test_data_pipeline.streams.test_streams import write_tar
 
 TALK = [
     {"from": "human", "value": "<image>\nWhat is it?"},
@@ -36,6 +38,7 @@ def test_captions_stay_beside_a_conversation_about_one_image():
     [
         ({"caption": "an egg"}, {}, {"nl": "an egg"}),
         ({}, {"txt": " an egg\n"}, {"nl": "an egg"}),
+        ({}, {"txt": "\ufeffan egg\r\n"}, {"nl": "an egg"}),  # as Windows marks UTF-8
         ({"captions": {"en": " ", "de": "ein Ei"}}, {}, {"de": "ein Ei"}),
         ({"captions": {"en": "\n"}}, {}, None),
         ({"captions": {}}, {}, None),
@@ -99,3 +102,12 @@ def test_images_of_different_formats_are_in_the_order_of_their_numbers():
     document = [{"image": 3}, {"text": "of"}, {"image": 0}, {"image": 1}, {"image": 2}]
     read = read_sample("k", {**parts, "json": json.dumps({"parts": document}).encode()})
     assert read.images == [b"0.jpeg", b"1.jpg", b"2.webp", b"10.png"]
+
+
+def test_names_in_capitals_say_the_same(tmp_path):
+    write_tar(
+        tmp_path / "a.tar", [("DSC_1.JPG", b"1"), ("DSC_1.TXT", b"one"), ("b.1.PNG", b"2"), ("b.JSON", b"{")]
+    )
+    (key, parts), (_, other) = read_shard(str(tmp_path / "a.tar"))
+    assert (key, parts) == ("DSC_1", {"jpg": b"1", "txt": b"one"}) and other.keys() == {"1.png", "json"}
+    assert read_sample(key, parts).captions == {"en": "one"}

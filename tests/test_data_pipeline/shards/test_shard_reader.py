@@ -3,7 +3,9 @@
 import io
 import logging
 import os
+import struct
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,38 @@ def test_transient_errors_are_tried_again(
     with caplog.at_level(logging.WARNING):
         assert LocalShardReader(shards, skip_unreadable=True)[1] is None
     assert "stale file handle" in caplog.text
+
+
+def test_of_a_very_long_index_only_a_stretch_is_read(tmp_path: Path) -> None:
+    """That of a shard of 4 million samples has 32 MB, and a shard is opened anew for each slice."""
+    samples, content = 1 << 22, packed("a")
+    (tmp_path / "a.tar").write_bytes(content)
+    with open(tmp_path / "a.tar.idx", "wb") as index:
+        index.seek(8 * (samples - 1))
+        index.write(struct.pack("<2Q", 0, 1536))
+    shard = ShardInfo(name="a.tar", path=EPath(tmp_path / "a.tar"), count=samples)
+    tracemalloc.start()
+    sample = LocalShardReader([shard])[samples - 1]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sample is not None and sample["key"] == "a" and peak < 1 << 20
+    os.truncate(tmp_path / "a.tar.idx", 8 * samples)
+    with pytest.raises(
+        DatasetError, match=r"a\.tar: sample 4194303 .*: its index is shorter than its samples"
+    ):
+        LocalShardReader([shard])[samples - 1]
+
+
+def test_samples_on_both_sides_of_a_stretch_of_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.shards.reader._OFFSETS_AT_A_TIME", 3)
+    write_tar(tmp_path / "a.tar", [(f"k{index}.txt", b"%d" % index * index) for index in range(8)])
+    prepare_dataset(tmp_path)
+    reader = LocalShardReader([ShardInfo(name="a.tar", path=EPath(tmp_path / "a.tar"), count=8)])
+    for index in (0, 2, 3, 1, 7, 6, 5, 4, 3):
+        sample = reader[index]
+        assert sample is not None and sample["parts"] == {"txt": b"%d" % index * index}
 
 
 def test_slices_are_drawn_as_energon_draws_them() -> None:

@@ -398,3 +398,18 @@ def test_bad_data_sets_are_refused_in_one_line(tmp_path: Path, pairs: Path, text
     )
     (folder / ".nv-meta" / "split.yaml").unlink()
     refused("index .* is missing", config(BlendEntry(str(folder), "caption")), smaller)
+
+
+def test_an_empty_text_is_left_out_and_a_mark_of_utf_8_no_part_of_one(tmp_path: Path) -> None:
+    members = [
+        ("a.txt", b"\xef\xbb\xbfwords"),
+        ("b.txt", b""),
+        ("c.txt", b" \r\n"),
+        ("d.txt", b"\xef\xbb\xbf"),
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    prepare_dataset(tmp_path)
+    stream = loader(config(BlendEntry(str(tmp_path), "text")), split="val")
+    (batch,) = stream
+    assert [text_of(ids) for ids, _ in documents_of(batch)] == ["words"]
+    assert stream.statistics.left_out == {"an empty text": 3}

@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
+import resource
 import tarfile
 from collections import Counter
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.structs import ShardInfo
 from megatron.energon.savable_loader import SavableDatasetCheckpoint
 
+from data_pipeline.pretokenize.plan import count_shard
 from data_pipeline.shards.reader import PreparedShards
 from data_pipeline.streams import (
     DatasetError,
@@ -125,6 +129,25 @@ def test_a_folder_of_fewer_pictures_than_readers_has_its_share(images: Path, tmp
         f"few{index}" for index in range(5)
     ]
     assert len({key for loader in validation for batch in loader for key in batch.keys}) == 45
+
+
+def test_a_blend_of_many_folders_may_open_their_shards(tmp_path: Path) -> None:
+    """Each keeps some open; the usual limit is 1024."""
+    folders = []
+    for folder in (tmp_path / "a", tmp_path / "b", tmp_path / "c"):
+        folder.mkdir()
+        for shard in range(20):
+            write_tar(folder / f"{shard:02d}.tar", [(f"{folder.name}{shard:02d}.png", b"1")])
+        prepare_dataset(folder)
+        folders.append(ImageFolder(str(folder)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    try:
+        loader = image_loader(ImageStreamConfig(blend=folders, on_bad_sample="stop"), 4)
+        assert len({key for batch in keys(loader, 100) for key in batch}) == 60
+        loader.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_samples_that_are_excluded_from_the_split_are_not_read(tmp_path: Path) -> None:
@@ -316,6 +339,22 @@ def test_prepare_is_repeatable_and_refuses_bad_folders(tmp_path: Path) -> None:
     (tmp_path / "c.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:700])
     with pytest.raises(DatasetError, match=r"c\.tar.*(truncated|damaged)"):
         prepare_dataset(tmp_path)
+
+
+def requests_to_read() -> int:
+    """How often this process has asked the kernel for a part of a file."""
+    found = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines())
+    return int(found["syscr"])
+
+
+def test_shards_are_indexed_and_counted_with_few_requests(tmp_path: Path) -> None:
+    """On a network file system one for each sample is hours for some million of them."""
+    members = [(f"k{index:04d}.{part}", b"1" * 9000) for index in range(1000) for part in ("jpg", "json")]
+    write_tar(tmp_path / "a.tar", members)
+    for read in (partial(prepare_dataset, tmp_path), partial(count_shard, str(tmp_path / "a.tar"))):
+        before = requests_to_read()
+        read()
+        assert requests_to_read() - before < 200
 
 
 def test_damaged_folders_are_refused_in_one_line(tmp_path: Path) -> None:
