@@ -70,6 +70,12 @@ def deepspeed_settings(
     if settings.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
         # Without ZeRO, DeepSpeed in fp32 does not look for non-finite gradients before it steps.
         raise ConfigError(f"{name}: expected zero_optimization.stage 1, 2 or 3")
+    node, ranks = settings["zero_optimization"].get("zero_hpz_partition_size", 1), runtime.world_size
+    if ranks % max(1, min(node, ranks)):
+        raise ConfigError(
+            f"{name} sets zero_optimization.zero_hpz_partition_size={node} on {ranks} ranks: expected a "
+            "multiple of it; write the number of GPUs of a node into a copy"
+        )
     return settings
 
 

@@ -158,7 +158,7 @@ def start_runtime(config: JobConfig) -> Runtime:
         os.environ["MASTER_PORT"] = str(free_port())
     # DeepSpeed calls collectives by names that torch has since changed: hundreds of lines a run.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed reads it too
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)

@@ -203,7 +203,9 @@ class DualTokenVisualTokenizer(PreTrainedModel):
         text: dict[str, Tensor] = {}
         if input_ids is not None:  # here and not by the caller, so that every ZeRO level gathers what is read
             text["text_pooled"] = self.encode_text(input_ids)
-            text |= {"logit_scale": self.backbone.logit_scale, "logit_bias": self.backbone.logit_bias}
+            # Copies: ZeRO-3 empties the parameters themselves when the forward pass is over.
+            scale, bias = self.backbone.logit_scale.clone(), self.backbone.logit_bias.clone()
+            text |= {"logit_scale": scale, "logit_bias": bias}
         return VisualTokenizerOutput(
             codes=torch.stack([pixel.codes, semantic.codes], dim=2),
             reconstruction=reconstruction,

@@ -74,6 +74,15 @@ def test_conflicts_between_json_and_recipe(tmp_path, settings, message):
     assert message in str(caught.value) and "deepspeed.json" in str(caught.value)
 
 
+def test_ranks_that_are_no_whole_nodes_are_refused():
+    here = runtime()
+    for here.world_size in (1, 4, 8, 16):
+        deepspeed_settings(job("zero3_hpz.json"), here)
+    here.world_size = 12
+    with pytest.raises(ConfigError, match="hpz_partition_size=8 on 12 ranks: expected a multiple of it"):
+        deepspeed_settings(job("zero3_hpz.json"), here)
+
+
 def test_missing_and_broken_json(tmp_path):
     with pytest.raises(ConfigError, match="deepspeed=zero4: there is no such file; ds_configs has zero1"):
         deepspeed_settings(job("zero4"), runtime())

@@ -17,6 +17,7 @@ from PIL import Image
 
 from pretrain.config import JobConfig, WandbConfig
 from pretrain.metrics import MetricsLog, console_line
+from pretrain.runtime import free_port
 from tests.support.distributed import Ranks, run_function
 from tests.support.measured import is_measured
 from tests.support.toy_words import TOY_WORDS
@@ -297,10 +298,15 @@ def test_a_wandb_that_is_gone_ends_no_training(tmp_path, capsys):
 
 
 def test_a_closed_pipe_ends_no_training(tmp_path):
-    """As where an ssh connection ends: `... | true` reads nothing."""
+    """As where an ssh connection ends: `... | true` reads nothing.
+
+    Started as by what names ranks and no local ones, each alone on its machine, such as Kubeflow's operator.
+    """
     arguments = toy_arguments(tmp_path, "zero1", "steps=3")
     command = [sys.executable, "-m", "pretrain.train", *arguments]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    named = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, **named, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment.pop("LOCAL_RANK", None)
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as training:
         training.stdout.close()
         assert training.wait(300) == 0
