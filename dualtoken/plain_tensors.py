@@ -40,5 +40,5 @@ def read_plain(path: str | Path) -> Any:
             f"{path} is refused: it is not a plain file of tensors, reading it would run code ({reason}); "
             "where you trust it, load it there and save its 'state_dict' alone by torch.save"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # what begins like a pickle and is none raises anything, such as KeyError
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); is it whole?") from error

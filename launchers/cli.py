@@ -11,6 +11,7 @@ from launchers.errors import UserError
 RAISE = "DUALTOKEN_TRACEBACK"
 GO_ON = ("quickstart", "train", "pretokenize", "overfit", "evaluate", "ablate", "sweep")
 """Commands that, started again, keep what they had done."""
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="dualtoken",
@@ -37,11 +38,12 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of defaults in its own configs
     try:
         code = app(standalone_mode=False)
-    except KeyboardInterrupt:
+        if code == INTERRUPTED:  # typer makes this of Ctrl-C
+            raise KeyboardInterrupt
+    except (KeyboardInterrupt, typer.Abort):
         goes_on = sys.argv[1:] and sys.argv[1] in GO_ON
-        _fail(f"stopped{'; started again, the same command goes on where it was' * bool(goes_on)}", 130)
-    except typer.Abort:
-        _fail("stopped", 130)
+        hint = "; started again, the same command goes on where it was" if goes_on else ""
+        _fail(f"stopped{hint}", INTERRUPTED)
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if usage is not None:  # the command line itself is wrong

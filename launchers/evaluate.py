@@ -1,13 +1,15 @@
 """`dualtoken evaluate`: tasks side by side, a process for each core at most, or in turn on several ranks."""
 
+import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +110,25 @@ def _results(names: Sequence[str], asked: Evaluation) -> Iterator[tuple[TaskResu
     # Read by the workers' torch when they start: small models gain more from a second process.
     os.environ["OMP_NUM_THREADS"] = str(processes.available_cores() // workers)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(_take, unit, asked) for unit in units]
+        with _deaf_to_interrupts():  # handed down to the workers: this process hears Ctrl-C, and ends them
+            running = [pool.submit(_take, unit, asked) for unit in units]
         try:
             for future in as_completed(running):
                 yield from future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():
+                worker.terminate()
             raise
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _take(unit: Sequence[str], asked: Evaluation) -> list[tuple[TaskResult, float]]:

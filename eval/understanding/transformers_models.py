@@ -35,7 +35,7 @@ class TransformersAnswerer:
             )
             config = cached_file(self.name, "config.json")
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:200]  # of hundreds of classes and their tracebacks
             raise ValueError(
                 f"{model}: transformers cannot load it for pictures with text ({reason}); "
                 "expected a model and its processor, in a folder or by their name on the hub"

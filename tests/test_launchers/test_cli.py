@@ -131,14 +131,20 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         cli.main()
 
 
-@pytest.mark.parametrize(("command", "goes_on"), [("evaluate", True), ("caption", False)])
-def test_only_what_goes_on_says_so(command, goes_on, capsys, monkeypatch):
-    def interrupted(**_):
+@pytest.mark.parametrize(
+    ("command", "works", "goes_on"),
+    [("evaluate", "evaluate.run_command", True), ("caption", "use.caption_files", False)],
+)
+def test_stopped_commands_say_so(command, works, goes_on, capsys, monkeypatch):
+    """Where a person presses Ctrl-C: inside a command; typer turns that into an exit code."""
+
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", interrupted)
-    code, _, err = call([command, "cat.png"], capsys)
-    assert code == 130 and err.startswith("error: stopped") and ("goes on where it was" in err) == goes_on
+    monkeypatch.setattr(f"launchers.{works}", interrupted)
+    code, _, err = call([command, *["cat.png"] * (command == "caption")], capsys)
+    assert code == 130 and err.startswith("error: stopped") and err.count("\n") == 1
+    assert ("goes on where it was" in err) == goes_on
 
 
 def test_the_traceback_can_be_asked_for(monkeypatch):

@@ -231,6 +231,14 @@ def test_damaged_missing_and_foreign_files_are_named(tmp_path):
     half.write_bytes(checkpoint.read_bytes()[:5000])
     with pytest.raises(ValueError, match="half.pt"):
         read_tensors(half)
+    for name, content in (
+        ("text.pt", b"hello\n"),
+        ("empty.pt", b""),
+        ("page.pt", b"<!doctype html>\n<p>404"),
+    ):
+        (tmp_path / name).write_bytes(content)  # the first is a KeyError to the unpickler
+        with pytest.raises(ValueError, match=f"{name} (cannot be read|is refused)"):
+            read_tensors(tmp_path / name)
     torch.save({"weights": {}}, tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match="no 'state_dict'; found weights"):
         load_released(tmp_path / "config.json", tmp_path / "foreign.pt")
