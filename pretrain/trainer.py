@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from data_pipeline.errors import DatasetError
+from data_pipeline.shards.code_shards import write_atomically
 from pretrain.checkpoints.engines import engine_files, load_checkpoint
 from pretrain.checkpoints.finding import find_checkpoint, starter
 from pretrain.checkpoints.writer import CheckpointWriter
@@ -182,6 +183,11 @@ class Trainer:
         )
         for line in self.task.describe():
             self.log.say(line)
+        warmup, steps = self.config.optimizer.warmup_steps, self.config.steps
+        if warmup >= steps:
+            self.log.say(
+                f"warning: optimizer.warmup_steps={warmup} of steps={steps}: the rate never reaches optimizer.lr"
+            )
         self.log.say(f"resumed from {checkpoint}" if checkpoint else f"started in {runtime.run_dir}")
 
     def _loop(self, collect_garbage: Callable[[int], None]) -> bool:
@@ -348,7 +354,7 @@ class Trainer:
                 "world_size": self.runtime.world_size,
                 "precision": str(self.runtime.dtype).removeprefix("torch."),
             }
-            (folder / "done.json").write_text(json.dumps(done, indent=1), encoding="utf-8")
+            write_atomically(folder / "done.json", json.dumps(done, indent=1))
         self.log.say(f"finished after {self._elapsed():.1f} s; exported to {folder / 'export'}")
 
 

@@ -314,7 +314,8 @@ def test_a_closed_pipe_ends_no_training(tmp_path):
 
 
 def test_a_signal_during_the_start_stops_after_the_first_step(tmp_path):
-    with Ranks("pretrain.train", toy_arguments(tmp_path, "zero1"), world_size=1) as ranks:
+    arguments = toy_arguments(tmp_path, "zero1", "optimizer.warmup_steps=6")
+    with Ranks("pretrain.train", arguments, world_size=1) as ranks:
         (process,) = ranks.processes
         status = Path(f"/proc/{process.pid}/status")
         while not caught(status) & 1 << (signal.SIGUSR1 - 1):  # Python itself is still starting
@@ -323,6 +324,8 @@ def test_a_signal_during_the_start_stops_after_the_first_step(tmp_path):
         process.send_signal(signal.SIGUSR1)
         finished = ranks.wait().check()
     assert "stopped by SIGUSR1 after step 1; checkpoint written" in finished.output
+    never = "warning: optimizer.warmup_steps=6 of steps=6: the rate never reaches optimizer.lr"
+    assert never in finished.output
     assert (tmp_path / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_00000001"
 
 
