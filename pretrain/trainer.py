@@ -186,7 +186,8 @@ class Trainer:
         warmup, steps = self.config.optimizer.warmup_steps, self.config.steps
         if warmup >= steps:
             self.log.say(
-                f"warning: optimizer.warmup_steps={warmup} of steps={steps}: the rate never reaches optimizer.lr"
+                f"warning: optimizer.warmup_steps={warmup} of steps={steps}: "
+                "the rate never reaches optimizer.lr"
             )
         self.log.say(f"resumed from {checkpoint}" if checkpoint else f"started in {runtime.run_dir}")
 
