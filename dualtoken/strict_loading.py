@@ -6,6 +6,8 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 
 def load_strictly(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """Call a `from_pretrained` and return the model with its report, which names no trouble.
@@ -18,6 +20,7 @@ def load_strictly(load: Callable[..., Any], source: Any, *args: Any, **kwargs: A
         ValueError: weights are missing, superfluous or of another shape than the config says, or in a file
             that would run code.
     """
+    transformers_logging.disable_progress_bar()  # in the midst of a log
     # Misshapen weights are let through to be refused here, in one line with the others.
     settings = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:

@@ -16,7 +16,6 @@ from transformers import (
     SiglipImageProcessor,
     SiglipModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from dualtoken.strict_loading import load_strictly
 from eval.generation.drawing import Drawing
@@ -44,7 +43,6 @@ class ClipScorer:
         """
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"no CLIP in {folder}: {EXPECTED}")
-        transformers_logging.disable_progress_bar()
         config = AutoConfig.from_pretrained(folder)
         if config.model_type not in KINDS:
             raise ValueError(f"{folder} holds a {config.model_type!r} model: {EXPECTED}")

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from data_pipeline.images.decoding import normalise
 from dualtoken.visual_tokenizer.backbone import hidden_states_after, load_backbone, model_folder, pool
@@ -46,7 +45,6 @@ def load_siglip_features(path: str | Path, device: str | torch.device = "cpu") -
         ValueError: it is another kind of model, or its weights do not fit.
     """
     folder = model_folder(path)
-    transformers_logging.disable_progress_bar()
     return SiglipFeatures(
         load_backbone(folder).vision_model, fingerprint_of_files(folder), torch.device(device)
     )

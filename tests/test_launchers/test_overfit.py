@@ -1,6 +1,7 @@
 """`dualtoken overfit`: real trainings of a tiny model on pairs of a tiny run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +116,8 @@ def test_pictures_of_several_pairs_are_ranked(run, monkeypatch):
         assert "no better than by chance" in overfit.shortfall(result, 3)
     result.recall["recall"] = 1.0
     assert result.beats_chance and overfit.shortfall(result, 3) is None
+    two = replace(result, pairs=result.pairs[:2], recall={"recall": 1.0, "chance": 0.5})
+    assert not two.beats_chance and overfit.shortfall(two, 3) is None  # more than both there is not
 
 
 def test_mistakes_are_one_line(dualtoken, run, tmp_path):
