@@ -14,6 +14,7 @@ import torch
 from transformers import AutoProcessor, ProcessorMixin, SiglipImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
 
+from dualtoken.pictures import as_rgb
 from dualtoken.unified_model.config import DualTokenConfig
 from dualtoken.unified_model.sequence import (
     IMAGE_TAG,
@@ -241,7 +242,7 @@ class DualTokenProcessor(ProcessorMixin):
                 crops[index] = torch.cat([crops[index], in_tiles])
             elif tiles is not None:
                 is_tensor = isinstance(image, torch.Tensor)
-                pixels = wholes[index].permute(1, 2, 0) if is_tensor else np.array(_on_white(image))
+                pixels = wholes[index].permute(1, 2, 0) if is_tensor else np.array(as_rgb(image))
                 part.size = int(pixels.shape[0]), int(pixels.shape[1])
                 crops[index] = torch.cat([crops[index], tiles.cut(pixels, _resized)])
         if vision_tower is not None:
@@ -269,7 +270,7 @@ class DualTokenProcessor(ProcessorMixin):
                 f"image {index} is a {type(image).__name__}, expected a PIL image or a tensor; "
                 "open files with PIL.Image.open"
             )
-        return self.image_processor(_on_white(image), return_tensors="pt")["pixel_values"][0]
+        return self.image_processor(as_rgb(image), return_tensors="pt")["pixel_values"][0]
 
     def _checked(self, codes: Any, index: int) -> torch.Tensor:
         codes = torch.as_tensor(codes)
@@ -302,20 +303,6 @@ def _resized(pixels: Any, height: int, width: int) -> torch.Tensor:
 
     image = Image.fromarray(np.ascontiguousarray(pixels))
     return torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BICUBIC)))
-
-
-def _on_white(image: Image) -> Image:
-    """RGB, as the images of training were decoded: turned as EXIF says, with transparency shown as white."""
-    from PIL import Image, ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # PIL's own conversion clips 16-bit grey at 255
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")
 
 
 AutoProcessor.register(DualTokenConfig, DualTokenProcessor, exist_ok=True)

@@ -12,17 +12,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data_pipeline.images.header import BadImageError, ImageHeader, read_header, without_metadata
+from dualtoken.pictures import as_rgb
 from dualtoken.unified_model.tiles import Tiles
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -78,40 +76,9 @@ def decode_rgb(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(without_metadata(data))) as file:
             file.load()
-            image = _upright(file)
-            if image.mode in ("I;16", "I;16B", "I;16L", "I"):
-                # PIL's own conversion clips 16-bit grey at 255.
-                grey = np.asarray(image).astype(np.uint32) >> 8
-                return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            return np.array(as_rgb(file))
     except Exception as error:  # PIL's plugins raise anything from OSError to SyntaxError and struct.error
         raise BadImageError(f"cannot be decoded: {' '.join(str(error).split())[:200]}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF says; damaged EXIF says nothing, as for the other backends.
-
-    PIL's `exif_transpose` also writes the EXIF anew, and so fails on some that can be read.
-    """
-    from PIL import Image
-
-    try:
-        orientation: Any = image.getexif().get(0x0112)
-    except Exception:  # PIL raises anything, from SyntaxError to struct.error
-        return image
-    turn = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }.get(orientation)
-    return image if turn is None else image.transpose(turn)
 
 
 class ImageDecoder:

@@ -88,15 +88,19 @@ def test_images_take_the_places_of_their_tags(processor):
             assert torch.equal(x.codes, y.codes) if isinstance(x, ImagePart) else x == y
 
 
-@pytest.mark.parametrize("kind", ["turned", "16-bit grey"])
+@pytest.mark.parametrize("kind", ["turned", "16-bit grey", "damaged EXIF"])
 def test_pictures_are_seen_as_training_decoded_them(processor, kind):
     file, exif = io.BytesIO(), Image.Exif()
-    if kind == "turned":
+    if kind != "16-bit grey":
         exif[0x0112] = 6  # as a camera on its side writes it
+        exif[0x0131] = "a program"
         picture = Image.fromarray(np.tile(np.arange(0, 240, 8, dtype=np.uint8), (20, 1))).convert("RGB")
     else:
         picture = Image.fromarray(np.tile(np.arange(0, 60000, 2000, dtype=np.uint16), (20, 1)))
-    picture.save(file, "PNG", exif=exif)
+    written = exif.tobytes()
+    if kind == "damaged EXIF":  # a width that is a text can be read, but not written anew
+        written = written.replace(b"\x01\x31\x00\x02", b"\x01\x00\x00\x02")
+    picture.save(file, "PNG", exif=written)
     found = processor._pixels(Image.open(file), 0)
     expected = processor._pixels(Image.fromarray(decode_rgb(file.getvalue())), 0)
     assert torch.equal(found, expected) and len(found.unique()) > 10
