@@ -180,12 +180,14 @@ def source_address(shard: str) -> str:
 
     These may be tokens, which change and are nobody else's business.
     """
-    return without_tokens(shard) if is_remote(shard) else os.path.abspath(shard)
+    if is_remote(shard):
+        return re.sub("://[^/]*@", "://", shard).partition("?")[0]
+    return os.path.abspath(shard)
 
 
 def without_tokens(text: str) -> str:
-    """Return a text with its addresses as `source_address` gives them."""
-    return re.sub(r"(://)(?:[^/\s]*@)?([^?\s]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
+    """Return a text, such as an error's, with its addresses without user, password and query."""
+    return re.sub(r"(://[^?\s]*)\?[^\s'\"]*", r"\1", re.sub(r"://[^/\s]*@", "://", text))
 
 
 def open_shard(url: str) -> IO[bytes]:

@@ -665,6 +665,8 @@ def test_addresses_are_kept_without_tokens(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     assert source_address("a/b.tar") == str(tmp_path / "a" / "b.tar")
     assert source_address("https://me:secret@host/a.tar?token=1/2") == "https://host/a.tar"
+    assert source_address("https://host/My pictures/a.tar?token=1") == "https://host/My pictures/a.tar"
+    assert source_address("zip://a.tar::https://me:secret@host/b") == "zip://a.tar::https://host/b"
 
 
 def test_claims(tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ def test_a_shard_that_stays_away_is_reported_without_its_token(tmp_path: Path, s
     assert f"the shard cannot be read: {address} 404" in text and "secret" not in text
     reason = f"503, message='No', url='{address}?a=b&token=secret' and s3://me:secret@host/b: 'no'"
     assert without_tokens(reason) == f"503, message='No', url='{address}' and s3://host/b: 'no'"
+    assert without_tokens("zip://a::s3://me:secret@host/b: no") == "zip://a::s3://host/b: no"
 
 
 def test_dry_run_looks_into_few_remote_shards(tmp_path: Path, server: Server) -> None:
