@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisi
 from transformers.models.siglip.modeling_siglip import SiglipTextModel, SiglipVisionModel
 
 from dualtoken.strict_loading import load_strictly
+
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class Backbone(nn.Module):
@@ -91,13 +94,17 @@ def patches_alone(vision_model: SiglipVisionModel, images: Tensor) -> Tensor:
 
 @contextmanager
 def _full_precision_convolutions() -> Iterator[None]:
-    """Switch TF32 off, which torch has on for convolutions of fp32 on GPUs: codes depend on the patches."""
+    """Switch TF32 off, which torch has on for convolutions of fp32 on GPUs: codes depend on the patches.
+
+    It is switched for all threads, so they take turns: one would switch it on again while another encodes.
+    """
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    previous, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = previous
+    with _ONE_AT_A_TIME:
+        previous, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            convolutions.fp32_precision = previous
 
 
 def pool(vision_model: SiglipVisionModel, hidden: Tensor, layer: int) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -13,7 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, SiglipModel
 
 import dualtoken
-from dualtoken.visual_tokenizer.backbone import FrozenTeacher, hidden_states_after, load_backbone
+from dualtoken.visual_tokenizer.backbone import (
+    FrozenTeacher,
+    _full_precision_convolutions,
+    hidden_states_after,
+    load_backbone,
+)
 from dualtoken.visual_tokenizer.config import PRESETS, preset_config
 from dualtoken.visual_tokenizer.model import DualTokenVisualTokenizer
 from dualtoken.visual_tokenizer.quantizer import MultiCodebookVQ
@@ -105,6 +111,13 @@ def test_patches_are_embedded_without_tf32():
     before = convolutions.fp32_precision
     model.encode(images(1))
     assert found == ["ieee"] * 2 and convolutions.fp32_precision == before
+    # Nor while another thread is done with its own, and would switch it on.
+    with ThreadPoolExecutor(1) as threads, _full_precision_convolutions():
+        other = threads.submit(model.encode, images(1))
+        wait([other], 0.2)
+        assert len(found) == 2
+    other.result()
+    assert found == ["ieee"] * 4 and convolutions.fp32_precision == before
 
 
 def test_branches_read_the_layers_they_are_told():
