@@ -69,7 +69,7 @@ def hidden_states_after(
             f"resize to {size} pixels and scale to [-1, 1]"
         )
     require_scaled(images)
-    with _full_precision_convolutions():
+    with full_precision_convolutions():
         hidden = vision_model.embeddings(images)
     found = {0: hidden} if 0 in layers else {}
     for number, layer in enumerate(vision_model.encoder.layers[: max(layers)], start=1):
@@ -88,13 +88,13 @@ def require_scaled(images: Tensor) -> None:
 def patches_alone(vision_model: SiglipVisionModel, images: Tensor) -> Tensor:
     """Return the embedded patches ``[B, P, C]`` of ``images [B, 3, H, W]``, without their positions."""
     embed = vision_model.embeddings.patch_embedding
-    with _full_precision_convolutions():
+    with full_precision_convolutions():
         return embed(images.to(embed.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 @contextmanager
-def _full_precision_convolutions() -> Iterator[None]:
-    """Switch TF32 off, which torch has on for convolutions of fp32 on GPUs: codes depend on the patches.
+def full_precision_convolutions() -> Iterator[None]:
+    """Switch TF32 off, which torch has on for convolutions of fp32 on GPUs: codes depend on them.
 
     It is switched for all threads, so they take turns: one would switch it on again while another encodes.
     """

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from dualtoken.digest import sha256_of
 from dualtoken.strict_loading import load_strictly
-from dualtoken.visual_tokenizer.backbone import require_scaled
+from dualtoken.visual_tokenizer.backbone import full_precision_convolutions, require_scaled
 from dualtoken.visual_tokenizer.nearest import NearestCodeSearch, NonFiniteError
 from dualtoken.visual_tokenizer.vq_config import SCALING, VQTokenizerConfig
 
@@ -85,8 +85,10 @@ class VQTokenizer(PreTrainedModel):
             )
         require_scaled(images)
         search = NearestCodeSearch(self._code_vectors())
+        with full_precision_convolutions():
+            latents = self.latents(images)
         try:
-            codes = search(self.latents(images).flatten(0, 1).float())
+            codes = search(latents.flatten(0, 1).float())
         except NonFiniteError:
             if not torch.isfinite(images).all():
                 raise NonFiniteError("images contain NaN or infinity; check the image decoding") from None

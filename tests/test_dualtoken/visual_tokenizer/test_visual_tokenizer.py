@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, SiglipModel
 import dualtoken
 from dualtoken.visual_tokenizer.backbone import (
     FrozenTeacher,
-    _full_precision_convolutions,
+    full_precision_convolutions,
     hidden_states_after,
     load_backbone,
 )
@@ -112,7 +112,7 @@ def test_patches_are_embedded_without_tf32():
     model.encode(images(1))
     assert found == ["ieee"] * 2 and convolutions.fp32_precision == before
     # Nor while another thread is done with its own, and would switch it on.
-    with ThreadPoolExecutor(1) as threads, _full_precision_convolutions():
+    with ThreadPoolExecutor(1) as threads, full_precision_convolutions():
         other = threads.submit(model.encode, images(1))
         wait([other], 0.2)
         assert len(found) == 2

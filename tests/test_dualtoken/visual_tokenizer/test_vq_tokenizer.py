@@ -148,6 +148,16 @@ def test_norms_of_batches_stay_what_they_are():
     assert torch.equal(tokenizer.encode(images()), codes) and tokenizer.fingerprint() == known
 
 
+def test_codes_are_found_without_tf32():
+    """It is on by default for convolutions on GPUs."""
+    tokenizer, found = vq_tokenizer("janus_vqgan"), []
+    convolutions = torch.backends.cudnn.conv
+    tokenizer.vq.quant_conv.register_forward_hook(lambda *_: found.append(convolutions.fp32_precision))
+    before = convolutions.fp32_precision
+    tokenizer.encode(images())
+    assert found == ["ieee"] and before == convolutions.fp32_precision != "ieee"
+
+
 def test_wrong_inputs_are_refused():
     tokenizer = vq_tokenizer("janus_vqgan")
     with pytest.raises(ValueError, match=r"images have shape \(1, 3, 8, 8\), expected \[B, 3, 16, 16\]"):
