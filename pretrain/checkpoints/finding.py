@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from pretrain.config import ConfigError, JobConfig
 
 if TYPE_CHECKING:  # who converts a checkpoint needs no DeepSpeed
@@ -103,18 +105,25 @@ def starter(config: JobConfig) -> list[str]:
     return [config.resume, os.environ.get("SLURM_JOB_ID", "")]
 
 
-def _is_started_again() -> bool:
-    counts = (os.environ.get(f"{name}_RESTART_COUNT") for name in ("SLURM", "TORCHELASTIC"))
-    return any(count not in (None, "", "0") for count in counts)
+def _since_the_first_start(config: JobConfig, folder: Path) -> list[Path]:
+    """The run's own checkpoints, the newest first, if it is started again by what started it; else none."""
+    by_slurm, by_torchrun = (
+        os.environ.get(f"{name}_RESTART_COUNT", "") not in ("", "0") for name in ("SLURM", "TORCHELASTIC")
+    )
+    if not by_slurm and not by_torchrun:
+        return []
+    # A job of Slurm has a number; what one torchrun, our parent, has started can only be told by the time.
+    begin = 0.0 if by_slurm else psutil.Process(os.getppid()).create_time()
+    states = [(path, read_state(path) or {}) for path in complete_checkpoints(folder)]
+    own = [(path, state) for path, state in states if state.get("started_by") == starter(config)]
+    return [path for path, state in own if state["written"] >= begin]
 
 
 def _candidates(config: JobConfig, folder: Path) -> tuple[list[Path], list[str], str]:
     """What may be resumed from, best first; lines about what may not; and what makes a start impossible."""
-    if config.resume != "auto" and _is_started_again():
-        # By the same words as the first time: to obey them once more would lose all steps since.
-        since = [path for path in complete_checkpoints(folder) if _started_by(path) == starter(config)]
-        if since:
-            return since, [], ""
+    # By the same words as the first time: to obey them once more would lose all steps since.
+    if config.resume != "auto" and (since := _since_the_first_start(config, folder)):
+        return since, [], ""
     if config.resume not in ("auto", "never"):
         path = Path(config.resume)
         if read_state(path) is None:
@@ -129,10 +138,6 @@ def _candidates(config: JobConfig, folder: Path) -> tuple[list[Path], list[str],
         return [], [], problem or ""
     incomplete = sorted({*folder.glob("step_*"), *folder.glob(".writing_*")} - set(own))
     return own, [f"{path} is incomplete and passed over" for path in incomplete], ""
-
-
-def _started_by(path: Path) -> Any:
-    return (read_state(path) or {}).get("started_by")
 
 
 def _damage(path: Path, runtime: Runtime) -> str:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -119,8 +120,15 @@ def test_a_job_started_again_by_the_same_words_loses_no_steps(tmp_path, monkeypa
         with monkeypatch.context() as patched:
             patched.setenv(restarts, "2")
             assert find(folder, words) == since and older.exists()
-            patched.setenv("SLURM_JOB_ID", "7")  # that of another job
-            assert words == "never" or find(folder, words) == of_before
+            if restarts.startswith("SLURM"):
+                patched.setenv("SLURM_JOB_ID", "7")  # that of another job
+            else:  # another torchrun, which began later
+                patched.setattr(psutil.Process, "create_time", lambda _: time.time())
+            if words == "never":
+                with pytest.raises(ConfigError, match="two runs would be mixed"):
+                    find(folder, words)
+            else:
+                assert find(folder, words) == of_before
 
 
 @pytest.mark.parametrize("failing_call", [1, 2])
