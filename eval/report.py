@@ -36,8 +36,8 @@ class Curve:
 
 def read_results(run: Path) -> dict[str, dict]:
     """The measures that have been taken, by name."""
-    paths = {name: run / "evaluation" / f"{name}.json" for name in MEASURES}
-    return {n: json.loads(p.read_text(encoding="utf-8")) for n, p in paths.items() if p.is_file()}
+    found = {name: read_json(run / "evaluation" / f"{name}.json") for name in MEASURES}
+    return {name: content for name, content in found.items() if content is not None}
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -109,5 +109,14 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict | None:
-    """Read a JSON file; None if it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """Read a JSON file; None if it is not there.
+
+    Raises:
+        ValueError: it is damaged; the message names it.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); remove it and have it made again") from None

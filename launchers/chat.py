@@ -58,6 +58,8 @@ def chat(
         UserError, ValueError, OSError: a model or one of `images` cannot be read.
     """
     chosen = Sampling(**sampling)
+    if sys.stdin is None:
+        raise UserError("standard input is closed; type messages, or send them through a pipe")
     unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer, precision)
     sight = load_sight(unified.config, text_tokenizer, tokenizer, vision_tower)
     style, notes = choose_template(template, model)

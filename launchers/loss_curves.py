@@ -156,7 +156,8 @@ def plot_losses(runs: Mapping[str, tuple[str, LossCurves]], path: Path) -> None:
 def _draw(axes: Any, key: str, curves: LossCurves, colour: Any) -> None:
     trained, held_out = curves.train.get(key, []), curves.val.get(key, [])
     if trained:
-        axes.plot(*zip(*trained, strict=True), color=colour, linewidth=1)
+        alone = "." if len(trained) == 1 else ""  # of one point there is no line
+        axes.plot(*zip(*trained, strict=True), color=colour, linewidth=1, marker=alone)
         spiked = [line.step for line in curves.spikes if key.removeprefix("loss/") in line.losses]
         _mark(axes, trained, spiked, colour, "v")
         if curves.wall_seconds is None:

@@ -78,9 +78,10 @@ def generate_files(
     from dualtoken.processing import DualTokenProcessor
     from dualtoken.visual_tokenizer.vq_tokenizer import VQTokenizer
 
+    output.mkdir(parents=True, exist_ok=True)  # told before anything is drawn, as what follows
     unified, text_tokenizer, tokenizer = load_models(model, visual_tokenizer, precision)
     if isinstance(tokenizer, VQTokenizer):
-        tokenizer.require_decoder()  # told before anything is drawn
+        tokenizer.require_decoder()
     sight = load_sight(unified.config, text_tokenizer, tokenizer, vision_tower)
     shown = sight.look(decode_files(images, sight.decoder())) if images else []
     processor = DualTokenProcessor.for_config(unified.config, text_tokenizer)

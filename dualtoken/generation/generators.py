@@ -61,7 +61,8 @@ def generate_images(
         codes [N, P, Q, D], for the visual tokenizer to decode.
     """
     start = [model.config.special.image_gen_start]
-    opened = [append(document, start) for document in open_documents(prompts, text_tokenizer, model)]
+    room = 1 + model.config.positions_per_image
+    opened = [append(document, start) for document in open_documents(prompts, text_tokenizer, model, room)]
     return write_images(model, opened, guidance_scale, Sampling(temperature, top_k, top_p), seed, progress)
 
 
@@ -216,9 +217,9 @@ def generate(
 
 
 def open_documents(
-    prompts: Sequence[Prompt], text_tokenizer: Any, model: DualTokenForCausalLM
+    prompts: Sequence[Prompt], text_tokenizer: Any, model: DualTokenForCausalLM, room: int = 1
 ) -> list[TokenizedDocument]:
-    """Lay out prompts to be continued.
+    """Lay out prompts to be continued by at least `room` tokens.
 
     Raises:
         ValueError: they are a single one, whose letters would be taken for prompts; or as `open_document`.
@@ -227,15 +228,17 @@ def open_documents(
         raise ValueError(
             f"prompts is a single {type(prompts).__name__}; expected a list of prompts: put it into one"
         )
-    return [open_document(prompt, text_tokenizer, model) for prompt in prompts]
+    return [open_document(prompt, text_tokenizer, model, room) for prompt in prompts]
 
 
-def open_document(prompt: Prompt, text_tokenizer: Any, model: DualTokenForCausalLM) -> TokenizedDocument:
-    """Lay out a prompt to be continued.
+def open_document(
+    prompt: Prompt, text_tokenizer: Any, model: DualTokenForCausalLM, room: int = 1
+) -> TokenizedDocument:
+    """Lay out a prompt to be continued by at least `room` tokens.
 
     Raises:
-        ValueError: a text has image tags, or an image of a document has the shape of other codes or lacks
-            the features that the model reads.
+        ValueError: a text has image tags, an image of a document has the shape of other codes or lacks the
+            features that the model reads, or the prompt is too long for the decoder.
     """
     config = model.config
     if isinstance(prompt, str):
@@ -250,7 +253,14 @@ def open_document(prompt: Prompt, text_tokenizer: Any, model: DualTokenForCausal
         if part.codes is None and not (part.loss or layout.codes):
             continue
         require_image_codes(part.codes, config.code_shape, index)
-    return tokenize_document(prompt, text_tokenizer, config.special, end=False, layout=layout)
+    document = tokenize_document(prompt, text_tokenizer, config.special, end=False, layout=layout)
+    most = model.decoder_config.max_position_embeddings
+    if len(document) + room > most:
+        raise ValueError(
+            f"a prompt has {len(document)} tokens; expected at most {most - room}: the model takes {most}, "
+            f"of which {room} for what follows"
+        )
+    return document
 
 
 def _kept(steps: Iterable[dict[int, int]], tokens: list[int], image_start: int) -> Iterator[int]:

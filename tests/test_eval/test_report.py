@@ -418,6 +418,14 @@ def test_an_empty_folder_is_an_error(tmp_path):
         build_report(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["evaluation/scenes.json", "evaluation/results.json", "chain.json"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    run = write_run(tmp_path / "run", results())
+    (run / name).write_text('{"tasks": ', encoding="utf-8")  # as a full disk leaves it
+    with pytest.raises(ValueError, match=f"{name} is no JSON .*; remove it"):
+        build_report(run)
+
+
 def test_verdicts():
     chance, teacher = Baseline("chance", 0.1), Baseline("the teacher", 0.8, bound=True)
     won = Comparison("R@1", 0.6, "share", [chance, teacher])

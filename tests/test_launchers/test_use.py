@@ -101,6 +101,8 @@ def test_precision_is_of_the_unified_model(dualtoken, run, monkeypatch):
     ("command", "arguments", "message"),
     [
         ("reconstruct", ["gone.png"], "no such file: gone.png"),
+        ("generate", ["red", "--out", "green.jpg/a"], "Not a directory: 'green.jpg/a'"),
+        ("chat", [], "standard input is closed; type messages, or send them through a pipe"),
         ("generate", ["a <image> here"], "the text has 1 <image> tags but 0 images; give one image for each"),
         ("generate", ["red", "--image", "green.jpg"], "the text has 0 <image> tags but 1 images"),
         ("caption", ["gone.png"], "no such file: gone.png"),
@@ -111,7 +113,8 @@ def test_precision_is_of_the_unified_model(dualtoken, run, monkeypatch):
         ("caption", ["green.jpg", "--max-new-tokens", "0"], "'--max-new-tokens'"),
     ],
 )
-def test_mistakes_are_one_line(dualtoken, command, arguments, message):
+def test_mistakes_are_one_line(dualtoken, monkeypatch, command, arguments, message):
+    monkeypatch.setattr("sys.stdin", None)
     code, _, err = dualtoken(command, *arguments)
     assert code == 2
     assert message in err and err.startswith("error: ") and err.count("\n") == 1

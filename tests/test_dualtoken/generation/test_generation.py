@@ -391,6 +391,18 @@ def test_wrong_settings_are_named(settings, message):
         Sampling(**settings)
 
 
+def test_prompts_longer_than_the_decoder_takes_are_named(model):
+    most = model.decoder_config.max_position_embeddings
+    room = 1 + model.config.positions_per_image
+    fits = "a" * (most - room - 1)  # behind the token that begins a document
+    assert generate_images(model, TOKENIZER, [fits]).shape[1] == room - 1
+    with pytest.raises(ValueError, match=f"has {most - room + 1} tokens; expected at most {most - room}"):
+        generate_images(model, TOKENIZER, ["a", f"{fits}a"])
+    assert len(generate_text(model, TOKENIZER, [f"{fits}a"], max_new_tokens=1)) == 1
+    with pytest.raises(ValueError, match=f"has {most} tokens; expected at most {most - 1}: the model takes"):
+        generate_text(model, TOKENIZER, ["a" * (most - 1)])
+
+
 def test_seeds_have_to_match_the_prompts(model):
     with pytest.raises(ValueError, match="got 2 seeds for 1 rows"):
         generate_images(model, TOKENIZER, ["a"], seed=[1, 2])
