@@ -297,16 +297,18 @@ def test_a_wandb_that_is_gone_ends_no_training(tmp_path, capsys):
     assert len((tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) >= 1
 
 
-def test_a_closed_pipe_ends_no_training(tmp_path):
+@pytest.mark.parametrize("named", [False, True])
+def test_a_closed_pipe_ends_no_training(tmp_path, named):
     """As where an ssh connection ends: `... | true` reads nothing.
 
-    Started as by what names ranks and no local ones, each alone on its machine, such as Kubeflow's operator.
+    Started by hand, and as by what names ranks and no local ones, each alone on its machine, such as
+    Kubeflow's operator.
     """
     arguments = toy_arguments(tmp_path, "zero1", "steps=3")
     command = [sys.executable, "-m", "pretrain.train", *arguments]
-    named = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment = {**os.environ, **named, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment.pop("LOCAL_RANK", None)
+    names = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    inherited = {key: value for key, value in os.environ.items() if key not in {*names, "LOCAL_RANK"}}
+    environment = {**inherited, **(names if named else {}), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as training:
         training.stdout.close()
         assert training.wait(300) == 0
