@@ -205,7 +205,7 @@ class PretokenizeRun:
         self._looked = time.monotonic()
 
     def claim_shard(self, left: deque[str], claims: Claims) -> str | None:
-        """Claim a shard of `left`; None if all are done or claimed, or the data set is complete.
+        """Claim a shard of `left`; None if none is to be had now, or the data set is complete.
 
         What is done is removed from `left`, what others are at goes to its end. Of very many that others are
         at, some are asked for at a time: near the end each of very many workers would ask for all again and
