@@ -187,7 +187,7 @@ class Trainer:
         if warmup >= steps:
             self.log.say(
                 f"warning: optimizer.warmup_steps={warmup} of steps={steps}: "
-                "the rate never reaches optimizer.lr"
+                "the rate rises to the end of the run"
             )
         self.log.say(f"resumed from {checkpoint}" if checkpoint else f"started in {runtime.run_dir}")
 
