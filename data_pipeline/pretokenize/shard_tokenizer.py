@@ -206,11 +206,12 @@ class ShardTokenizer:
             if damage and damage.unfinished is not None:
                 key, parts = damage.unfinished
                 yield key, self._read_sample(key, parts, prefix, seen)
-            reason = f"cannot be read{' further' if seen else ''}: {' '.join(str(error).split())}"
+            said = without_tokens(" ".join(str(error).split()))
+            reason = f"cannot be read{' further' if seen else ''}: {said}"
             # What is damaged stays so; a storage that fails may give the rest another time.
             if self.settings.on_bad_shard == "stop" and not (damage and seen):
-                raise DatasetError(f"{source}: {reason}") from error
-            yield damage.key if damage else None, without_tokens(f"the shard {reason}")
+                raise DatasetError(f"{source_address(source)}: {reason}") from error
+            yield damage.key if damage else None, f"the shard {reason}"
 
     def _read_sample(
         self, key: str, parts: dict[str, bytes], prefix: str, seen: set[str]

@@ -180,6 +180,9 @@ def test_a_shard_that_stays_away_is_reported_without_its_token(tmp_path: Path, s
     run([f"{address}?token=secret", f"{server.address}/in-000.tar"], tmp_path / "out", on_bad_shard="skip")
     text = (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8")
     assert f"the shard cannot be read: {address} 404" in text and "secret" not in text
+    with pytest.raises(DatasetError, match=f"^{address}: cannot be read: {address} 404") as stopped:
+        run([f"{address}?token=secret"], tmp_path / "other")
+    assert "secret" not in str(stopped.value)
     reason = f"503, message='No', url='{address}?a=b&token=secret' and s3://me:secret@host/b: 'no'"
     assert without_tokens(reason) == f"503, message='No', url='{address}' and s3://host/b: 'no'"
     assert without_tokens("zip://a::s3://me:secret@host/b: no") == "zip://a::s3://host/b: no"
