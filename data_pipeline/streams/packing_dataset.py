@@ -159,12 +159,19 @@ class PackingDataset(BaseWrapperDataset[RawSample, Pack]):
         return encoded
 
     def _read_again(self) -> list[tuple[int, TokenizedDocument]]:
-        """Return the documents that wait; the pieces of a long one stand together and are made together."""
+        """Return the documents that wait; the pieces of a long one stand together and are made together.
+
+        Those that are no longer made of their samples, as other versions made them, wait no more.
+        """
         held: list[tuple[int, TokenizedDocument]] = []
+        waiting: list[tuple[int, Any, int]] = []
         for (count, key), places in groupby(self._waiting, key=itemgetter(0, 1)):
             sample = self.dataset.restore_sample(key)
             documents = self.encode(sample, count).documents
-            held += [(sample.entry, documents[number]) for _, _, number in places]
+            kept = [place for place in places if place[2] < len(documents)]
+            waiting += kept
+            held += [(sample.entry, documents[number]) for _, _, number in kept]
+        self._waiting = waiting
         return held
 
     def _leave_out(self, key: str, reason: str) -> None:

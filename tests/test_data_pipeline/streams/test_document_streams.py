@@ -413,3 +413,15 @@ def test_an_empty_text_is_left_out_and_a_mark_of_utf_8_no_part_of_one(tmp_path: 
     (batch,) = stream
     assert [text_of(ids) for ids, _ in documents_of(batch)] == ["words"]
     assert stream.statistics.left_out == {"an empty text": 3}
+
+
+def test_a_state_with_empty_texts_that_wait_is_gone_on_from(tmp_path: Path) -> None:
+    """As versions saved it that made documents of them."""
+    write_tar(tmp_path / "a.tar", [(f"k{number:02d}.txt", b"words") for number in range(20)])
+    prepare_dataset(tmp_path)
+    stream = loader(config(BlendEntry(str(tmp_path), "text"), context_length=20))
+    take(stream, 3)
+    state = stream.save_state()
+    write_tar(tmp_path / "a.tar", [(f"k{n:02d}.txt", b"words" if n % 2 else b"     ") for n in range(20)])
+    stream.restore_states([json.loads(json.dumps(state))])
+    assert {text_of(ids) for batch in take(stream, 20) for ids, _ in documents_of(batch)} == {"words"}
