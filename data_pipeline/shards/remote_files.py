@@ -18,7 +18,8 @@ RETRY_SECONDS = (0.5, 2.0, 8.0)
 BLOCK, BLOCKS_KEPT = 1 << 20, 4
 _BUFFER = 1 << 20
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)
-_FINAL_STATUS = (401, 403, 404, 410)
+_MISSING_STATUS = (404, 410)
+_FINAL_STATUS = (401, 403, *_MISSING_STATUS)
 _HTTP = ("http://", "https://")
 
 
@@ -44,8 +45,9 @@ def with_retries(function: Callable[[], T]) -> T:
             words = dict.fromkeys(" ".join(str(one).split()) or type(one).__name__ for one in (error, cause))
             reason = ": ".join(words)
             if wait is None or _is_final(cause):
-                as_it_is = isinstance(error, _FINAL) and isinstance(cause, _FINAL)
-                raise error if as_it_is else OSError(reason) from error
+                if isinstance(error, _FINAL) and isinstance(cause, _FINAL):
+                    raise
+                raise (FileNotFoundError if _status(cause) in _MISSING_STATUS else OSError)(reason) from error
             logger.warning("%s; another try in %.1f s", reason, wait)
             time.sleep(wait)
     raise AssertionError("the last try has returned or raised")
@@ -59,7 +61,15 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def _is_final(cause: BaseException) -> bool:
-    return isinstance(cause, _FINAL) or getattr(cause, "status", None) in _FINAL_STATUS
+    return isinstance(cause, _FINAL) or _status(cause) in _FINAL_STATUS
+
+
+def _status(cause: BaseException) -> int | None:
+    """What a server answered, as aiohttp's errors have it (https) or botocore's (s3)."""
+    response = getattr(cause, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(cause, "status", None)
 
 
 def _find(address: str) -> tuple[Any, str]:

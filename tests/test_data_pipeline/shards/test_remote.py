@@ -17,7 +17,7 @@ from data_pipeline.images.decoding import build_image_decoder
 from data_pipeline.pretokenize.command import dry_run, pretokenize
 from data_pipeline.pretokenize.shard_tokenizer import Settings
 from data_pipeline.shards.image_text_shards import without_tokens
-from data_pipeline.shards.remote_files import read_remote
+from data_pipeline.shards.remote_files import read_remote, with_retries
 from data_pipeline.streams import BlendEntry, ImageStreamConfig, image_loader
 from tests.test_data_pipeline.pretokenize.test_pretokenize import (
     SIZE,
@@ -326,3 +326,22 @@ def test_a_server_that_cannot_be_reached_is_told_in_one_line_with_the_reason(
     server.unavailable["a.tar"] = 1000
     with pytest.raises(DatasetError, match=r"/a\.tar: cannot be read: .*503.*Service Unavailable"):
         run([f"{server.address}/a.tar"], tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "told"), [(404, FileNotFoundError, "bucket/key"), (403, OSError, "Forbidden")]
+)
+def test_what_s3_says_is_final(
+    caplog: pytest.LogCaptureFixture, status: int, kind: type[OSError], told: str
+) -> None:
+    """s3fs makes a missing file of botocore's error, which has the server's answer in a dictionary."""
+
+    class ClientError(Exception):
+        response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+
+    def read() -> None:
+        raise FileNotFoundError("bucket/key") from ClientError("Forbidden")
+
+    with pytest.raises(OSError, match=told) as caught:
+        with_retries(read)
+    assert type(caught.value) is kind and "another try" not in caplog.text
