@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import threading
@@ -26,6 +27,8 @@ from pretrain.checkpoints.finding import (
 )
 from pretrain.checkpoints.fragments import Fragments
 from pretrain.runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 Files = dict[str, Fragments | str]  # by path in the step's folder: tensors, or text
 
@@ -202,9 +205,11 @@ def remove_together(folder: Path, checkpoints: list[Path], runtime: Runtime) -> 
     """
     for path in checkpoints:
         going = folder / f".removing_{path.name}"
-        with contextlib.suppress(OSError):
+        try:
             if runtime.is_main:
                 os.replace(path, going)
+        except OSError as error:
+            logger.warning("an old checkpoint stays for now: %s", error)
         runtime.barrier()
         with contextlib.suppress(OSError):
             with os.scandir(going) as entries:
