@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from megatron.energon import get_savable_loader
 
@@ -91,6 +91,7 @@ def test_rank_reads_as_energon_does_with_several_workers(images: Path) -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(began=(1, 1), phases=[(4, 6, 4), (4, 6, 4), (4, 6, 4)], shuffle=0)  # into a third pass
 @given(
     began=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     phases=st.lists(
@@ -107,15 +108,17 @@ def test_a_pass_over_images_on_changing_ranks(images: Path, began, phases, shuff
         data.shuffle_buffer_size = shuffle
         return [image_loader(data, size, rank, world_size) for rank in range(world_size)]
 
-    expected = keys(in_turn(loaders(readers, batch_size), 2 * SAMPLES // readers // batch_size))
+    phases = [*phases, (1, None, 1), (readers, batch_size, 3)]
+    taken = 2 * readers * batch_size + sum(w * (size or batch_size) * n for w, size, n in phases)
+    expected = keys(in_turn(loaders(readers, batch_size), -(-max(taken, SAMPLES) // readers // batch_size)))
     if not shuffle:  # with a buffer passes overlap
         assert Counter(expected[:SAMPLES]) == Counter(f"k{index:04d}" for index in range(SAMPLES))
     ranks, found = loaders(readers, batch_size), []
     found += keys(in_turn(ranks, 2))
-    for world_size, size, micro_steps in [*phases, (1, None, 1), (readers, batch_size, 3)]:
+    for world_size, size, micro_steps in phases:
         ranks = moved(ranks, loaders(world_size, size or batch_size))
         found += keys(in_turn(ranks, micro_steps))
-    assert found == expected[: len(found)]
+    assert len(found) == taken and found == expected[:taken]
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
