@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from data_pipeline.images.decoding import build_image_decoder
 from data_pipeline.shards.code_shards import CodeSample, DatasetManifest, iterate_shard, require_same_codes
@@ -144,7 +143,6 @@ def load_visual_tokenizer(folder: Path) -> VisualTokenizer:
         FileNotFoundError: there is none in the folder.
     """
     require_export(folder, "visual tokenizer", "dualtoken train quickstart_tokenizer")
-    transformers_logging.disable_progress_bar()
     return loading.load_visual_tokenizer(folder).requires_grad_(False).to(default_device())
 
 
@@ -255,7 +253,6 @@ def load_unified_model(
     require_export(folder, "unified model", "dualtoken train quickstart_mllm")
     if (kind := model_type_of(folder)) != DualTokenConfig.model_type:
         raise ValueError(f"{folder} holds a {kind!r} model, expected a unified model (dualtoken)")
-    transformers_logging.disable_progress_bar()
     # Exports are fp32; one that somebody saved in another type is measured in fp32 like the others.
     model = DualTokenForCausalLM.from_pretrained(folder, dtype=PRECISIONS[precision])
     return model.eval().requires_grad_(False).to(default_device()), AutoTokenizer.from_pretrained(folder)

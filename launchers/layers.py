@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from eval.progress import with_progress
 from launchers.errors import UserError
@@ -43,7 +42,6 @@ def analyze_layers(backbone: Path, images: Sequence[Path], count: int, output: P
     from eval.visual_tokenizer.layers import compare_layers
 
     files = find_pictures(images, count)
-    transformers_logging.disable_progress_bar()
     model = load_backbone(backbone).eval().to(default_device())
     size = model.config.vision_config.image_size
 

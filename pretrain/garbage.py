@@ -21,15 +21,16 @@ def garbage_collected_every(steps: int) -> Iterator[Callable[[int], None]]:
     if steps == 0 or not gc.isenabled():
         yield lambda step: None
         return
+
+    def collect(step: int) -> None:
+        if step % steps == 0:
+            gc.collect()
+
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
-        yield lambda step: None if step % steps else _collect()
+        yield collect
     finally:
         gc.enable()
         gc.unfreeze()
-
-
-def _collect() -> None:
-    gc.collect()

@@ -62,13 +62,7 @@ def hidden_states_after(
     Raises:
         ValueError: if the images do not have the tower's size, or are integers.
     """
-    size = vision_model.config.image_size
-    if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-        raise ValueError(
-            f"images have shape {tuple(images.shape)}, expected [B, 3, {size}, {size}]; "
-            f"resize to {size} pixels and scale to [-1, 1]"
-        )
-    require_scaled(images)
+    require_images(images, vision_model.config.image_size)  # type: ignore[arg-type]
     with full_precision_convolutions():
         hidden = vision_model.embeddings(images)
     found = {0: hidden} if 0 in layers else {}
@@ -79,8 +73,16 @@ def hidden_states_after(
     return found
 
 
-def require_scaled(images: Tensor) -> None:
-    """Raise ValueError if images are integers, as of 0 to 255, which would be read as if in [-1, 1]."""
+def require_images(images: Tensor, size: int) -> None:
+    """Raise ValueError unless images are ``[B, 3, size, size]`` and floats.
+
+    Integers, as of 0 to 255, would be read as if in [-1, 1].
+    """
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}, expected [B, 3, {size}, {size}]; "
+            f"resize to {size} pixels and scale to [-1, 1]"
+        )
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}, expected floats in [-1, 1]: images / 127.5 - 1")
 

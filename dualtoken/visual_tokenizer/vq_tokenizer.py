@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from dualtoken.digest import sha256_of
 from dualtoken.strict_loading import load_strictly
-from dualtoken.visual_tokenizer.backbone import full_precision_convolutions, require_scaled
+from dualtoken.visual_tokenizer.backbone import full_precision_convolutions, require_images
 from dualtoken.visual_tokenizer.nearest import NearestCodeSearch, NonFiniteError
 from dualtoken.visual_tokenizer.vq_config import SCALING, VQTokenizerConfig
 
@@ -77,13 +77,7 @@ class VQTokenizer(PreTrainedModel):
         Raises:
             ValueError: on images of another size, of integers, or with NaN or infinite values.
         """
-        size = self.config.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}, expected [B, 3, {size}, {size}]; "
-                f"resize to {size} pixels and scale to [-1, 1]"
-            )
-        require_scaled(images)
+        require_images(images, self.config.image_size)
         search = NearestCodeSearch(self._code_vectors())
         with full_precision_convolutions():
             latents = self.latents(images)
